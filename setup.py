@@ -1,0 +1,38 @@
+"""gen_jax: generation by every strategy between one unit at a time and all at once, in JAX."""
+
+import pathlib
+
+import setuptools
+
+HERE = pathlib.Path(__file__).parent
+
+setuptools.setup(
+    name="gen_jax",
+    version="0.1.0",
+    description="Autoregressive to non-autoregressive generation of text, images and audio in JAX",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=setuptools.find_packages(
+        include=["gen_jax", "gen_jax.*", "experiments", "kernels", "kernels.*"]
+    ),
+    install_requires=[
+        "jax>=0.10",
+        "flax>=0.12",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.11,<1",  # 1.0 moves the API; checkpoint.py is the only caller
+        "einops",
+        "tensorflow-datasets>=4.9.10",
+        "importlib_resources",  # needed by tensorflow-datasets, which does not declare it
+        "pillow",  # PNG and GIF, and image decoding in tensorflow-datasets
+        "safetensors",  # the weight format that diffusers and transformers exchange
+        "tqdm",
+        "tyro>=1.0",  # command line from frozen dataclasses
+    ],
+    extras_require={
+        "test": ["pytest>=8", "hypothesis", "scipy", "ruff"],
+        # The peers that parity tests and benchmarks compare with.
+        "oracles": ["torch==2.13.0", "diffusers>=0.35", "transformers>=4.55"],
+    },
+)
