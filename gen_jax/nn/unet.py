@@ -1,0 +1,181 @@
+"""The UNet that predicts the noise of a diffusion model.
+
+Ho et al. 2020 (2006.11239), appendix B: residual blocks with group normalisation, self-attention
+at chosen resolutions, sinusoidal time embedding added in every block. Where we differ: images may
+be folded into patches first, and a class embedding may be added to that of time.
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from gen_jax.nn.config import UNetConfig
+from gen_jax.nn.layers import (
+    Dropout,
+    GroupNorm,
+    sinusoidal_embedding,
+    uniform_init,
+    zeros_init,
+)
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions, the embedding of time between them, and a shortcut."""
+
+    config: UNetConfig
+    width: int
+
+    @nn.compact
+    def __call__(self, x, embedding, keys):  # [B, H, W, C], [B, E], [B] keys -> [B, H, W, width]
+        config, dtype = self.config, jnp.dtype(self.config.compute)
+        h = GroupNorm(config.groups, config.norm_epsilon, name="norm_0")(x)
+        h = nn.Conv(self.width, (3, 3), dtype=dtype, kernel_init=uniform_init, name="conv_0")(h)
+        shift = nn.Dense(self.width, dtype=dtype, kernel_init=uniform_init, name="time")(embedding)
+        h = h + shift[:, None, None, :]
+        h = GroupNorm(config.groups, config.norm_epsilon, name="norm_1")(h)
+        h = Dropout(config.dropout, name="dropout")(h, keys)
+        h = nn.Conv(self.width, (3, 3), dtype=dtype, kernel_init=zeros_init, name="conv_1")(h)
+        if x.shape[-1] != self.width:
+            x = nn.Dense(self.width, dtype=dtype, kernel_init=uniform_init, name="shortcut")(x)
+        return x + h
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over all positions of a feature map, added to it."""
+
+    config: UNetConfig
+
+    @nn.compact
+    def __call__(self, x):  # [B, H, W, C] -> [B, H, W, C]
+        config, dtype = self.config, jnp.dtype(self.config.compute)
+        width = x.shape[-1]
+        heads = width // config.head_width if config.head_width else 1
+        h = GroupNorm(config.groups, config.norm_epsilon, silu=False, name="norm")(x)
+        h = rearrange(h, "b h w c -> b (h w) c")
+        qkv = nn.Dense(3 * width, dtype=dtype, kernel_init=uniform_init, name="qkv")(h)
+        q, k, v = rearrange(qkv, "b l (three n d) -> three b l n d", three=3, n=heads)
+        logits = jnp.einsum("bqnd,bknd->bnqk", q, k, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(logits * (width // heads) ** -0.5, axis=-1).astype(dtype)
+        h = jnp.einsum("bnqk,bknd->bqnd", weights, v)
+        h = rearrange(h, "b l n d -> b l (n d)")
+        h = nn.Dense(width, dtype=dtype, kernel_init=zeros_init, name="project")(h)
+        return x + h.reshape(x.shape)
+
+
+class UNet(nn.Module):
+    """The network; `keys` switches dropout on."""
+
+    config: UNetConfig
+
+    @nn.compact
+    def __call__(self, x, t, label=None, keys=None):
+        """Predicts from a noisy image.
+
+        Args:
+          x: [B, H, W, channels] float32; H and W are multiples of `config.stride`.
+          t: [B], the time step.
+          label: [B] int32 in [0, classes), or -1 for no class; None for no class anywhere.
+          keys: [B] PRNG keys for dropout, or None for none.
+
+        Returns:
+          [B, H, W, out_channels] float32.
+
+        Raises:
+          ValueError: the image does not fit the network, or a label was given without classes.
+        """
+        config, dtype = self.config, jnp.dtype(self.config.compute)
+        _check_input(config, x, label)
+        embedding = self._embed(t, label)
+        p = config.patch
+        h = rearrange(x, "b (h p) (w q) c -> b h w (p q c)", p=p, q=p)
+        h = nn.Conv(
+            config.widths[0], (3, 3), dtype=dtype, kernel_init=uniform_init, name="conv_in"
+        )(h)
+
+        skips = [h]
+        last = len(config.widths) - 1
+        for level, width in enumerate(config.widths):
+            for i in range(config.blocks):
+                name = f"down_{level}_block_{i}"
+                h = ResidualBlock(config, width, name=name)(h, embedding, keys)
+                if h.shape[1] in config.attention:
+                    h = AttentionBlock(config, name=f"down_{level}_attention_{i}")(h)
+                skips.append(h)
+            if level != last:
+                h = nn.Conv(
+                    width, (3, 3), strides=2, padding=((0, 1), (0, 1)), dtype=dtype,
+                    kernel_init=uniform_init, name=f"down_{level}_conv",
+                )(h)  # fmt: skip
+                skips.append(h)
+
+        h = ResidualBlock(config, width, name="middle_block_0")(h, embedding, keys)
+        h = AttentionBlock(config, name="middle_attention")(h)
+        h = ResidualBlock(config, width, name="middle_block_1")(h, embedding, keys)
+
+        for level, width in reversed(list(enumerate(config.widths))):
+            for i in range(config.blocks + 1):
+                h = jnp.concatenate([h, skips.pop()], axis=-1)
+                name = f"up_{level}_block_{i}"
+                h = ResidualBlock(config, width, name=name)(h, embedding, keys)
+                if h.shape[1] in config.attention:
+                    h = AttentionBlock(config, name=f"up_{level}_attention_{i}")(h)
+            if level != 0:
+                h = jnp.repeat(jnp.repeat(h, 2, axis=1), 2, axis=2)
+                h = nn.Conv(
+                    width, (3, 3), dtype=dtype, kernel_init=uniform_init, name=f"up_{level}_conv"
+                )(h)
+
+        h = GroupNorm(config.groups, config.norm_epsilon, name="norm_out")(h)
+        h = nn.Conv(
+            p * p * config.out_channels, (3, 3), dtype=dtype, kernel_init=zeros_init,
+            name="conv_out",
+        )(h)  # fmt: skip
+        h = rearrange(h, "b h w (p q c) -> b (h p) (w q) c", p=p, q=p)
+        return h.astype(jnp.float32)
+
+    def _embed(self, t, label):  # [B], [B] -> [B, 4 * widths[0]], after SiLU
+        config, dtype = self.config, jnp.dtype(self.config.compute)
+        width = config.widths[0]
+
+        def dense(name):
+            return nn.Dense(4 * width, dtype=dtype, kernel_init=uniform_init, name=name)
+
+        embedding = dense("time_0")(sinusoidal_embedding(t, width))
+        embedding = dense("time_1")(nn.silu(embedding))
+        if config.classes:
+            label = jnp.full(t.shape, -1) if label is None else label
+            label = jnp.where(label < 0, config.classes, label)
+            table = nn.Embed(config.classes + 1, 4 * width, dtype=dtype, name="class")
+            embedding = embedding + table(label)
+        return nn.silu(embedding)
+
+
+def _check_input(config, x, label):
+    if x.shape[-1] != config.channels:
+        raise ValueError(f"the network takes {config.channels} channels, got shape {x.shape}")
+    if x.shape[1] % config.stride or x.shape[2] % config.stride:
+        raise ValueError(
+            f"height and width must be multiples of {config.stride} (patch x 2 per level), "
+            f"got {x.shape[1]} x {x.shape[2]}"
+        )
+    if label is not None and not config.classes:
+        raise ValueError("a label was given to a network without classes")
+
+
+@dataclasses.dataclass(frozen=True)
+class Denoiser:
+    """The UNet as two pure functions of a tree of parameters; hashable by its sizes."""
+
+    config: UNetConfig
+
+    def init(self, key: jax.Array, height: int, width: int) -> dict:
+        """Fresh float32 parameters for images of this size."""
+        x = jnp.zeros((1, height, width, self.config.channels))
+        return jax.jit(UNet(self.config).init)(key, x, jnp.zeros((1,)))["params"]
+
+    def __call__(self, params, x, t, label=None, keys=None):
+        """See `UNet.__call__`."""
+        return UNet(self.config).apply({"params": params}, x, t, label, keys)

@@ -1,0 +1,10 @@
+"""The hot operations of the sampling loops, one public function each.
+
+Every operation has a folder: `reference.py` is its specification in plain jax.numpy, and the
+public function picks a backend per platform. This package depends on jax alone.
+"""
+
+from kernels.diffusion_step import StepCoefficients, diffusion_step
+from kernels.group_norm_silu import group_norm_silu
+
+__all__ = ["StepCoefficients", "diffusion_step", "group_norm_silu"]

@@ -1,0 +1,33 @@
+"""The specification of diffusion_step in plain jax.numpy."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class StepCoefficients(NamedTuple):
+    """Coefficients of one step; each a scalar, or an array that broadcasts against the sample."""
+
+    x0_x: jax.Array
+    x0_output: jax.Array
+    next_x0: jax.Array
+    next_x: jax.Array
+    next_output: jax.Array
+    next_history: jax.Array
+    next_noise: jax.Array
+
+
+def diffusion_step(x, output, coefficients, *, keys, history, clip):
+    """See `kernels.diffusion_step`."""
+    c = coefficients
+    x0 = c.x0_x * x + c.x0_output * output
+    if clip is not None:
+        x0 = jnp.clip(x0, -clip, clip)
+    following = c.next_x0 * x0 + c.next_x * x + c.next_output * output
+    if history is not None:
+        following += c.next_history * history
+    if keys is not None:
+        noise = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:], x.dtype))(keys)
+        following += c.next_noise * noise
+    return following, x0

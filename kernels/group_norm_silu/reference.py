@@ -1,0 +1,27 @@
+"""The specification of group_norm_silu in plain jax.numpy."""
+
+import jax
+import jax.numpy as jnp
+
+
+def group_norm_silu(x, scale, bias, *, groups, epsilon, silu):
+    """See `kernels.group_norm_silu`.
+
+    Sums run over positions first and join the channels of a group last: every reduction over the
+    large array keeps the minor axis, which compilers vectorise (four times faster on a CPU than
+    reducing [B, HW, groups, C / groups] over its second and last axis at once).
+    """
+    batch, channels = x.shape[0], x.shape[-1]
+    features = x.astype(jnp.float32).reshape(batch, -1, channels)  # [B, P, C]
+
+    def group_mean(total):  # [B, C] sums over positions -> [B, 1, C] means of each group
+        total = total.reshape(batch, groups, -1).mean(axis=-1) / features.shape[1]
+        return jnp.repeat(total, channels // groups, axis=1)[:, None]
+
+    mean = group_mean(features.sum(axis=1))
+    variance = group_mean(jnp.square(features - mean).sum(axis=1))
+    gain = jax.lax.rsqrt(variance + epsilon) * scale
+    y = features * gain + (bias - mean * gain)
+    if silu:
+        y = jax.nn.silu(y)
+    return y.reshape(x.shape).astype(x.dtype)
