@@ -1,0 +1,47 @@
+"""Which data set to read, as the command line and the experiments state it."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Name = Literal["shapes", "cifar10", "folder", "tfds"]
+Split = Literal["train", "test"]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The choice of a data set and of how its images are presented.
+
+    Raises:
+        ValueError: a field is out of range, or asks of a set what it does not offer.
+    """
+
+    name: Name = "shapes"
+    """shapes (embedded, nothing to download), cifar10 (official files), folder (images) or tfds."""
+    dir: str = ""
+    """Folder of cifar-10-batches-bin or -py, of the images, or the TFDS data_dir."""
+    size: int = 16
+    """Side in pixels: 16 or 32 for shapes; images of a folder are cropped and resized to it."""
+    palette: bool = False
+    """Shapes only: palette indices [N, H, W] rather than RGB [N, H, W, 3]."""
+    tfds_name: str = "cifar10"
+    """Name of the set in TensorFlow Datasets, for name=tfds."""
+    flip: bool = False
+    """Flip each training image left to right with probability one half."""
+
+    def __post_init__(self) -> None:
+        if self.name not in get_args(Name):
+            raise ValueError(
+                f"data.name is {self.name!r}; choose one of {', '.join(get_args(Name))}"
+            )
+        if self.name == "shapes" and self.size not in (16, 32):
+            raise ValueError(
+                f"data.size is {self.size}; the shapes set is drawn at 16 or 32 pixels"
+            )
+        if self.size < 1:
+            raise ValueError(f"data.size is {self.size}; give a number of pixels of at least 1")
+        if self.palette and self.name != "shapes":
+            raise ValueError(f"data.palette is for data.name=shapes only, not {self.name}")
+        if self.name == "folder" and not self.dir:
+            raise ValueError("data.name=folder needs --data.dir, the folder that holds the images")
+        if self.name == "tfds" and not self.tfds_name:
+            raise ValueError("data.name=tfds needs --data.tfds-name, the name of a TFDS data set")

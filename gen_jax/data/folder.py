@@ -1,0 +1,112 @@
+"""A folder of pictures as a data set: one class per sub-folder, or a single class."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+
+from gen_jax.data.config import Split
+from gen_jax.data.images import Images
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+def read(directory: str | Path, split: Split, size: int) -> Images:
+    """Reads pictures, crops each to its central square and resizes it.
+
+    Where the folder holds `train` and `test`, those are the splits. Otherwise a picture belongs
+    to the test split when a hash of its relative path falls in the first tenth: adding or
+    removing other pictures does not move it.
+
+    Args:
+        directory: holds pictures, or one sub-folder of pictures per class; labels follow the
+            sorted names of the sub-folders. Names that begin with a dot are left out.
+        split: "train" or "test".
+        size: side of the result in pixels.
+
+    Returns:
+        images uint8 [N, size, size, 3], labels int32 [N]; grey pictures become RGB and
+        transparent ones are laid on black.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it holds no pictures for this split, or one of them cannot be read.
+    """
+    root = Path(directory)
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root} is no folder; give --data.dir the folder of the images")
+    if (root / "train").is_dir() and (root / "test").is_dir():
+        classes = _classes(root / "train")
+        base, paths = root / split, _pictures(root / split)
+    else:
+        classes, base = _classes(root), root
+        paths = [path for path in _pictures(root) if (_in_test(path, root)) == (split == "test")]
+    if not paths:
+        raise ValueError(
+            f"{base} holds no images for the {split} split; put {', '.join(SUFFIXES)} files there, "
+            "or into one sub-folder per class"
+        )
+    labels = [_label(path, base, classes) for path in paths]
+    images = np.stack([_square(path, size) for path in paths])
+    return Images(images, np.array(labels, np.int32), classes or ("image",))
+
+
+def _pictures(root: Path) -> list[Path]:
+    found = [
+        path
+        for path in root.rglob("*")
+        if path.suffix.lower() in SUFFIXES
+        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(root).parts)
+    ]
+    return sorted(found, key=lambda path: path.relative_to(root).as_posix())
+
+
+def _classes(root: Path) -> tuple[str, ...]:
+    tops = {path.relative_to(root).parts for path in _pictures(root)}
+    names = sorted({parts[0] for parts in tops if len(parts) > 1})
+    loose = [parts[0] for parts in tops if len(parts) == 1]
+    if names and loose:
+        raise ValueError(
+            f"{root} mixes classes ({names[0]}/) with loose images ({min(loose)}); "
+            "move every image into a sub-folder, or none"
+        )
+    return tuple(names)
+
+
+def _label(path: Path, root: Path, classes: tuple[str, ...]) -> int:
+    parts = path.relative_to(root).parts
+    name = parts[0] if len(parts) > 1 else ""
+    if not classes and not name:
+        return 0
+    if name not in classes:
+        raise ValueError(
+            f"{path} has no class among those of the train folder: {', '.join(classes) or 'none'}"
+        )
+    return classes.index(name)
+
+
+def _in_test(path: Path, root: Path) -> bool:
+    name = path.relative_to(root).as_posix().encode()
+    return int.from_bytes(hashlib.sha256(name).digest()[:8]) % 10 == 0
+
+
+def _square(path: Path, size: int) -> np.ndarray:
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+            has_alpha = image.mode in ("LA", "RGBA", "PA") or "transparency" in image.info
+            if has_alpha:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
+            image = image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} cannot be read as an image ({reason}); mend or move it") from None
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    image = image.crop((left, top, left + side, top + side))
+    method = Image.Resampling.BOX if side % size == 0 else Image.Resampling.LANCZOS
+    return np.asarray(image.resize((size, size), method))

@@ -1,0 +1,139 @@
+"""A data set of images in memory, whose batches are a pure function of (seed, step)."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+# Separate random streams: the key of a Philox generator is (seed, stream + counter).
+_EPOCHS = 0
+_FLIPS = 1 << 62
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """Images with labels, all in memory.
+
+    Args:
+        images: uint8 [N, H, W, C], or uint8 [N, H, W] of palette indices; N >= 1.
+        labels: int32 [N], each in [0, len(label_names)).
+        label_names: one name per label.
+        captions: one sentence per image, or empty.
+
+    Raises:
+        ValueError: an array has another dtype or shape, or a label has no name.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    label_names: tuple[str, ...]
+    captions: tuple[str, ...] = ()
+    _order: dict = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        count = len(self.images)
+        if self.images.dtype != np.uint8 or self.images.ndim not in (3, 4) or count == 0:
+            raise ValueError(
+                "images must be uint8 [N, H, W] or [N, H, W, C] with N >= 1, "
+                f"not {self.images.dtype} {list(self.images.shape)}"
+            )
+        if self.labels.dtype != np.int32 or self.labels.shape != (count,):
+            raise ValueError(
+                f"labels must be int32 [{count}], not {self.labels.dtype} {list(self.labels.shape)}"
+            )
+        low, high = int(self.labels.min()), int(self.labels.max())
+        if low < 0 or high >= len(self.label_names):
+            raise ValueError(
+                f"labels span {low}..{high} but there are {len(self.label_names)} label names"
+            )
+        if self.captions and len(self.captions) != count:
+            raise ValueError(f"there are {len(self.captions)} captions for {count} images")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def indices(self, seed: int, step: int, size: int) -> np.ndarray:
+        """The examples of one global batch.
+
+        The stream of all batches is a chain of epochs; each epoch is a permutation of all
+        examples that depends on (seed, epoch) alone, so none is dropped or repeated within it.
+
+        Args:
+            seed: in [0, 2**64).
+            step: from 0 up.
+            size: examples per global batch, from 1 up; may exceed N.
+
+        Returns:
+            int64 [size], each in [0, N).
+
+        Raises:
+            ValueError: an argument is out of range.
+        """
+        _check_range("seed", seed, 0, 1 << 64)
+        _check_range("step", step, 0, 1 << 60)
+        _check_range("batch size", size, 1, 1 << 40)
+        count = len(self)
+        first, last = step * size, (step + 1) * size
+        parts = []
+        for epoch in range(first // count, -(-last // count)):
+            begin = max(first - epoch * count, 0)
+            parts.append(self._permutation(seed, epoch)[begin : last - epoch * count])
+        return np.concatenate(parts)
+
+    def batch(
+        self,
+        seed: int,
+        step: int,
+        size: int,
+        *,
+        flip: bool = False,
+        shard: tuple[int, int] = (0, 1),
+    ) -> dict[str, np.ndarray]:
+        """This shard of the batch of a training step, a pure function of its arguments.
+
+        Args:
+            seed: in [0, 2**64).
+            step: from 0 up.
+            size: examples per global batch, over all shards; may exceed N.
+            flip: mirror each image left to right with probability one half.
+            shard: (index, count); the shards in order, concatenated, are the whole batch.
+
+        Returns:
+            "image": uint8 [size / count, H, W, C] (or [size / count, H, W] for palette
+            indices) and "label": int32 [size / count].
+
+        Raises:
+            ValueError: an argument is out of range, or count does not divide size.
+        """
+        index, count = shard
+        if count < 1 or not 0 <= index < count:
+            raise ValueError(f"shard is {shard}; give (index, count) with 0 <= index < count")
+        if size % count:
+            raise ValueError(
+                f"batch size {size} is not a multiple of the {count} shards; "
+                f"choose {max(size // count, 1) * count} for example"
+            )
+        mine = slice(index * size // count, (index + 1) * size // count)
+        chosen = self.indices(seed, step, size)[mine]
+        images = self.images[chosen]
+        if flip:
+            draws = _generator(seed, _FLIPS + step).integers(0, 2, size, dtype=np.uint8)[mine]
+            mirror = draws.astype(bool)
+            images[mirror] = images[mirror, :, ::-1]
+        return {"image": images, "label": self.labels[chosen]}
+
+    def _permutation(self, seed: int, epoch: int) -> np.ndarray:
+        # The entry is replaced as a whole, so that concurrent readers see a consistent pair.
+        key, order = self._order.get("last", (None, None))
+        if key != (seed, epoch):
+            order = _generator(seed, _EPOCHS + epoch).permutation(len(self))
+            self._order["last"] = ((seed, epoch), order)
+        return order
+
+
+def _generator(seed: int, stream: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(key=np.array([seed, stream], np.uint64)))
+
+
+def _check_range(name: str, value: int, low: int, high: int) -> None:
+    if not low <= value < high:
+        raise ValueError(f"{name} is {value}; it must be at least {low} and below {high}")

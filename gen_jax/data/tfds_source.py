@@ -1,0 +1,170 @@
+"""Images from TensorFlow Datasets, read and prepared without TensorFlow.
+
+A set that is prepared in a format of random access (array_record) is read by NumPy alone. TFDS
+prepares CIFAR-10 with TensorFlow; the builder here prepares it without, and the result is the
+same data set, readable by any other user of TFDS.
+"""
+
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gen_jax.data import cifar10
+from gen_jax.data.config import Split
+from gen_jax.data.images import Images
+
+_ARCHIVE = "cifar-10-binary.tar.gz"
+_TIMEOUT_SECONDS = 20
+
+
+def read(name: str, split: Split, directory: str | Path = "") -> Images:
+    """Reads one split of a TFDS data set of images, decoded once into one array.
+
+    Args:
+        name: its name in TFDS. "cifar10" is downloaded and prepared when it is not there yet;
+            its archive is taken from `<directory>/downloads/manual` where present. Any other
+            set must be prepared already.
+        split: "train" or "test".
+        directory: the data_dir of TFDS; empty for its default.
+
+    Returns:
+        images uint8 [N, H, W, C], labels int32 [N] (zeros where the set has none).
+
+    Raises:
+        ConnectionError: CIFAR-10 could not be downloaded.
+        FileNotFoundError: the set is not prepared in the directory.
+        ValueError: the archive has another checksum, or the set is no set of images of one size.
+    """
+    import tensorflow_datasets as tfds
+
+    data_dir = Path(directory or tfds.core.constants.DATA_DIR).expanduser()
+    builder = _prepared_cifar10(data_dir) if name == "cifar10" else _builder(name, data_dir)
+    try:
+        source = builder.as_data_source(split=split)
+    except (AssertionError, NotImplementedError):
+        raise FileNotFoundError(
+            f"the TFDS data set {name} is not prepared for random access in {data_dir}; prepare it "
+            f"with `tfds build {name} --file_format=array_record --data_dir={data_dir}`"
+        ) from None
+    return _decode(name, source)
+
+
+def _builder(name: str, data_dir: Path) -> Any:
+    import tensorflow_datasets as tfds
+
+    try:
+        return tfds.builder(name, data_dir=data_dir)
+    except tfds.core.DatasetNotFoundError:
+        raise FileNotFoundError(
+            f"TFDS knows no data set {name!r} and {data_dir} holds none; check --data.tfds-name "
+            "and --data.dir"
+        ) from None
+
+
+def _decode(name: str, source: Any) -> Images:
+    import tensorflow_datasets as tfds
+
+    features = source.dataset_info.features
+    if "image" not in features or len(source) == 0:
+        raise ValueError(f"the TFDS data set {name} holds no feature `image` or no examples")
+    labelled = "label" in features and isinstance(features["label"], tfds.features.ClassLabel)
+    first = np.asarray(source[0]["image"])
+    if first.dtype != np.uint8 or first.ndim != 3:
+        raise ValueError(
+            f"images of the TFDS data set {name} are {first.dtype} {list(first.shape)}; "
+            "only uint8 [H, W, C] is read"
+        )
+    images = np.empty((len(source), *first.shape), np.uint8)
+    labels = np.zeros(len(source), np.int32)
+    for index in range(len(source)):
+        example = source[index]
+        if example["image"].shape != first.shape:
+            raise ValueError(
+                f"images of the TFDS data set {name} differ in size ({list(first.shape)} and "
+                f"{list(example['image'].shape)}); save them to a folder, which resizes: "
+                "--data.name folder"
+            )
+        images[index] = example["image"]
+        if labelled:
+            labels[index] = example["label"]
+    names = tuple(features["label"].names) if labelled else ("image",)
+    return Images(images, labels, names)
+
+
+def _prepared_cifar10(data_dir: Path) -> Any:
+    import requests
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.download import download_manager
+
+    builder = _cifar10_builder(data_dir)
+    downloads = data_dir / "downloads"
+    manual = downloads / "manual"
+    config = tfds.download.DownloadConfig(manual_dir=manual)
+    try:
+        if not builder.is_prepared() and not any(downloads.rglob("*cifar-10-binary*.tar.gz")):
+            # TFDS tries an unreachable server for minutes; one short request decides.
+            requests.head(cifar10.URL, timeout=_TIMEOUT_SECONDS).raise_for_status()
+        builder.download_and_prepare(download_dir=downloads, download_config=config)
+    except (requests.exceptions.RequestException, tfds.download.DownloadError) as error:
+        raise ConnectionError(
+            f"cannot download {cifar10.URL} ({type(error).__name__}): put {_ARCHIVE} into "
+            f"{manual.absolute()}, or use the embedded set with --data.name shapes"
+        ) from None
+    except download_manager.NonMatchingChecksumError:
+        expected = tfds.download.checksums.get_all_url_infos()[cifar10.URL]
+        raise ValueError(
+            f"{_ARCHIVE} has another checksum than the official file (sha256 {expected.checksum}, "
+            f"{int(expected.size)} bytes): delete it from {downloads.absolute()} "
+            f"and take it from {cifar10.URL}"
+        ) from None
+    return builder
+
+
+def _cifar10_builder(data_dir: Path) -> Any:
+    from tensorflow_datasets.image_classification import cifar
+
+    class Cifar10(cifar.Cifar10, skip_registration=True):
+        name = "cifar10"
+        pkg_dir_path = None
+
+        def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
+            archive = Path(dl_manager.download(cifar10.URL))
+            self.info.features["label"].names = list(cifar10.LABEL_NAMES)
+            return {
+                "train": _examples(archive, "train_", cifar10.TRAIN_FILES),
+                "test": _examples(archive, "test_", cifar10.TEST_FILES),
+            }
+
+    return Cifar10(data_dir=data_dir, file_format="array_record")
+
+
+def _examples(archive: Path, prefix: str, names: tuple[str, ...]) -> Iterator[tuple[int, dict]]:
+    from PIL import Image
+
+    index = 0
+    contents = _members(archive, [f"{cifar10.BINARY_FOLDER}/{name}.bin" for name in names])
+    for source, records in contents.items():
+        for image, label in zip(*cifar10.decode(records, source), strict=True):
+            # A Pillow image is stored as PNG by Pillow; an array would call TensorFlow.
+            example = {
+                "id": f"{prefix}{index:05d}",
+                "image": Image.fromarray(image),
+                "label": int(label),
+            }
+            yield index, example
+            index += 1
+
+
+def _members(archive: Path, names: list[str]) -> dict[str, bytes]:
+    found = {}
+    with tarfile.open(archive, "r:gz") as tar:
+        for member in tar:
+            if member.name in names and member.isfile():
+                found[member.name] = tar.extractfile(member).read()
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise ValueError(f"{archive} holds no {missing[0]}: it is not the archive of {cifar10.URL}")
+    return {name: found[name] for name in names}

@@ -1,0 +1,199 @@
+"""Distances between two sets of images through their features, in float64.
+
+The Frechet distance between Gaussians (Heusel et al. 2017, arXiv:1706.08500) is the FID when
+the features are those of Inception-v3; the kernel distance (Binkowski et al. 2018,
+arXiv:1801.01401) is then the KID. Any other feature function gives numbers of its own, which
+compare with each other and with no published ones.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+_ROWS = 1024
+
+
+def gaussian_statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and unbiased covariance of features.
+
+    Args:
+        features: [N, D], N >= 2.
+
+    Returns:
+        mean float64 [D], covariance float64 [D, D].
+
+    Raises:
+        ValueError: another shape, or a value that is not finite.
+    """
+    features = _checked(features, "features")
+    mean = features.mean(axis=0)
+    centred = features - mean
+    return mean, centred.T @ centred / (len(features) - 1)
+
+
+def frechet_distance(
+    mean1: np.ndarray, covariance1: np.ndarray, mean2: np.ndarray, covariance2: np.ndarray
+) -> float:
+    """Squared Frechet distance of two Gaussians.
+
+    |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), the last trace being the sum of the singular
+    values of C1^(1/2) C2^(1/2), taken on the ranges of C1 and C2; so covariances of deficient
+    rank lose no accuracy.
+
+    Args:
+        mean1, mean2: [D].
+        covariance1, covariance2: [D, D], symmetric and positive semi-definite.
+
+    Returns:
+        The distance, at least 0.
+
+    Raises:
+        ValueError: shapes disagree, or a covariance is not symmetric positive semi-definite.
+    """
+    mean1, mean2 = np.asarray(mean1, np.float64), np.asarray(mean2, np.float64)
+    covariance1 = np.asarray(covariance1, np.float64)
+    covariance2 = np.asarray(covariance2, np.float64)
+    square = (*mean1.shape, *mean1.shape)
+    if mean1.ndim != 1 or mean2.shape != mean1.shape:
+        raise ValueError(f"means have shapes {mean1.shape} and {mean2.shape}; both must be [D]")
+    if covariance1.shape != square or covariance2.shape != square:
+        raise ValueError(
+            f"covariances have shapes {covariance1.shape} and {covariance2.shape}; "
+            f"both must be {square}"
+        )
+    root1, root2 = _root(covariance1), _root(covariance2)
+    cross = np.linalg.svd(root1.T @ root2, compute_uv=False).sum()
+    shift = mean1 - mean2
+    distance = shift @ shift + np.trace(covariance1) + np.trace(covariance2) - 2 * cross
+    return max(float(distance), 0.0)
+
+
+def kernel_distance(
+    x: np.ndarray,
+    y: np.ndarray,
+    *,
+    degree: int = 3,
+    subsets: int | None = None,
+    subset_size: int | None = None,
+    seed: int | None = None,
+) -> float:
+    """Unbiased squared maximum mean discrepancy, k(a, b) = (a.b / D + 1)^degree.
+
+    Args:
+        x: features [N, D], N >= 2.
+        y: features [M, D], M >= 2.
+        degree: of the polynomial, from 1 up.
+        subsets: average over this many random subsets instead of using all pairs.
+        subset_size: features in each subset of x and of y, drawn without replacement, from 2 to
+            min(N, M).
+        seed: of the draw of the subsets.
+
+    Returns:
+        The estimate, which may be negative; its mean is 0 for features of one distribution.
+
+    Raises:
+        ValueError: shapes disagree, a value is not finite, or subsets, subset_size and seed are
+            out of range or not given together.
+    """
+    x, y = _checked(x, "x"), _checked(y, "y")
+    if x.shape[1] != y.shape[1]:
+        raise ValueError(f"x has {x.shape[1]} features and y has {y.shape[1]}; they must agree")
+    if degree < 1:
+        raise ValueError(f"degree is {degree}; it must be at least 1")
+    given = [value is not None for value in (subsets, subset_size, seed)]
+    if not any(given):
+        return _unbiased_mmd(x, y, degree)
+    if not all(given):
+        raise ValueError("give subsets, subset_size and seed together, or none of them")
+    if subsets < 1 or not 2 <= subset_size <= min(len(x), len(y)):
+        raise ValueError(
+            f"subsets is {subsets} and subset_size is {subset_size}; they must be at least 1, and "
+            f"from 2 to {min(len(x), len(y))}"
+        )
+    generator = np.random.default_rng(seed)
+    estimates = []
+    for _ in range(subsets):
+        part_x = x[generator.choice(len(x), subset_size, replace=False)]
+        part_y = y[generator.choice(len(y), subset_size, replace=False)]
+        estimates.append(_unbiased_mmd(part_x, part_y, degree))
+    return float(np.mean(estimates))
+
+
+def distance_over_features(
+    features_fn: Callable[[np.ndarray], np.ndarray],
+    images_a: np.ndarray,
+    images_b: np.ndarray,
+    batch_size: int,
+) -> dict[str, float]:
+    """Frechet and kernel distance of two sets of images under any feature function.
+
+    Args:
+        features_fn: images [b, ...] with b <= batch_size -> features [b, D].
+        images_a, images_b: [N, ...] and [M, ...], at least two of each.
+        batch_size: images per call; the last call of a set may see fewer.
+
+    Returns:
+        "frechet" (squared distance) and "kernel" (unbiased, degree 3, all pairs).
+
+    Raises:
+        ValueError: batch_size is below 1, a set has fewer than two images, or features are no
+            finite matrix with a row per image.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+    features = []
+    for name, images in (("images_a", images_a), ("images_b", images_b)):
+        if len(images) < 2:
+            raise ValueError(f"{name} holds {len(images)} images; give at least 2")
+        starts = range(0, len(images), batch_size)
+        parts = [np.asarray(features_fn(images[i : i + batch_size])) for i in starts]
+        matrix = _checked(np.concatenate(parts), f"the features of {name}")
+        if len(matrix) != len(images):
+            raise ValueError(f"features_fn gave {len(matrix)} rows for the {len(images)} {name}")
+        features.append(matrix)
+    a, b = features
+    frechet = frechet_distance(*gaussian_statistics(a), *gaussian_statistics(b))
+    return {"frechet": frechet, "kernel": kernel_distance(a, b)}
+
+
+def _root(covariance: np.ndarray) -> np.ndarray:
+    """R [D, r] with R R^T = covariance, r its numerical rank."""
+    scale = np.abs(covariance).max(initial=0.0)
+    if not np.isfinite(scale) or not np.allclose(covariance, covariance.T, 1e-6, 1e-8 * scale):
+        raise ValueError("a covariance is not finite and symmetric")
+    values, vectors = np.linalg.eigh((covariance + covariance.T) / 2)
+    largest = np.abs(values).max(initial=0.0)
+    if values.min(initial=0.0) < -1e-6 * largest:
+        raise ValueError(
+            f"a covariance has the eigenvalue {values.min():.3g} beside {largest:.3g}; "
+            "it must be positive semi-definite"
+        )
+    kept = values > len(values) * np.finfo(np.float64).eps * largest
+    return vectors[:, kept] * np.sqrt(values[kept])
+
+
+def _unbiased_mmd(x: np.ndarray, y: np.ndarray, degree: int) -> float:
+    return (
+        _kernel_sum(x, x, degree, diagonal=False) / (len(x) * (len(x) - 1))
+        + _kernel_sum(y, y, degree, diagonal=False) / (len(y) * (len(y) - 1))
+        - 2 * _kernel_sum(x, y, degree, diagonal=True) / (len(x) * len(y))
+    )
+
+
+def _kernel_sum(x: np.ndarray, y: np.ndarray, degree: int, *, diagonal: bool) -> float:
+    width = x.shape[1]
+    total = 0.0
+    for begin in range(0, len(x), _ROWS):
+        total += float(((x[begin : begin + _ROWS] @ y.T / width + 1) ** degree).sum())
+    if not diagonal:
+        total -= float(((np.einsum("nd,nd->n", x, y) / width + 1) ** degree).sum())
+    return total
+
+
+def _checked(features: np.ndarray, name: str) -> np.ndarray:
+    features = np.asarray(features, np.float64)
+    if features.ndim != 2 or len(features) < 2 or features.shape[1] < 1:
+        raise ValueError(f"{name} have shape {features.shape}; expected [N, D] with N >= 2, D >= 1")
+    if not np.isfinite(features).all():
+        raise ValueError(f"{name} hold values that are not finite")
+    return features

@@ -1,0 +1,162 @@
+"""Arrays to picture files; a file appears whole under its name or not at all."""
+
+import math
+import secrets
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+_HOLD_MILLISECONDS = 1500
+_LONGEST_MILLISECONDS = 655_350  # two bytes of hundredths of a second
+
+
+def to_uint8(images: np.ndarray) -> np.ndarray:
+    """Maps [-1, 1] to 0..255, rounding to nearest and clipping what lies outside.
+
+    Args:
+        images: float, any shape.
+
+    Returns:
+        uint8, the same shape.
+
+    Raises:
+        ValueError: the array is not of floats, or holds a NaN.
+    """
+    images = np.asarray(images)
+    if images.dtype.kind != "f" and images.dtype.name != "bfloat16":
+        raise ValueError(f"images are {images.dtype}; expected floats in [-1, 1]")
+    scaled = (images.astype(np.float32) + 1) * 127.5
+    if np.isnan(scaled).any():
+        raise ValueError("images hold values that are not numbers; did the sampler diverge?")
+    return np.rint(np.clip(scaled, 0, 255)).astype(np.uint8)
+
+
+def grid(
+    images: np.ndarray, columns: int | None = None, scale: int = 1, gap: int = 1
+) -> np.ndarray:
+    """Lays images out in rows on black, in reading order.
+
+    Args:
+        images: uint8 [B, H, W, C] with C of 1 or 3, B >= 1.
+        columns: images per row; the smallest square that holds all of them when not given.
+        scale: pixels drawn per pixel of an image, in both directions, from 1 up.
+        gap: black pixels between neighbours, from 0 up.
+
+    Returns:
+        uint8 [H', W', 3].
+
+    Raises:
+        ValueError: another dtype or shape, or a number out of range.
+    """
+    images = np.asarray(images)
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
+        raise ValueError(
+            f"images must be uint8 [B, H, W, 1 or 3], not {images.dtype} {list(images.shape)}"
+        )
+    count = len(images)
+    if count == 0:
+        raise ValueError("there are no images to lay out; give at least one")
+    columns = math.isqrt(count - 1) + 1 if columns is None else columns
+    if columns < 1 or scale < 1 or gap < 0:
+        raise ValueError(
+            f"columns is {columns}, scale {scale}, gap {gap}; they must be at least 1, 1 and 0"
+        )
+    rows = -(-count // columns)
+    drawn = images.repeat(scale, axis=1).repeat(scale, axis=2)
+    height, width = drawn.shape[1] + gap, drawn.shape[2] + gap
+    sheet = np.zeros((rows * height - gap, columns * width - gap, 3), np.uint8)
+    for place, image in enumerate(drawn):
+        top, left = place // columns * height, place % columns * width
+        sheet[top : top + image.shape[0], left : left + image.shape[1]] = image
+    return sheet
+
+
+def save_png(path: str | Path, array: np.ndarray) -> None:
+    """Writes one image as PNG, making its folder.
+
+    Args:
+        path: of the file, replaced when it is there.
+        array: uint8 [H, W], [H, W, 1] or [H, W, 3].
+
+    Raises:
+        ValueError: another dtype or shape.
+        OSError: the file cannot be written.
+    """
+    image = _image(array)
+    _write_whole(Path(path), lambda file: image.save(file, format="PNG"))
+
+
+def save_gif(path: str | Path, frames: Sequence[np.ndarray], milliseconds: int) -> None:
+    """Writes frames as an animated GIF that loops and holds its last frame for 1.5 s or more.
+
+    Args:
+        path: of the file, replaced when it is there.
+        frames: uint8 [H, W], [H, W, 1] or [H, W, 3] each, all of one size, at least one.
+        milliseconds: per frame, from 10 to 655350; GIF rounds to hundredths of a second.
+
+    Raises:
+        ValueError: another dtype, shape or duration, or no frames.
+        OSError: the file cannot be written.
+    """
+    if not 10 <= milliseconds <= _LONGEST_MILLISECONDS:
+        raise ValueError(
+            f"milliseconds is {milliseconds}; a frame of a GIF takes 10 to {_LONGEST_MILLISECONDS}"
+        )
+    if len(frames) == 0:
+        raise ValueError("there are no frames to save; give at least one")
+    images = [_image(frame) for frame in frames]
+    if len({image.size for image in images}) > 1:
+        raise ValueError("frames differ in size; a GIF needs frames of one size")
+    durations = [milliseconds] * (len(images) - 1) + [max(milliseconds, _HOLD_MILLISECONDS)]
+    first, rest = images[0], images[1:]
+    _write_whole(
+        Path(path),
+        lambda file: first.save(
+            file, format="GIF", save_all=True, append_images=rest, duration=durations, loop=0
+        ),
+    )
+
+
+def save_images(directory: str | Path, images: np.ndarray, start: int = 0) -> None:
+    """Writes images as 000000.png, 000001.png and so on, making their folder.
+
+    Args:
+        directory: of the files.
+        images: uint8 [B, H, W, C] with C of 1 or 3.
+        start: number of the first file, from 0 up.
+
+    Raises:
+        ValueError: another dtype or shape, or a negative start.
+        OSError: a file cannot be written.
+    """
+    if start < 0:
+        raise ValueError(f"start is {start}; it must be at least 0")
+    for number, image in enumerate(images, start):
+        save_png(Path(directory) / f"{number:06d}.png", image)
+
+
+def _image(array: np.ndarray):
+    from PIL import Image
+
+    array = np.asarray(array)
+    if array.ndim == 3 and array.shape[-1] == 1:
+        array = array[..., 0]
+    if array.dtype != np.uint8 or array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,)):
+        raise ValueError(
+            f"an image must be uint8 [H, W], [H, W, 1] or [H, W, 3], "
+            f"not {array.dtype} {list(array.shape)}"
+        )
+    return Image.fromarray(array)
+
+
+def _write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        with temporary.open("xb") as file:
+            write(file)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
