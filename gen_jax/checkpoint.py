@@ -1,0 +1,230 @@
+"""Checkpoints: Orbax behind three functions, with a digest of every leaf.
+
+Orbax commits a step atomically but does not notice a flipped bit in array data; the digests do.
+A checkpoint is a few named trees (say "params" and "ema") and a JSON record.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+FORMAT = 1
+
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint does not hold what was saved; the message names the step and the leaf."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """What was read back.
+
+    Attributes:
+      step: its step.
+      trees: the trees asked for, with NumPy leaves.
+      record: the JSON record saved with them.
+    """
+
+    step: int
+    trees: dict[str, Any]
+    record: dict
+
+
+def steps(directory: str | os.PathLike) -> list[int]:
+    """The steps committed in a directory, ascending; empty where it does not exist."""
+    path = pathlib.Path(directory)
+    if not path.is_dir():
+        return []
+    return sorted(int(entry.name) for entry in path.iterdir() if entry.name.isdecimal())
+
+
+def save(
+    directory: str | os.PathLike,
+    step: int,
+    trees: Mapping[str, Any],
+    record: Mapping[str, Any],
+    *,
+    keep: int,
+) -> None:
+    """Writes a checkpoint whole and returns when it is on disk.
+
+    A damaged checkpoint of the same step is moved aside, to "<step>.damaged".
+
+    Args:
+      directory: where the steps are kept.
+      step: of this checkpoint.
+      trees: trees of arrays by name; replicated over all devices. Every process calls this.
+      record: small JSON values kept beside them.
+      keep: newest checkpoints to keep; older ones are removed after the new one is committed.
+
+    Raises:
+      FloatingPointError: a leaf is not finite; nothing is written.
+      OSError: the disk is full or the like; older checkpoints are untouched.
+    """
+    items, digests = {}, {}
+    for name, tree in trees.items():
+        items[name] = _flatten(tree)
+        for leaf, value in items[name].items():
+            if np.issubdtype(value.dtype, np.inexact) and not np.isfinite(value).all():
+                raise FloatingPointError(
+                    f"checkpoint of step {step} not saved: {name}.{leaf} is not finite"
+                )
+            digests[f"{name}.{leaf}"] = _digest(value)
+    body = json.dumps({"format": FORMAT, "digests": digests, "record": dict(record)})
+    arguments = {name: ocp.args.PyTreeSave(item) for name, item in items.items()}
+    meta = {"body": body, "digest": hashlib.sha256(body.encode()).hexdigest()}
+    path = pathlib.Path(directory).absolute()
+    if jax.process_index() == 0 and (path / str(step)).exists():
+        os.replace(path / str(step), path / f"{step}.damaged")
+    try:
+        with _manager(path, keep=keep, create=True) as manager:
+            manager.save(
+                step, args=ocp.args.Composite(**arguments, meta=ocp.args.JsonSave(meta)), force=True
+            )
+            manager.wait_until_finished()
+    except ValueError as error:  # how Orbax reports what TensorStore could not write
+        raise OSError(f"checkpoint of step {step} not saved in {path}: {error}") from error
+
+
+def restore(
+    directory: str | os.PathLike, templates: Mapping[str, Any], *, step: int | None = None
+) -> Restored:
+    """Reads a checkpoint and verifies every leaf.
+
+    Args:
+      directory: where the steps are kept.
+      templates: for each tree to read, a tree of the same structure whose leaves have the shape
+        and dtype expected (arrays or `jax.ShapeDtypeStruct`).
+      step: which one; None for the latest that is whole, with a warning for each that is not.
+
+    Raises:
+      FileNotFoundError: there is no checkpoint, or not this step.
+      DamagedCheckpoint: the step asked for, or every step, is damaged.
+      ValueError: names, shapes or dtypes are not those of the templates.
+    """
+    available = steps(directory)
+    if not available:
+        raise FileNotFoundError(f"no checkpoint in {directory}")
+    if step is not None:
+        if step not in available:
+            raise FileNotFoundError(
+                f"no checkpoint of step {step} in {directory}; there are {available}"
+            )
+        return _restore(directory, templates, step)
+    for candidate in reversed(available):
+        try:
+            return _restore(directory, templates, candidate)
+        except DamagedCheckpoint as error:
+            warnings.warn(f"{error}; falling back to the one before", stacklevel=2)
+    raise DamagedCheckpoint(f"every checkpoint in {directory} is damaged: steps {available}")
+
+
+def _restore(directory, templates, step):
+    path = pathlib.Path(directory).absolute()
+    with _manager(path) as manager:
+        meta = _read_meta(manager, step)
+        trees = {}
+        for name, template in templates.items():
+            expected = _flatten(template, abstract=True)
+            _check_layout(name, expected, meta["digests"], step)
+            leaves = _read_leaves(manager, step, name, list(expected))
+            for leaf, wanted in expected.items():
+                value = leaves[leaf]
+                if _digest(value) != meta["digests"][f"{name}.{leaf}"]:
+                    raise DamagedCheckpoint(
+                        f"checkpoint of step {step} is damaged: {name}.{leaf} is not what was saved"
+                    )
+                if value.shape != wanted.shape or value.dtype != wanted.dtype:
+                    raise ValueError(
+                        f"checkpoint of step {step}: {name}.{leaf} is {value.dtype}{value.shape}, "
+                        f"expected {wanted.dtype}{wanted.shape}; was it another configuration?"
+                    )
+            structure = jax.tree.structure(template)
+            trees[name] = jax.tree.unflatten(structure, [leaves[leaf] for leaf in expected])
+    return Restored(step, trees, meta["record"])
+
+
+def _read_meta(manager, step):
+    problem = f"checkpoint of step {step} is damaged: its record"
+    try:
+        meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        body, digest = meta["body"], meta["digest"]
+    except Exception as error:  # Orbax promises no type for what a damaged file raises
+        raise DamagedCheckpoint(f"{problem} cannot be read ({_first_line(error)})") from error
+    if hashlib.sha256(body.encode()).hexdigest() != digest:
+        raise DamagedCheckpoint(f"{problem} is not what was saved")
+    meta = json.loads(body)
+    if meta["format"] != FORMAT:
+        raise ValueError(f"checkpoint of step {step} has format {meta['format']}, not {FORMAT}")
+    return meta
+
+
+def _read_leaves(manager, step, name, leaves):
+    def read(chosen):
+        arguments = ocp.args.PyTreeRestore(
+            item=dict.fromkeys(chosen, 0),
+            restore_args={leaf: ocp.RestoreArgs(restore_type=np.ndarray) for leaf in chosen},
+            partial_restore=True,
+        )
+        item = manager.restore(step, args=ocp.args.Composite(**{name: arguments}))[name]
+        return {leaf: np.asarray(item[leaf]) for leaf in chosen}
+
+    try:
+        return read(leaves)
+    except Exception as error:  # as above; look for the leaf that is to blame
+        for leaf in leaves:
+            try:
+                read([leaf])
+            except Exception as cause:
+                raise DamagedCheckpoint(
+                    f"checkpoint of step {step} is damaged: {name}.{leaf} cannot be read "
+                    f"({_first_line(cause)})"
+                ) from cause
+        raise DamagedCheckpoint(
+            f"checkpoint of step {step} is damaged: {name} cannot be read ({_first_line(error)})"
+        ) from error
+
+
+def _check_layout(name, expected, digests, step):
+    stored = {key.removeprefix(f"{name}.") for key in digests if key.startswith(f"{name}.")}
+    missing, extra = sorted(set(expected) - stored), sorted(stored - set(expected))
+    if missing or extra:
+        raise ValueError(
+            f"checkpoint of step {step} holds another {name}: it lacks {missing[:5]}, and has "
+            f"{extra[:5]} besides; was it another configuration?"
+        )
+
+
+def _manager(path, *, keep=None, create=False):
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=keep,
+        enable_async_checkpointing=False,
+        create=create,
+        cleanup_tmp_directories=create,  # what a killed run left half-written
+    )
+    return ocp.CheckpointManager(path, options=options)
+
+
+def _flatten(tree, abstract=False):
+    paths, _ = jax.tree.flatten_with_path(tree)
+    named = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in paths}
+    return named if abstract else {name: np.asarray(leaf) for name, leaf in named.items()}
+
+
+def _digest(value: np.ndarray) -> str:
+    head = f"{value.dtype.str}{value.shape}".encode()
+    return hashlib.blake2b(head + np.ascontiguousarray(value).tobytes(), digest_size=16).hexdigest()
+
+
+def _first_line(error):
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:200]
