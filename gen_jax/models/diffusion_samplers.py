@@ -41,11 +41,13 @@ class TimeGrid:
             out, which is what multistep solvers do (they jump from the point before to x_0).
 
         Raises:
-          ValueError: more steps than there are.
+          ValueError: more steps than there are, or one step that would start at the clean end.
         """
         points = self.steps + (skip_last and self.spacing != "trailing")
         if points > total:
             raise ValueError(f"{self.steps} sampling steps do not fit in {total} time steps")
+        if points == 1 < total and self.spacing != "trailing":
+            raise ValueError(f'one step of "{self.spacing}" starts at t = 0; use "trailing"')
         if self.spacing == "leading":
             grid = np.arange(points) * (total // points)
         elif self.spacing == "linspace":

@@ -36,6 +36,11 @@ class UNetConfig:
     def __post_init__(self):
         if not self.widths or min(self.widths) < 1:
             raise ValueError(f"widths must be positive and not empty, got {self.widths}")
+        if self.widths[0] < 4 or self.widths[0] % 2:
+            raise ValueError(
+                f"the first width, that of the time embedding, must be even and at least 4, "
+                f"got {self.widths}"
+            )
         for width in self.widths:
             if width % self.groups:
                 raise ValueError(f"groups ({self.groups}) must divide every width {self.widths}")

@@ -1,0 +1,303 @@
+"""UNets in the format of diffusers' `UNet2DModel`: config.json and one safetensors file.
+
+The same network under other names: kernels are transposed (channels last here, first there), and
+the query, key and value of an attention layer are one matrix here, three there. Options of
+`UNet2DModel` that `gen_jax.nn.unet.UNet` does not have are refused by name; an option that
+config.json leaves out has the default of diffusers 0.42, not ours.
+"""
+
+import json
+import os
+import pathlib
+import re
+from collections.abc import Iterable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax import traverse_util
+
+from gen_jax.interop.diffusers_options import to_config, to_options
+from gen_jax.nn.config import UNetConfig
+from gen_jax.nn.unet import UNet
+
+_CONFIG = "config.json"
+_WEIGHTS = "diffusion_pytorch_model.safetensors"
+_SHARDS = _WEIGHTS + ".index.json"
+
+_LAYERS = {
+    "conv_in": "conv_in",
+    "time_0": "time_embedding.linear_1",
+    "time_1": "time_embedding.linear_2",
+    "class": "class_embedding",
+    "middle_attention": "mid_block.attentions.0",
+    "middle_block_0": "mid_block.resnets.0",
+    "middle_block_1": "mid_block.resnets.1",
+    "norm_out": "conv_norm_out",
+    "conv_out": "conv_out",
+}
+_SUBLAYERS = {
+    "norm_0": ["norm1"],
+    "conv_0": ["conv1"],
+    "time": ["time_emb_proj"],
+    "norm_1": ["norm2"],
+    "conv_1": ["conv2"],
+    "shortcut": ["conv_shortcut"],
+    "norm": ["group_norm"],
+    "qkv": ["to_q", "to_k", "to_v"],
+    "project": ["to_out.0"],
+}
+_ATTENTION = re.compile(r"\.attentions\.\d+\.(to_q|to_k|to_v|to_out\.0)\.weight$")
+_OLD_ATTENTION = re.compile(r"(\.attentions\.\d+)\.(query|key|value|proj_attn)\.")
+_NEW_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def load_diffusers_unet(directory: str | os.PathLike) -> tuple[UNet, dict]:
+    """The network in a folder that diffusers' `UNet2DModel` wrote.
+
+    Args:
+      directory: holds config.json and diffusion_pytorch_model.safetensors, or a folder "unet"
+        that does (a pipeline). Weights in float16 or bfloat16 become float32.
+
+    Returns:
+      (unet, params): called as `unet.apply({"params": params}, x, t)` with x [B, H, W, C] in
+      [-1, 1] and t [B]. Attention sits where it does in diffusers for images of the file's
+      `sample_size`; the network takes other sizes too, but places attention by height.
+
+    Raises:
+      FileNotFoundError: there is no config.json, or there are no weights.
+      ValueError: the options cannot be expressed (each is named), the weights are pickled,
+        sharded or damaged, or tensors are missing, unknown or of another shape.
+    """
+    directory = _find(pathlib.Path(directory).expanduser())
+    config, sample_size = to_config(_read_options(directory / _CONFIG))
+    template = _template(config, sample_size)
+    tensors = _read_tensors(_weights(directory))
+    expected = _export(template)
+    tensors = {name: _squeeze(name, tensor, expected) for name, tensor in tensors.items()}
+    _check(
+        directory / _WEIGHTS,
+        {name: tensor.shape for name, tensor in expected.items()},
+        {name: tensor.shape for name, tensor in tensors.items()},
+    )
+    return UNet(config), _import(template, tensors)
+
+
+def save_diffusers_unet(
+    directory: str | os.PathLike,
+    config: UNetConfig,
+    params: Mapping,
+    *,
+    sample_size: int | tuple[int, int],
+) -> None:
+    """Writes a network so that `diffusers.UNet2DModel.from_pretrained` loads it.
+
+    A reader sees each file whole, the old one or the new one. A network with classes gets one
+    class embedding more, the last, for "no class". `config.compute` is not stored.
+
+    Args:
+      directory: made when it does not exist; config.json and the weights in it are replaced.
+      config: of the network.
+      params: its parameters, stored as float32.
+      sample_size: height and width of the images; diffusers places attention by level, so that
+        heights in `config.attention` become the levels which have them at this size.
+
+    Raises:
+      ValueError: diffusers cannot express the configuration, the size does not fit the network,
+        parameters are missing, unknown or of another shape, or the folder holds sharded weights,
+        which diffusers would read instead.
+    """
+    directory = pathlib.Path(directory).expanduser()
+    if config.patch != 1:
+        raise ValueError(f"diffusers cannot express patch={config.patch} (supported: 1)")
+    height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+    if min(height, width) < 1 or height % config.stride or width % config.stride:
+        raise ValueError(
+            f"sample_size={sample_size} does not fit the network "
+            f"(supported: multiples of {config.stride})"
+        )
+    options = to_options(config, height, width)
+    to_config(options)  # refuses by name what would not come back
+    if (directory / _SHARDS).exists():
+        raise ValueError(f"{directory} holds sharded weights ({_SHARDS}); choose another folder")
+    given = traverse_util.flatten_dict(params)
+    template = _template(config, (height, width))
+    _check(
+        "params",
+        {"/".join(path): leaf.shape for path, leaf in template.items()},
+        {"/".join(path): np.shape(leaf) for path, leaf in given.items()},
+    )
+    tensors = {
+        name: np.ascontiguousarray(tensor, np.float32) for name, tensor in _export(given).items()
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    _replace(directory / _WEIGHTS, safetensors.numpy.save(tensors, metadata={"format": "pt"}))
+    _replace(directory / _CONFIG, (json.dumps(options, indent=2, sort_keys=True) + "\n").encode())
+
+
+def _find(directory):
+    for candidate in (directory, directory / "unet"):
+        if (candidate / _CONFIG).is_file():
+            return candidate
+    raise FileNotFoundError(f"{directory} has neither {_CONFIG} nor unet/{_CONFIG}")
+
+
+def _read_options(path):
+    try:
+        options = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(options, dict) or options.get("_class_name") != "UNet2DModel":
+        name = options.get("_class_name") if isinstance(options, dict) else None
+        raise ValueError(f"{path} is not of a UNet2DModel: _class_name={name!r}")
+    return options
+
+
+def _weights(directory):
+    path = directory / _WEIGHTS
+    if (directory / _SHARDS).exists():
+        raise ValueError(
+            f"{directory} holds sharded weights ({_SHARDS}), which are not supported; "
+            "save the model again as one file"
+        )
+    if path.is_file():
+        return path
+    pickled = sorted(
+        file.name for file in directory.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".ckpt")
+    )
+    if pickled:
+        raise ValueError(
+            f"{directory} has pickled weights only ({', '.join(pickled)}), which can run code when "
+            f"they are read; convert them to {_WEIGHTS}"
+        )
+    raise FileNotFoundError(f"{directory} has no {_WEIGHTS}")
+
+
+def _read_tensors(path):
+    try:
+        stored = safetensors.numpy.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    tensors = {}
+    for name, tensor in stored.items():
+        if tensor.dtype not in (np.float32, np.float16, jnp.bfloat16):
+            raise ValueError(
+                f"{path}: {name} is {tensor.dtype} (supported: float32, float16, bfloat16)"
+            )
+        new = _OLD_ATTENTION.sub(lambda match: f"{match[1]}.{_NEW_NAMES[match[2]]}.", name)
+        if new in tensors or (new != name and new in stored):
+            raise ValueError(f"{path} has {new} under its old and its new name")
+        tensors[new] = tensor.astype(np.float32, copy=False)
+    return tensors
+
+
+def _squeeze(name, tensor, expected):
+    """An attention weight that was stored as a convolution of size 1, as a matrix."""
+    if _ATTENTION.search(name) and name in expected and tensor.ndim > 2:
+        rows, columns, *rest = tensor.shape
+        if set(rest) == {1}:
+            return tensor.reshape(rows, columns)
+    return tensor
+
+
+def _check(where, expected: Mapping[str, tuple], given: Mapping[str, tuple]):
+    """Raises a ValueError of one line that names what differs."""
+    problems = []
+    if missing := [name for name in expected if name not in given]:
+        problems.append(f"missing {_listing(missing)}")
+    if extra := [name for name in given if name not in expected]:
+        problems.append(f"unknown {_listing(extra)}")
+    wrong = [
+        f"{name} {list(given[name])} instead of {list(shape)}"
+        for name, shape in expected.items()
+        if name in given and tuple(given[name]) != tuple(shape)
+    ]
+    if wrong:
+        problems.append(f"wrong shape: {_listing(wrong)}")
+    if problems:
+        raise ValueError(f"{where} does not fit the network: {'; '.join(problems)}")
+
+
+def _listing(names: Iterable[str], shown=8):
+    names = list(names)
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
+
+
+def _template(config, sample_size):
+    """Our parameters as {path: array}, all zero without taking memory."""
+    height, width = sample_size
+    shapes = jax.eval_shape(
+        UNet(config).init,
+        jax.random.key(0),
+        jnp.zeros((1, height, width, config.channels)),
+        jnp.zeros((1,)),
+    )["params"]
+    zero = np.zeros((), np.float32)
+    return {
+        path: np.broadcast_to(zero, leaf.shape)
+        for path, leaf in traverse_util.flatten_dict(shapes).items()
+    }
+
+
+def _export(leaves: Mapping[tuple[str, ...], np.ndarray]) -> dict[str, np.ndarray]:
+    """Our parameters by path as diffusers' tensors by name."""
+    last = _last_level(leaves)
+    tensors = {}
+    for path, leaf in leaves.items():
+        names = _names(path, last)
+        for name, part in zip(names, np.split(np.asarray(leaf), len(names), axis=-1), strict=True):
+            if path[-1] == "kernel":  # [..., in, out] -> [out, in, ...]
+                part = np.moveaxis(part, (-1, -2), (0, 1))
+            if path[-2] == "shortcut" and path[-1] == "kernel":
+                part = part[:, :, None, None]
+            tensors[name] = part
+    return tensors
+
+
+def _import(template, tensors):
+    """The inverse of `_export`, as a tree of float32 arrays."""
+    last = _last_level(template)
+    leaves = {}
+    for path, leaf in template.items():
+        parts = [tensors[name] for name in _names(path, last)]
+        if path[-1] == "kernel":
+            if path[-2] == "shortcut":
+                parts = [part[:, :, 0, 0] for part in parts]
+            parts = [np.moveaxis(part, (0, 1), (-1, -2)) for part in parts]
+        leaves[path] = jnp.asarray(np.concatenate(parts, axis=-1).reshape(leaf.shape))
+    return traverse_util.unflatten_dict(leaves)
+
+
+def _names(path, last):
+    """diffusers' names for one of our parameters; three for a part of "qkv"."""
+    layer, *sublayer, leaf = path
+    if place := re.fullmatch(r"(down|up)_(\d+)_(block|attention|conv)(?:_(\d+))?", layer):
+        side, level, kind, index = place.groups()
+        level = int(level) if side == "down" else last - int(level)
+        if kind == "conv":
+            prefix = f"{side}_blocks.{level}.{side}samplers.0.conv"
+        else:
+            module = {"block": "resnets", "attention": "attentions"}[kind]
+            prefix = f"{side}_blocks.{level}.{module}.{index}"
+    else:
+        prefix = _LAYERS[layer]
+    suffix = "bias" if leaf == "bias" else "weight"
+    if not sublayer:
+        return [f"{prefix}.{suffix}"]
+    return [f"{prefix}.{name}.{suffix}" for name in _SUBLAYERS[sublayer[0]]]
+
+
+def _last_level(leaves):
+    return max(int(path[0].split("_")[1]) for path in leaves if path[0].startswith("down_"))
+
+
+def _replace(path, content):
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

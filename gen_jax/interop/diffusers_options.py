@@ -1,0 +1,240 @@
+"""Options of diffusers' `UNet2DModel` as a `UNetConfig`, and back."""
+
+import json
+
+from gen_jax.nn.config import UNetConfig
+
+# Every option of UNet2DModel with its default.
+_DEFAULTS = {
+    "sample_size": None,
+    "in_channels": 3,
+    "out_channels": 3,
+    "center_input_sample": False,
+    "time_embedding_type": "positional",
+    "time_embedding_dim": None,
+    "freq_shift": 0,
+    "flip_sin_to_cos": True,
+    "down_block_types": ["DownBlock2D", *["AttnDownBlock2D"] * 3],
+    "mid_block_type": "UNetMidBlock2D",
+    "up_block_types": [*["AttnUpBlock2D"] * 3, "UpBlock2D"],
+    "block_out_channels": [224, 448, 672, 896],
+    "layers_per_block": 2,
+    "mid_block_scale_factor": 1,
+    "downsample_padding": 1,
+    "downsample_type": "conv",
+    "upsample_type": "conv",
+    "dropout": 0.0,
+    "act_fn": "silu",
+    "attention_head_dim": 8,
+    "norm_num_groups": 32,
+    "attn_norm_num_groups": None,
+    "norm_eps": 1e-5,
+    "resnet_time_scale_shift": "default",
+    "add_attention": True,
+    "class_embed_type": None,
+    "num_class_embeds": None,
+    "num_train_timesteps": None,  # read only by learned time embeddings, which are refused
+}
+
+# Options that have to be one of these. "swish" is another name of "silu".
+_FIXED = {
+    "center_input_sample": (False,),
+    "time_embedding_type": ("positional",),
+    "freq_shift": (1,),
+    "flip_sin_to_cos": (False,),
+    "mid_block_type": ("UNetMidBlock2D",),
+    "mid_block_scale_factor": (1,),
+    "downsample_padding": (0,),
+    "downsample_type": ("conv",),
+    "upsample_type": ("conv",),
+    "act_fn": ("silu", "swish"),
+    "resnet_time_scale_shift": ("default",),
+    "add_attention": (True,),
+    "class_embed_type": (None,),
+}
+
+# Whether a block has attention.
+_DOWN_BLOCKS = {"DownBlock2D": False, "AttnDownBlock2D": True}
+_UP_BLOCKS = {"UpBlock2D": False, "AttnUpBlock2D": True}
+
+# Set in config.json when the last class means "no class", as in our networks; diffusers skips
+# names with an underscore.
+_NULL_CLASS = "_last_class_is_none"
+
+# What the moving average of diffusers' training writes beside the options.
+_MOVING_AVERAGE = {
+    "decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step",
+    "use_ema_warmup",
+}  # fmt: skip
+
+
+def to_options(config: UNetConfig, height: int, width: int) -> dict:
+    """What config.json says of a network for images of this size."""
+    attended = [height >> level in config.attention for level in range(len(config.widths))]
+    down, up = ({has: name for name, has in kinds.items()} for kinds in (_DOWN_BLOCKS, _UP_BLOCKS))
+    options = _DEFAULTS | {key: allowed[0] for key, allowed in _FIXED.items()}
+    options |= {
+        "_class_name": "UNet2DModel",
+        "sample_size": height if height == width else [height, width],
+        "in_channels": config.channels,
+        "out_channels": config.out_channels,
+        "down_block_types": [down[has] for has in attended],
+        "up_block_types": [up[has] for has in reversed(attended)],
+        "block_out_channels": list(config.widths),
+        "layers_per_block": config.blocks,
+        "dropout": config.dropout,
+        "attention_head_dim": config.head_width or None,
+        "norm_num_groups": config.groups,
+        "norm_eps": config.norm_epsilon,
+    }
+    if config.classes:
+        options |= {"num_class_embeds": config.classes + 1, _NULL_CLASS: True}
+    return options
+
+
+def to_config(stored: dict) -> tuple[UNetConfig, tuple[int, int]]:
+    """Our configuration, and a size of images at which attention sits where it should.
+
+    Args:
+      stored: what config.json says.
+
+    Raises:
+      ValueError: names every option that cannot be expressed.
+    """
+    options = _DEFAULTS | stored
+    unknown = {
+        key for key in stored.keys() - _DEFAULTS.keys() - _MOVING_AVERAGE if not key.startswith("_")
+    }
+    problems = [f"{key}={json.dumps(stored[key])} (unknown)" for key in sorted(unknown)]
+    for key, allowed in _FIXED.items():
+        if options[key] not in allowed:
+            problems.append(_refusal(options, key, " or ".join(map(json.dumps, allowed))))
+    problems += _wrong_values(options) or _wrong_structure(options)
+    if problems:
+        raise ValueError(f"this UNet2DModel cannot be expressed: {'; '.join(problems)}")
+
+    widths = tuple(options["block_out_channels"])
+    attended = [_DOWN_BLOCKS[_plain(name)] for name in options["down_block_types"]]
+    stride = 2 ** (len(widths) - 1)
+    height, width = _sizes(options["sample_size"]) or (stride, stride)
+    config = UNetConfig(
+        widths=widths,
+        blocks=options["layers_per_block"],
+        attention=tuple(height >> level for level, has in enumerate(attended) if has),
+        head_width=options["attention_head_dim"] or 0,
+        groups=options["norm_num_groups"],
+        norm_epsilon=options["norm_eps"],
+        dropout=options["dropout"],
+        channels=options["in_channels"],
+        out_channels=options["out_channels"],
+        classes=(options["num_class_embeds"] or 1) - 1,
+    )
+    return config, (height, width)
+
+
+def _wrong_values(options):
+    """Refusals of options that do not have the type or the range of their kind."""
+    problems = []
+
+    def require(key, holds, supported):
+        if not holds(options[key]):
+            problems.append(_refusal(options, key, supported))
+
+    def count(value):
+        return type(value) is int and value >= 1
+
+    def number(value):
+        return type(value) in (int, float) and value >= 0
+
+    for key in ("in_channels", "out_channels", "layers_per_block", "norm_num_groups"):
+        require(key, count, "a positive integer")
+    for key in ("attention_head_dim", "attn_norm_num_groups", "num_class_embeds"):
+        require(key, lambda value: value is None or count(value), "null or a positive integer")
+    require(
+        "block_out_channels",
+        lambda value: isinstance(value, list) and value and all(map(count, value)),
+        "a list of positive integers",
+    )
+    for key, kinds in (("down_block_types", _DOWN_BLOCKS), ("up_block_types", _UP_BLOCKS)):
+        require(
+            key,
+            lambda value, kinds=kinds: (
+                isinstance(value, list) and all(_plain(name) in kinds for name in value)
+            ),
+            f"a list of {' and '.join(kinds)}",
+        )
+    require("dropout", lambda value: number(value) and value < 1, "a number in [0, 1)")
+    require("norm_eps", number, "a number that is not negative")
+    require(
+        "sample_size",
+        lambda value: value is None or all(map(count, _sizes(value) or [None])),
+        "null, a positive integer or two",
+    )
+    return problems
+
+
+def _wrong_structure(options):
+    """Refusals of options that do not fit each other, or our network."""
+    problems = []
+
+    def refuse_unless(holds, key, supported):
+        if not holds:
+            problems.append(_refusal(options, key, supported))
+
+    widths, groups = options["block_out_channels"], options["norm_num_groups"]
+    head, size = options["attention_head_dim"], _sizes(options["sample_size"])
+    down = [_DOWN_BLOCKS[_plain(name)] for name in options["down_block_types"]]
+    up = [_UP_BLOCKS[_plain(name)] for name in options["up_block_types"]]
+    stride = 2 ** (len(widths) - 1)
+    refuse_unless(
+        widths[0] % 2 == 0 and widths[0] >= 4,
+        "block_out_channels", "the first even and at least 4",
+    )  # fmt: skip
+    refuse_unless(len(down) == len(widths), "down_block_types", f"{len(widths)} blocks")
+    refuse_unless(up == down[::-1], "up_block_types", "attention at the levels of down_block_types")
+    refuse_unless(
+        all(width % groups == 0 for width in widths),
+        "norm_num_groups", f"a divisor of every width {widths}",
+    )  # fmt: skip
+    refuse_unless(
+        head is None or all(width % head == 0 for width in widths),
+        "attention_head_dim", f"null or a divisor of every width {widths}",
+    )  # fmt: skip
+    refuse_unless(
+        options["attn_norm_num_groups"] in (None, groups),
+        "attn_norm_num_groups", f"null or norm_num_groups, {groups}",
+    )  # fmt: skip
+    refuse_unless(
+        options["time_embedding_dim"] in (None, 4 * widths[0]),
+        "time_embedding_dim", f"null or 4 x the first width, {4 * widths[0]}",
+    )  # fmt: skip
+    refuse_unless(
+        size is not None or not any(down),
+        "sample_size", "an integer, where attention is given by block",
+    )  # fmt: skip
+    refuse_unless(
+        size is None or not any(side % stride for side in size),
+        "sample_size", f"a multiple of {stride}",
+    )  # fmt: skip
+    classes = options["num_class_embeds"]
+    refuse_unless(
+        classes is None or (classes > 1 and options.get(_NULL_CLASS) is True),
+        "num_class_embeds", f'null, or more than 1 with "{_NULL_CLASS}": true beside it',
+    )  # fmt: skip
+    return problems
+
+
+def _refusal(options, key, supported):
+    return f"{key}={json.dumps(options[key])} (supported: {supported})"
+
+
+def _plain(name):
+    # diffusers takes the names of its first versions, "UNetResDownBlock2D", for the same blocks.
+    return name.removeprefix("UNetRes") if isinstance(name, str) else None
+
+
+def _sizes(value):
+    """(height, width) of a `sample_size`; None for null or what is neither one number nor two."""
+    if isinstance(value, list):
+        return tuple(value) if len(value) == 2 else None
+    return None if value is None else (value, value)
