@@ -31,6 +31,9 @@ class Sampler(Protocol):
     nfe: int
     steps: int
 
+    def prepare(self, params) -> Any:
+        """What the other methods get as `params`: casts and layouts, done once before the loop."""
+
     def init(self, params, keys, cond) -> Any:
         """The state before the first step, for keys [B] and a condition tree [B, ...] or None."""
 
@@ -55,6 +58,10 @@ def generate(sampler: Sampler, params, keys: jax.Array, cond=None, *, trajectory
     Returns:
       The samples [B, ...], or (samples, states) with states a tree of arrays [steps, B, ...].
     """
+    return _loop(sampler, sampler.prepare(params), keys, cond, trajectory)
+
+
+def _loop(sampler, params, keys, cond, trajectory=False):
     state = sampler.init(params, keys, cond)
     if not trajectory:
         body = lambda i, state: sampler.step(params, state, i)  # noqa: E731
@@ -132,6 +139,7 @@ def generate_many(
         raise ValueError(f"number and micro_batch must be at least 1, got {number}, {micro_batch}")
     devices = mesh.size if mesh is not None else 1
     size, program, done = _round_up(micro_batch, devices), None, 0
+    params = jax.jit(sampler.prepare)(params)
     hidden = not sys.stderr.isatty() if progress is None else not progress
     with tqdm(total=number, desc="sampling", unit="sample", disable=hidden) as bar:
         while done < number:
@@ -158,17 +166,19 @@ def generate_many(
 
 
 def compile_generate(
-    sampler: Sampler, params, keys: jax.Array, cond=None, *, mesh: Mesh | None = None
+    sampler: Sampler, prepared, keys: jax.Array, cond=None, *, mesh: Mesh | None = None
 ) -> Callable:
-    """`generate` compiled ahead for arguments of these shapes: (params, keys, cond) -> samples.
+    """`generate` compiled ahead for arguments of these shapes: (prepared, keys, cond) -> samples.
 
-    With a mesh each device runs the whole loop on its own share of the samples, whose number it
-    divides; nothing is exchanged between devices.
+    It takes `sampler.prepare(params)`, so that calls share the preparation. With a mesh each
+    device runs the whole loop on its own share of the samples, whose number it divides; nothing
+    is exchanged between devices.
     """
+    loop = functools.partial(_loop, sampler)
     if mesh is None:
-        return generate.lower(sampler, params, keys, cond).compile()
+        return jax.jit(loop).lower(prepared, keys, cond).compile()
     mapped = jax.shard_map(
-        lambda params, keys, cond: generate(sampler, params, keys, cond),
+        loop,
         mesh=mesh,
         in_specs=(P(), P("data"), P("data")),
         out_specs=P("data"),
@@ -177,7 +187,7 @@ def compile_generate(
     whole, split = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
     return (
         jax.jit(mapped, in_shardings=(whole, split, split), out_shardings=split)
-        .lower(params, keys, cond)
+        .lower(prepared, keys, cond)
         .compile()
     )
 

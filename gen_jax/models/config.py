@@ -1,6 +1,7 @@
 """Choices of the model families, as frozen dataclasses; importing this loads nothing heavy."""
 
 import dataclasses
+import math
 from typing import Literal
 
 Prediction = Literal["epsilon", "x0", "v"]
@@ -37,6 +38,8 @@ class DiffusionConfig:
             raise ValueError(
                 f"need 0 < beta_start <= beta_end < 1, got {self.beta_start}, {self.beta_end}"
             )
+        if not 0 <= self.bound_weight < math.inf:
+            raise ValueError(f"bound_weight must be finite, not negative, got {self.bound_weight}")
         if not 0 <= self.label_dropout < 1:
             raise ValueError(f"label_dropout must be in [0, 1), got {self.label_dropout}")
 
@@ -61,5 +64,7 @@ class SolverConfig:
     def __post_init__(self):
         if self.steps < 1:
             raise ValueError(f"sampling needs at least 1 step, got {self.steps}")
-        if self.eta < 0:
-            raise ValueError(f"eta must not be negative, got {self.eta}")
+        if not 0 <= self.eta < math.inf:
+            raise ValueError(f"eta must be finite, not negative, got {self.eta}")
+        if not math.isfinite(self.guidance):
+            raise ValueError(f"guidance must be finite, got {self.guidance}")

@@ -276,7 +276,7 @@ def bits_per_dim(config: DiffusionConfig, network: Network, params, batch, keys,
 
 def split_each(keys, count):
     """[B] keys -> `count` arrays of [B] keys."""
-    return jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, count))(keys), 1, 0)
+    return jax.vmap(lambda key: tuple(jax.random.split(key, count)))(keys)
 
 
 def fold_in_each(keys, data):

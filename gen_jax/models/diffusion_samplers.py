@@ -250,6 +250,11 @@ class DiffusionSampler:
         )
         return kernels.StepCoefficients(*(np.asarray(entry, np.float32) for entry in table))
 
+    def prepare(self, params):
+        """The network's own preparation, where it has one; see `Sampler`."""
+        prepare = getattr(self.network, "prepare", None)
+        return params if prepare is None else prepare(params)
+
     def init(self, params, keys, cond):
         """Noise x_T from the first half of each key; see `Sampler`."""
         del params

@@ -1,6 +1,7 @@
 """Sizes of the networks, as frozen dataclasses; importing this loads nothing heavy."""
 
 import dataclasses
+import math
 from typing import Literal
 
 
@@ -41,6 +42,12 @@ class UNetConfig:
                 f"the first width, that of the time embedding, must be even and at least 4, "
                 f"got {self.widths}"
             )
+        for name in ("blocks", "groups", "patch", "channels", "out_channels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("head_width", "classes", "norm_epsilon"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be finite, not negative, got {getattr(self, name)}")
         for width in self.widths:
             if width % self.groups:
                 raise ValueError(f"groups ({self.groups}) must divide every width {self.widths}")
@@ -48,8 +55,6 @@ class UNetConfig:
                 raise ValueError(
                     f"head_width ({self.head_width}) must divide every width {self.widths}"
                 )
-        if self.blocks < 1 or self.patch < 1:
-            raise ValueError("blocks and patch must be at least 1")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
 

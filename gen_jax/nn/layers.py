@@ -29,6 +29,25 @@ def sinusoidal_embedding(t: jax.Array, width: int) -> jax.Array:
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
+class Conv3x3(nn.Module):
+    """A 3 x 3 convolution that keeps the size of the feature map.
+
+    Where the collection "prepared" holds its transformed weights, they may be read instead.
+    """
+
+    features: int
+    dtype: jnp.dtype
+    kernel_init: nn.initializers.Initializer = uniform_init
+
+    @nn.compact
+    def __call__(self, x):  # [B, H, W, C] -> [B, H, W, features]
+        kernel = self.param("kernel", self.kernel_init, (3, 3, x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
+        prepared = self.get_variable("prepared", "kernel")
+        x, kernel, bias = x.astype(self.dtype), kernel.astype(self.dtype), bias.astype(self.dtype)
+        return kernels.conv_3x3(x, kernel, prepared) + bias
+
+
 class GroupNorm(nn.Module):
     """Group normalisation, with SiLU unless told otherwise."""
 

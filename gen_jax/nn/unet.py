@@ -8,12 +8,16 @@ be folded into patches first, and a class embedding may be added to that of time
 import dataclasses
 
 import flax.linen as nn
+import flax.struct
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+import kernels
 from gen_jax.nn.config import UNetConfig
 from gen_jax.nn.layers import (
+    Conv3x3,
     Dropout,
     GroupNorm,
     sinusoidal_embedding,
@@ -32,12 +36,12 @@ class ResidualBlock(nn.Module):
     def __call__(self, x, embedding, keys):  # [B, H, W, C], [B, E], [B] keys -> [B, H, W, width]
         config, dtype = self.config, jnp.dtype(self.config.compute)
         h = GroupNorm(config.groups, config.norm_epsilon, name="norm_0")(x)
-        h = nn.Conv(self.width, (3, 3), dtype=dtype, kernel_init=uniform_init, name="conv_0")(h)
+        h = Conv3x3(self.width, dtype, name="conv_0")(h)
         shift = nn.Dense(self.width, dtype=dtype, kernel_init=uniform_init, name="time")(embedding)
         h = h + shift[:, None, None, :]
         h = GroupNorm(config.groups, config.norm_epsilon, name="norm_1")(h)
         h = Dropout(config.dropout, name="dropout")(h, keys)
-        h = nn.Conv(self.width, (3, 3), dtype=dtype, kernel_init=zeros_init, name="conv_1")(h)
+        h = Conv3x3(self.width, dtype, zeros_init, name="conv_1")(h)
         if x.shape[-1] != self.width:
             x = nn.Dense(self.width, dtype=dtype, kernel_init=uniform_init, name="shortcut")(x)
         return x + h
@@ -91,9 +95,7 @@ class UNet(nn.Module):
         embedding = self._embed(t, label)
         p = config.patch
         h = rearrange(x, "b (h p) (w q) c -> b h w (p q c)", p=p, q=p)
-        h = nn.Conv(
-            config.widths[0], (3, 3), dtype=dtype, kernel_init=uniform_init, name="conv_in"
-        )(h)
+        h = Conv3x3(config.widths[0], dtype, name="conv_in")(h)
 
         skips = [h]
         last = len(config.widths) - 1
@@ -124,15 +126,10 @@ class UNet(nn.Module):
                     h = AttentionBlock(config, name=f"up_{level}_attention_{i}")(h)
             if level != 0:
                 h = jnp.repeat(jnp.repeat(h, 2, axis=1), 2, axis=2)
-                h = nn.Conv(
-                    width, (3, 3), dtype=dtype, kernel_init=uniform_init, name=f"up_{level}_conv"
-                )(h)
+                h = Conv3x3(width, dtype, name=f"up_{level}_conv")(h)
 
         h = GroupNorm(config.groups, config.norm_epsilon, name="norm_out")(h)
-        h = nn.Conv(
-            p * p * config.out_channels, (3, 3), dtype=dtype, kernel_init=zeros_init,
-            name="conv_out",
-        )(h)  # fmt: skip
+        h = Conv3x3(p * p * config.out_channels, dtype, zeros_init, name="conv_out")(h)
         h = rearrange(h, "b h w (p q c) -> b (h p) (w q) c", p=p, q=p)
         return h.astype(jnp.float32)
 
@@ -165,9 +162,17 @@ def _check_input(config, x, label):
         raise ValueError("a label was given to a network without classes")
 
 
+@flax.struct.dataclass
+class PreparedParams:
+    """Parameters of a UNet with what the loop of a sampler reads instead of some of them."""
+
+    params: dict
+    prepared: dict
+
+
 @dataclasses.dataclass(frozen=True)
 class Denoiser:
-    """The UNet as two pure functions of a tree of parameters; hashable by its sizes."""
+    """The UNet as pure functions of a tree of parameters; hashable by its sizes."""
 
     config: UNetConfig
 
@@ -176,6 +181,25 @@ class Denoiser:
         x = jnp.zeros((1, height, width, self.config.channels))
         return jax.jit(UNet(self.config).init)(key, x, jnp.zeros((1,)))["params"]
 
+    def prepare(self, params) -> PreparedParams:
+        """What depends on the parameters alone, computed once before many evaluations.
+
+        Weights in the type that is computed with, and the transformed weights of the 3 x 3
+        convolutions. The network's output does not change beyond rounding.
+        """
+        dtype = jnp.dtype(self.config.compute)
+        flat, prepared = flax.traverse_util.flatten_dict(params), {}
+        for path, leaf in flat.items():
+            if leaf.ndim == 4 and leaf.shape[:2] == (3, 3) and dtype == jnp.float32:
+                prepared[path] = kernels.prepare_conv_3x3(leaf)
+            if not path[-2].startswith("norm"):  # normalisation stays in float32
+                flat[path] = leaf.astype(dtype)
+        unflatten = flax.traverse_util.unflatten_dict
+        return PreparedParams(unflatten(flat), unflatten(prepared))
+
     def __call__(self, params, x, t, label=None, keys=None):
-        """See `UNet.__call__`."""
-        return UNet(self.config).apply({"params": params}, x, t, label, keys)
+        """See `UNet.__call__`; takes prepared parameters too."""
+        variables = {"params": params}
+        if isinstance(params, PreparedParams):
+            variables = {"params": params.params, "prepared": params.prepared}
+        return UNet(self.config).apply(variables, x, t, label, keys)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -126,3 +127,15 @@ def test_what_it_refuses():
         apply(network, params, X, T, jnp.zeros(3, jnp.int32))
     with pytest.raises(ValueError, match="must divide every width"):
         UNetConfig(widths=(8, 12), groups=8)
+
+
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+def test_prepared_parameters_are_the_same_network(compute):
+    config = dataclasses.replace(SMALL, widths=(4, 128), compute=compute)
+    network, params = Denoiser(config), random_params(config)
+    prepared = jax.jit(network.prepare)(params)
+    expected, got = apply(network, params, X, T), apply(network, prepared, X, T)
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(got, expected, atol=(1e-5 if compute == "float32" else 0) * scale)
+    names = {"/".join(path) for path in flax.traverse_util.flatten_dict(prepared.params)}
+    assert names == {"/".join(path) for path in flax.traverse_util.flatten_dict(params)}
