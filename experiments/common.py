@@ -5,6 +5,7 @@ Nothing here imports jax: a mistyped option is refused in well under a second.
 
 import dataclasses
 import difflib
+import errno
 import os
 import shlex
 import sys
@@ -17,6 +18,8 @@ from gen_jax import config as config_lib
 from gen_jax.workdir import Workdir
 
 T = TypeVar("T")
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,15 +41,36 @@ class Experiment:
 
 
 def main(experiment: Experiment, argv: list[str] | None = None) -> int:
-    """Runs the command that the arguments ask for; the exit code.
+    """Runs the command that the arguments ask for; the exit code of `guarded`."""
 
-    2 for bad input, 130 and 143 for SIGINT and SIGTERM, 1 for a run that failed.
+    def run():
+        command, config = parse(experiment, sys.argv[1:] if argv is None else argv)
+        try:
+            experiment.commands[command](config)
+        except OSError as error:  # a failed write does not name its file
+            if error.errno not in _DISK_FULL or error.filename is not None:
+                raise
+            raise OSError(f"{error}, in the work directory {config.workdir}") from error
+
+    return guarded(run)
+
+
+def guarded(run: Callable[[], None]) -> int:
+    """Runs to the end, or prints one line that says why not.
+
+    A ValueError that was not raised by this project is a defect, not bad input: it passes.
+
+    Returns:
+      The exit code: 0, 2 for bad input, 1 for a run that failed, 130 for SIGINT.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    sys.unraisablehook = _unraisable
     try:
-        command, config = parse(experiment, argv)
-        experiment.commands[command](config)
-    except (ValueError, FileNotFoundError) as error:
+        run()
+    except ValueError as error:
+        if not _is_ours(error):
+            raise
+        return _fail(error, 2)
+    except FileNotFoundError as error:
         return _fail(error, 2)
     except (FloatingPointError, OSError) as error:
         return _fail(error, 1)
@@ -144,6 +168,21 @@ def _stored(path):
     if not os.path.isfile(os.path.join(os.path.expanduser(path), "config.json")):
         return None
     return Workdir(path).stored_config()
+
+
+def _is_ours(error):
+    """Whether the statement that raised it is in one of this project's packages."""
+    trace = error.__traceback__
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    module = trace.tb_frame.f_globals.get("__name__", "")
+    return module.partition(".")[0] in ("gen_jax", "experiments", "kernels", "__main__")
+
+
+def _unraisable(what):
+    # After an error, which is raised, TensorStore still calls back to an event loop that is gone.
+    if str(what.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(what)
 
 
 def _fail(error, code):

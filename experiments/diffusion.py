@@ -241,7 +241,9 @@ class Run:
         if self.config.data.name == "shapes":
             from gen_jax.metrics import shapes
 
-            report |= shapes.score(images, ShapesSet(self.config.data.size))
+            world = ShapesSet(self.config.data.size)
+            report["bits_per_dim_floor"] = world.entropy / np.log(2) / np.prod(self.shape)
+            report |= shapes.score(images, world)
         else:
             report["frechet_pooled_pixels"] = _pooled_frechet(images, self.test_set.images)
         return report
@@ -348,10 +350,11 @@ def commands(name: str) -> dict:
 
 
 def _run(name, config, phases):
-    workdir = Workdir(config.workdir)
+    path = Path(config.workdir).expanduser()
+    if "train" not in phases and not (path / "config.json").exists():
+        raise WorkdirError(f"no run in {path}; train one first, or give its --workdir")
+    workdir = Workdir(path)
     with workdir.lock():
-        if "train" not in phases and workdir.stored_config() is None:
-            raise WorkdirError(f"no run in {workdir.path}; train one first, or give its --workdir")
         run = Run(name, config, workdir)
         report = run.train() if "train" in phases else {}
         if run.main and phases != ("train",):

@@ -7,17 +7,23 @@ A checkpoint is a few named trees (say "params" and "ema") and a JSON record.
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import pathlib
+import re
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
 FORMAT = 1
+
+# An error of a thread of Orbax is raised by `save`; its traceback, once for each thread, is noise.
+logging.getLogger("absl").addFilter(lambda record: "_SignalingThread" not in record.getMessage())
 
 
 class DamagedCheckpoint(ValueError):
@@ -57,7 +63,8 @@ def save(
 ) -> None:
     """Writes a checkpoint whole and returns when it is on disk.
 
-    A damaged checkpoint of the same step is moved aside, to "<step>.damaged".
+    Checkpoints of this step and of later ones, which a run only comes to save over when they are
+    damaged, are moved aside, to "<step>.damaged".
 
     Args:
       directory: where the steps are kept.
@@ -74,7 +81,8 @@ def save(
     for name, tree in trees.items():
         items[name] = _flatten(tree)
         for leaf, value in items[name].items():
-            if np.issubdtype(value.dtype, np.inexact) and not np.isfinite(value).all():
+            # By jnp, for which bfloat16 is a float too.
+            if jnp.issubdtype(value.dtype, jnp.inexact) and not np.isfinite(value).all():
                 raise FloatingPointError(
                     f"checkpoint of step {step} not saved: {name}.{leaf} is not finite"
                 )
@@ -83,16 +91,17 @@ def save(
     arguments = {name: ocp.args.PyTreeSave(item) for name, item in items.items()}
     meta = {"body": body, "digest": hashlib.sha256(body.encode()).hexdigest()}
     path = pathlib.Path(directory).absolute()
-    if jax.process_index() == 0 and (path / str(step)).exists():
-        os.replace(path / str(step), path / f"{step}.damaged")
+    if jax.process_index() == 0:
+        for later in (other for other in steps(path) if other >= step):
+            _move_aside(path / str(later))
     try:
         with _manager(path, keep=keep, create=True) as manager:
             manager.save(
                 step, args=ocp.args.Composite(**arguments, meta=ocp.args.JsonSave(meta)), force=True
             )
             manager.wait_until_finished()
-    except ValueError as error:  # how Orbax reports what TensorStore could not write
-        raise OSError(f"checkpoint of step {step} not saved in {path}: {error}") from error
+    except (ValueError, OSError) as error:  # ValueError where TensorStore could not write
+        raise OSError(f"checkpoint of step {step} not saved in {path}: {_reason(error)}") from error
 
 
 def restore(
@@ -204,6 +213,14 @@ def _check_layout(name, expected, digests, step):
         )
 
 
+def _move_aside(path):
+    number, aside = 1, path.with_name(f"{path.name}.damaged")
+    while aside.exists():
+        number += 1
+        aside = path.with_name(f"{path.name}.damaged.{number}")
+    os.replace(path, aside)
+
+
 def _manager(path, *, keep=None, create=False):
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep,
@@ -228,3 +245,9 @@ def _digest(value: np.ndarray) -> str:
 def _first_line(error):
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:200]
+
+
+def _reason(error):
+    """What the system said; TensorStore quotes its number in a message of many paths."""
+    number = re.search(r"os_error_code='(\d+)'", str(error))
+    return os.strerror(int(number[1])) if number else _first_line(error)

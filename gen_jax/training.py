@@ -129,7 +129,7 @@ def _device_step(loss, optimizer, config, state, batch, stop):
     gradients, metrics = _gradients(loss, state.params, batch, keys, config.accumulate)
     gradients, metrics = jax.lax.pmean((gradients, metrics), parallel.AXIS)
 
-    norm = optax.global_norm(gradients)
+    norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
     updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -297,11 +297,13 @@ class _Loop:
         metrics = {name: value.item() for name, value in jax.device_get(metrics).items()}
         signum, skipped = metrics.pop("stop"), metrics["skipped"]
         if skipped > self.config.max_skipped:
+            saved = checkpoint.steps(self.workdir.checkpoints)
+            left = "holds the last finite parameters" if saved else "is still empty"
             raise NotFinite(
                 f"loss or gradient not finite in {skipped} steps in a row, up to step {step} of "
                 f"seed {self.config.seed} (loss {metrics['loss']}); training stopped, and "
-                f"{self.workdir.checkpoints} holds the last finite parameters. "
-                "Try a lower --train.learning-rate"
+                f"{self.workdir.checkpoints} {left}. "
+                "Try a lower --train.learning-rate in another --workdir"
             )
         if skipped:
             print(

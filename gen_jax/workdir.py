@@ -22,15 +22,22 @@ class Workdir:
       path: the directory; made when it does not exist.
 
     Raises:
-      WorkdirError: it cannot be made or written to.
+      WorkdirError: it cannot be made or written to, or its name is not text in this locale.
     """
 
     def __init__(self, path: str | os.PathLike):
         self.path = pathlib.Path(path).expanduser().absolute()
         try:
+            str(self.path).encode()  # TensorStore takes no other names
+        except UnicodeEncodeError as error:
+            raise WorkdirError(
+                f"the work directory {str(self.path)!a} has a name that is not text in this "
+                "locale; set PYTHONUTF8=1 or choose another with --workdir"
+            ) from error
+        try:
             self.path.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.path):
-                pass
+            with tempfile.TemporaryFile(dir=self.path) as file:
+                file.write(b"room?")
         except OSError as error:
             raise WorkdirError(
                 f"cannot write to the work directory {self.path} ({error.strerror}); "
@@ -82,6 +89,8 @@ class Workdir:
     def write_config(self, current: dict, free: tuple[str, ...]) -> None:
         """Stores the configuration; refuses one that changes what was being trained.
 
+        Before the first checkpoint there is nothing to protect, and all keys are free.
+
         Args:
           current: nested dictionaries.
           free: dotted keys, or prefixes ending in a dot, that may change on resume.
@@ -90,7 +99,7 @@ class Workdir:
           WorkdirError: keys that are not free differ from the stored ones; all are listed.
         """
         stored = self.stored_config()
-        if stored is not None:
+        if stored is not None and any(self.checkpoints.glob("[0-9]*")):
             changed = config_lib.differences(stored, current, free)
             if changed:
                 raise WorkdirError(
@@ -146,4 +155,5 @@ class MetricsLog:
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # raised by `write` already, which leaves no buffer
+            self._file.close()

@@ -1,0 +1,248 @@
+import random
+import shutil
+import warnings
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from processes import assert_same_leaves, read_leaves, saved_steps
+
+from gen_jax import checkpoint
+
+# After an error, which it raises, TensorStore calls back to an event loop that is gone.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Exception ignored:pytest.PytestUnraisableExceptionWarning"
+)
+
+KEEP = 3
+
+
+def trees(step):
+    """Trees with leaves of several types and sizes, some incompressible, some of zeros."""
+    generator = np.random.default_rng(step)
+    params = {
+        "layer": {
+            "kernel": generator.normal(size=(16, 8)).astype(np.float32),
+            "bias": np.zeros(8, np.float32),
+        },
+        "half": generator.normal(size=5).astype(np.float16),
+        "scale": np.float32(step),
+    }
+    return {"params": params, "state": {"step": np.int32(step), "mask": np.arange(3) > 1}}
+
+
+TEMPLATES = trees(0)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    for step in (1, 2):
+        checkpoint.save(tmp_path / "saved", step, trees(step), {"note": "α"}, keep=KEEP)
+    return tmp_path / "saved"
+
+
+def files(directory, step):
+    found = sorted(path for path in (directory / str(step)).rglob("*") if path.is_file())
+    assert len(found) > 10
+    return found
+
+
+def leaves(tree):
+    return {
+        f"{name}.{key}": value
+        for name, part in tree.items()
+        for key, value in checkpoint._flatten(part).items()
+    }
+
+
+def is_refused_or_right(directory, step=2):
+    """Whether the step is refused by name; if not, every bit must be what was saved."""
+    try:
+        restored = checkpoint.restore(directory, TEMPLATES, step=step)
+    except checkpoint.DamagedCheckpoint as error:
+        message = str(error)
+        assert message.startswith(f"checkpoint of step {step} is damaged: "), message
+        assert any(name in message for name in ("its record", "params", "state")), message
+        assert "\n" not in message
+        return True
+    assert restored.step == step
+    assert restored.record == {"note": "α"}
+    right, got = leaves(trees(step)), leaves(restored.trees)
+    assert got.keys() == right.keys()
+    for name, value in got.items():
+        assert value.dtype == right[name].dtype, name
+        assert value.shape == right[name].shape, name
+        assert value.tobytes() == right[name].tobytes(), name
+    return False
+
+
+def test_a_flipped_bit_never_gives_other_values(saved):
+    generator, refused, flips = random.Random(0), 0, 0
+    assert not is_refused_or_right(saved)
+    for path in files(saved, 2):
+        content = path.read_bytes()
+        for bit in generator.sample(range(8 * len(content)), 6):
+            damaged = bytearray(content)
+            damaged[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(damaged)
+            refused += is_refused_or_right(saved)
+            flips += 1
+        path.write_bytes(content)
+    assert not is_refused_or_right(saved)
+    assert refused > flips / 4  # many bits are of no consequence: spare metadata, padding
+
+
+def test_a_value_that_orbax_reads_without_a_word_is_named(saved):
+    """Files that are whole, with another value in one leaf: only the digest can tell."""
+    params = leaves({"": trees(2)["params"]})
+    params = {name.removeprefix("."): value for name, value in params.items()}
+    params["half"].view(np.uint16)[3] ^= 1
+    ocp.PyTreeCheckpointer().save(saved / "2" / "params", params, force=True)
+    with pytest.raises(checkpoint.DamagedCheckpoint, match=r"params\.half is not what was saved"):
+        checkpoint.restore(saved, TEMPLATES, step=2)
+    assert is_refused_or_right(saved)
+
+
+@pytest.mark.parametrize("length", [0, 1, "half", "all but one"])
+def test_a_truncated_file_never_gives_other_values(saved, length):
+    refused = 0
+    for path in files(saved, 2):
+        content = path.read_bytes()
+        lengths = {"half": len(content) // 2, "all but one": len(content) - 1}
+        path.write_bytes(content[: lengths.get(length, length)])
+        refused += is_refused_or_right(saved)
+        path.write_bytes(content)
+    assert refused >= 4
+
+
+def test_a_deleted_file_never_gives_other_values(saved):
+    refused = 0
+    for path in files(saved, 2):
+        content = path.read_bytes()
+        path.unlink()
+        refused += is_refused_or_right(saved)
+        path.write_bytes(content)
+    for folder in sorted(path for path in (saved / "2").rglob("*") if path.is_dir()):
+        folder.rename(saved / "aside")
+        refused += is_refused_or_right(saved)
+        (saved / "aside").rename(folder)
+    assert refused >= 8
+    assert not is_refused_or_right(saved)
+
+
+def spoil(directory, step, part="params"):
+    """Cuts the largest file of a part of a checkpoint in half."""
+    found = [path for path in files(directory, step) if part in path.parts]
+    path = max(found, key=lambda path: path.stat().st_size)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("part", ["params", "state", "meta"])
+def test_the_latest_falls_back_with_a_warning(saved, part):
+    spoil(saved, 2, part)
+    with pytest.warns(UserWarning, match="falling back to the one before") as caught:
+        restored = checkpoint.restore(saved, TEMPLATES)
+    assert len(caught) == 1
+    name = "its record" if part == "meta" else f"{part}."
+    assert f"checkpoint of step 2 is damaged: {name}" in str(caught[0].message)
+    assert restored.step == 1
+    for name, value in leaves(restored.trees).items():
+        assert value.tobytes() == leaves(trees(1))[name].tobytes()
+
+
+def test_an_explicit_step_never_falls_back(saved):
+    spoil(saved, 2)
+    warnings.filterwarnings("error", message=".*falling back")  # until the test ends
+    with pytest.raises(checkpoint.DamagedCheckpoint, match="step 2"):
+        checkpoint.restore(saved, TEMPLATES, step=2)
+
+
+def test_when_all_are_damaged_that_is_said(saved):
+    for step in (1, 2):
+        spoil(saved, step)
+    with (
+        pytest.warns(UserWarning, match="damaged"),
+        pytest.raises(checkpoint.DamagedCheckpoint, match=r"every checkpoint .*: steps \[1, 2\]"),
+    ):
+        checkpoint.restore(saved, TEMPLATES)
+
+
+def test_a_missing_step_is_no_damage(saved):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 3 .*\[1, 2\]"):
+        checkpoint.restore(saved, TEMPLATES, step=3)
+    with pytest.raises(FileNotFoundError, match="no checkpoint in"):
+        checkpoint.restore(saved / "none", TEMPLATES)
+
+
+def test_another_configuration_is_no_damage(saved):
+    """A template that does not fit is refused, not answered with an older checkpoint."""
+    wrong_shape, wrong_type, wrong_name = trees(0), trees(0), trees(0)
+    wrong_shape["params"]["half"] = np.zeros(6, np.float16)
+    wrong_type["params"]["half"] = np.zeros(5, np.float32)
+    wrong_name["params"]["other"] = wrong_name["params"].pop("half")
+    for template in (wrong_shape, wrong_type, wrong_name):
+        with pytest.raises(ValueError, match="another configuration") as caught:
+            checkpoint.restore(saved, template)
+        assert not isinstance(caught.value, checkpoint.DamagedCheckpoint)
+        assert "half" in str(caught.value)
+
+
+def test_what_is_saved_over_damage_is_kept_aside(saved):
+    """However often: nothing is lost that might still be of use."""
+    for _ in range(3):
+        spoil(saved, 2)
+        with pytest.warns(UserWarning, match="falling back"):
+            assert checkpoint.restore(saved, TEMPLATES).step == 1
+        checkpoint.save(saved, 2, trees(2), {"note": "α"}, keep=KEEP)
+        assert not is_refused_or_right(saved)
+    names = {path.name for path in saved.iterdir()}
+    assert names == {"1", "2", "2.damaged", "2.damaged.2", "2.damaged.3"}
+
+
+def test_damage_of_a_later_step_does_not_push_out_good_ones(saved):
+    """Retention counts by step: a damaged step 2 must not count as newer than a good 1."""
+    spoil(saved, 2)
+    for step in (3, 9):
+        checkpoint.save(saved, step, trees(step), {"note": "α"}, keep=KEEP)
+    spoil(saved, 9)
+    with pytest.warns(UserWarning, match="falling back"):
+        assert checkpoint.restore(saved, TEMPLATES).step == 3
+    checkpoint.save(saved, 5, trees(5), {"note": "α"}, keep=1)
+    assert checkpoint.steps(saved) == [5]
+    assert not is_refused_or_right(saved, 5)
+    assert (saved / "9.damaged").is_dir()
+
+
+def test_half_written_steps_are_no_steps(saved):
+    """What Orbax leaves behind when it is killed is neither read nor kept."""
+    left = saved / "3.orbax-checkpoint-tmp"
+    shutil.copytree(saved / "2", left)
+    assert checkpoint.steps(saved) == [1, 2]
+    assert checkpoint.restore(saved, TEMPLATES).step == 2
+    checkpoint.save(saved, 3, trees(3), {"note": "α"}, keep=KEEP)
+    assert checkpoint.steps(saved) == [1, 2, 3]
+    assert not left.exists()
+
+
+def test_training_goes_on_from_the_one_before(toy, folder):
+    assert toy.run("--workdir", "whole").returncode == 0
+    shutil.copytree(folder / "whole", folder / "damaged")
+    spoil(folder / "damaged" / "checkpoints", 12)
+    resumed = toy.run("--workdir", "damaged")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "checkpoint of step 12 is damaged: params." in resumed.stderr
+    assert "falling back to the one before" in resumed.stderr
+    assert "Traceback" not in resumed.stderr
+    assert saved_steps(folder / "damaged") == [4, 8, 12]
+    assert_same_leaves(read_leaves(folder / "damaged"), read_leaves(folder / "whole"))
+    assert (folder / "damaged" / "checkpoints" / "12.damaged").is_dir()
+
+    for step in (4, 8, 12):
+        spoil(folder / "damaged" / "checkpoints", step)
+    refused = toy.run("--workdir", "damaged")
+    assert refused.returncode == 2
+    error = refused.stderr.splitlines()[-1]
+    assert error.startswith("error: every checkpoint in ")
+    assert str(folder / "damaged") in error
+    assert "Traceback" not in refused.stderr
+    assert saved_steps(folder / "damaged") == [4, 8, 12]

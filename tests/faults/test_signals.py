@@ -1,0 +1,95 @@
+import os
+import shlex
+import signal
+import subprocess
+import time
+
+import processes
+import pytest
+from processes import assert_same_leaves, read_leaves, saved_steps, wait_until
+
+CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
+OPTIONS = ("--train.steps", 150, "--train.checkpoint-every", 50)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, compiled):
+    """The work directory of a run that no signal reached."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    run = processes.experiment(folder, compiled).run("train", "--workdir", "run", *OPTIONS)
+    assert run.returncode == 0, run.stderr
+    return folder / "run"
+
+
+def has_records(workdir):
+    path = workdir / "metrics.jsonl"
+    return path.exists() and path.stat().st_size > 0
+
+
+def next_error_line(process, start):
+    """The first line on standard error that begins like this."""
+    for line in process.stderr:
+        if line.startswith(start):
+            return line
+    raise AssertionError(f"no line {start!r}")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_command_it_prints_goes_on(
+    experiment, folder, uninterrupted, signum
+):
+    workdir = folder / "my run"
+    with experiment.start("train", "--workdir", workdir, *OPTIONS) as process:
+        wait_until(lambda: has_records(workdir), process)
+        process.send_signal(signum)
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == CODES[signum], stderr
+    (step,) = saved_steps(workdir)[-1:]
+    assert 0 < step < 150
+    assert f"{signum.name}: finishing the step and saving; once more to stop at once" in stderr
+    message, command = stderr.splitlines()[-2:]
+    assert message == f"stopped by {signum.name} after step {step}; saved. Resume with:"
+
+    python, *arguments = shlex.split(command)
+    assert python == "python"
+    resumed = subprocess.run(
+        [experiment.command()[0], *arguments],
+        cwd=folder,
+        env=experiment.environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    assert saved_steps(workdir)[-1] == 150
+    assert_same_leaves(read_leaves(workdir), read_leaves(uninterrupted))
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_stops_at_once(toy, folder, second):
+    options = ("--train.checkpoint-every", 3, "--block-at", 5)
+    with toy.start("--workdir", "run", *options) as process:
+        wait_until(lambda: saved_steps(folder / "run") == [3], process)
+        time.sleep(0.5)  # until it waits for the batch of step 5
+        process.send_signal(signal.SIGTERM)
+        next_error_line(process, "SIGTERM: finishing the step and saving")
+        assert process.poll() is None
+        began = time.monotonic()
+        process.send_signal(second)
+        process.communicate(timeout=30)
+    assert time.monotonic() - began < 2
+    assert process.returncode == CODES[second]
+    assert saved_steps(folder / "run") == [3]
+    resumed = toy.run("--workdir", "run", "--block-at", -1)
+    assert resumed.returncode == 0, resumed.stderr
+    assert saved_steps(folder / "run")[-1] == 12
+
+
+def test_ctrl_c_reaches_the_whole_group_and_leaves_nothing_behind(toy, folder):
+    with toy.start("--workdir", "run", "--pause", 0.05, start_new_session=True) as process:
+        wait_until(lambda: has_records(folder / "run"), process)
+        os.killpg(process.pid, signal.SIGINT)
+        _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 130, stderr
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
