@@ -19,12 +19,14 @@ setuptools.setup(
     ),
     install_requires=[
         "jax>=0.10",
+        "numpy",
         "flax>=0.12",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.11,<1",  # 1.0 moves the API; checkpoint.py is the only caller
         "einops",
         "tensorflow-datasets>=4.9.10",
         "importlib_resources",  # needed by tensorflow-datasets, which does not declare it
+        "requests",  # one request that tells whether there is a network; tensorflow-datasets has it
         "pillow",  # PNG and GIF, and image decoding in tensorflow-datasets
         "safetensors",  # the weight format that diffusers and transformers exchange
         "tqdm",

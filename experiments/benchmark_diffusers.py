@@ -83,7 +83,9 @@ class Sides:
 
         torch.manual_seed(0)
         torch.set_num_threads(config.threads)
-        self.torch_unet = diffusers.UNet2DModel(**options).eval()
+        # Both sides on the same device: PyTorch's CUDA where jax runs on a GPU.
+        self.device = {"gpu": "cuda"}.get(jax.default_backend(), "cpu")
+        self.torch_unet = diffusers.UNet2DModel(**options).eval().to(self.device)
         with tempfile.TemporaryDirectory() as directory:
             self.torch_unet.save_pretrained(directory)
             unet, params = interop.load_diffusers_unet(directory)
@@ -135,10 +137,10 @@ class Sides:
         scheduler.set_timesteps(steps)
         difference = 0.0
         for x, following, t in zip(ours[:-1], ours[1:], scheduler.timesteps, strict=True):
-            x = torch.from_numpy(x.copy())
+            x = torch.from_numpy(x.copy()).to(self.device)
             with torch.no_grad():
                 theirs = scheduler.step(self.torch_unet(x, t).sample, t, x).prev_sample
-            difference = max(difference, float(np.abs(theirs.numpy() - following).max()))
+            difference = max(difference, float(np.abs(theirs.cpu().numpy() - following).max()))
         if not difference <= self.tolerance:
             raise FloatingPointError(
                 f"the two sides differ by {difference:.2g}, above {self.tolerance}: not timed"

@@ -10,14 +10,11 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping
-from typing import TypeVar
 
 import tyro
 
 from gen_jax import config as config_lib
 from gen_jax.workdir import Workdir
-
-T = TypeVar("T")
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -74,6 +71,14 @@ def guarded(run: Callable[[], None]) -> int:
         return _fail(error, 2)
     except (FloatingPointError, OSError) as error:
         return _fail(error, 1)
+    except RuntimeError as error:  # of jax, which may not have been imported
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return _fail(
+            "out of memory; try a larger --train.accumulate, or a smaller --sample.micro-batch "
+            f"or --evaluate.batch ({str(error).splitlines()[0][:200]})",
+            1,
+        )
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -87,11 +92,16 @@ def parse(experiment: Experiment, argv: list[str]) -> tuple[str, object]:
     directory; without that, the first preset. Every option overrides a field of it.
 
     Raises:
-      SystemExit: an option is unknown or ill-typed (code 2), or --help was asked for.
-      ValueError: values that contradict each other.
+      SystemExit: a value is ill-typed or contradicts another (code 2), or --help was asked for.
+      ValueError: a command, preset or option is unknown.
     """
     commands = tuple(experiment.commands)
-    command, rest = (argv[0], argv[1:]) if argv and argv[0] in commands else (commands[0], argv)
+    command, rest = commands[0], argv
+    if argv and not argv[0].startswith("-"):
+        command, rest = argv[0], argv[1:]
+    if command not in commands:
+        close = difflib.get_close_matches(command, commands, n=1, cutoff=0.0)
+        raise ValueError(f"unknown command {command!r}; did you mean {close[0]}?")
     preset, rest = _take(rest, "--preset")
     workdir, _ = _take(rest, "--workdir")
     if preset is not None and preset not in experiment.presets:

@@ -4,20 +4,24 @@ The configuration is here too; presets are in the experiments. jax is imported b
 not by this module, so that bad options are refused first.
 """
 
+import contextlib
 import dataclasses
 import functools
-import shutil
+import json
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from experiments import common
+from gen_jax import config as config_lib
 from gen_jax import data, pictures
 from gen_jax.config import DistributedConfig, TrainConfig, to_dict
 from gen_jax.data import DataConfig, ShapesSet
 from gen_jax.models.config import DiffusionConfig, SolverConfig
+from gen_jax.models.time_grid import TimeGrid
 from gen_jax.nn.config import UNetConfig
 from gen_jax.workdir import Workdir, WorkdirError
 
@@ -34,6 +38,8 @@ class SampleConfig(SolverConfig):
     """Samples drawn at a time; 1 gives the lowest latency."""
     label: int = -1
     """Class of all samples of a conditional model; -1 for all classes in turn."""
+    checkpoint: int = -1
+    """Step of the checkpoint to sample and evaluate; -1 for the latest that is whole."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -74,13 +80,13 @@ class Config:
     distributed: DistributedConfig = DistributedConfig()
     conditional: bool = False
     """Condition on the labels of the data (set model.classes to their number)."""
+    pretrained: str = ""
+    """Folder of a UNet2DModel of diffusers: train starts from it, sample draws from it."""
 
     def __post_init__(self):
-        if self.sample.steps + (self.sample.solver == "dpm_solver_pp") > self.diffusion.timesteps:
-            raise ValueError(
-                f"sample.steps ({self.sample.steps}) do not fit in diffusion.timesteps "
-                f"({self.diffusion.timesteps})"
-            )
+        TimeGrid(self.sample.steps, self.sample.spacing).timesteps(
+            self.diffusion.timesteps, skip_last=self.sample.solver == "dpm_solver_pp"
+        )
         if self.conditional != bool(self.model.classes):
             raise ValueError(
                 "conditional and model.classes go together: set both or neither "
@@ -88,6 +94,8 @@ class Config:
             )
         if self.sample.guidance != 1.0 and not self.conditional:
             raise ValueError("sample.guidance needs a conditional model")
+        if self.sample.guidance != 1.0 and not self.diffusion.label_dropout:
+            raise ValueError("sample.guidance needs a model trained with diffusion.label_dropout")
         learned = self.diffusion.variance == "learned"
         if self.model.out_channels != self.model.channels * (2 if learned else 1):
             raise ValueError(
@@ -102,7 +110,7 @@ class Config:
 
 # What may change when a run is resumed: how long, how often, how to sample; not what is learned.
 FREE = (
-    "workdir", "sample.", "evaluate.", "distributed.", "data.dir", "train.log_every",
+    "workdir", "sample.", "evaluate.", "distributed.", "data.dir", "pretrained", "train.log_every",
     "train.checkpoint_every", "train.evaluate_every", "train.keep", "train.max_skipped",
 )  # fmt: skip
 
@@ -119,36 +127,41 @@ class Run:
       name: of the experiment's module.
       config: the whole configuration.
       workdir: its directory, locked by the caller.
-      reading: whether the command needs a checkpoint that is there already.
+      phases: those to come; the data that they need is read, and checked, at once.
 
     Raises:
       ValueError, FileNotFoundError: the data or the directory do not fit the configuration.
     """
 
-    def __init__(self, name: str, config: Config, workdir: Workdir):
+    def __init__(self, name: str, config: Config, workdir: Workdir, phases: tuple[str, ...]):
         self.name, self.config, self.workdir = name, config, workdir
         self.began = time.perf_counter()
-        self.train_set = data.load(config.data, "train")
-        self.shape = self.train_set.images.shape[1:]
-        _check_data(config, self.train_set)
-        workdir.write_config(to_dict(config), free_keys(config))
+        if "train" in phases:
+            _check_data(config, self.train_set)
+        if "evaluate" in phases or ("train" in phases and config.train.evaluate_every):
+            _check_data(config, self.test_set)
         from gen_jax import parallel
         from gen_jax.nn.unet import Denoiser
 
-        parallel.start(config.distributed)
         self.network = Denoiser(config.model)
-        import jax
+        if is_main(config):
+            print(f"{name}: {parallel.device_banner()}; {workdir.path}")
 
-        self.main = jax.process_index() == 0
-        if self.main:
-            print(f"{name}: {parallel.device_banner()}; {len(self.train_set)} images of "
-                  f"{'x'.join(map(str, self.shape))}; {workdir.path}")  # fmt: skip
+    @functools.cached_property
+    def train_set(self) -> data.Images:
+        """The training split of the data."""
+        return data.load(self.config.data, "train")
+
+    @functools.cached_property
+    def test_set(self) -> data.Images:
+        """The test split of the data."""
+        return data.load(self.config.data, "test")
 
     def train(self) -> dict:
         """Trains from where the work directory left off; what it took."""
         import jax
 
-        from gen_jax import parallel, training
+        from gen_jax import keys, parallel, training
         from gen_jax.models import diffusion
 
         config, train = self.config, self.config.train
@@ -163,35 +176,75 @@ class Run:
         def loss(params, batch, keys):
             return diffusion.loss(config.diffusion, self.network, params, batch, keys)
 
-        params = self.network.init(jax.random.key(train.seed), *self.shape[:2])
+        shape = self.train_set.images.shape[1:]
+        params = self.network.init(keys.root(train.seed, "init"), *shape[:2])
+        if config.pretrained:
+            params = self._pretrained()
         try:
             trained = training.fit(
                 train, loss, params, batch, self.workdir,
-                mesh=parallel.data_mesh(), record={"config": to_dict(config)},
+                mesh=parallel.data_mesh(),
+                record={"config": to_dict(config), "image_shape": shape},
                 evaluate=lambda state: self.bits_per_dim(state.ema),
             )  # fmt: skip
         except training.Interrupted as stop:
             print(f"{stop}; saved. Resume with:\n  {common.resume_command(self.name, config)}",
                   file=sys.stderr)  # fmt: skip
             raise SystemExit(128 + stop.signum) from None
-        return {
+        report = {
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
             "steps": int(trained.state.step),
+        }
+        if trained.start == report["steps"]:  # nothing was left to do
+            return report
+        return report | {
             "train_compile_seconds": trained.compile_seconds,
             "train_seconds": trained.seconds,
             "images_per_second": trained.examples_per_second,
         }
 
-    def restore(self, step: int | None = None) -> dict:
-        """The averaged parameters of the latest checkpoint, or of one step."""
+    def restore(self) -> dict:
+        """The averaged parameters to sample from, on the device; sets `step` and `shape`."""
         import jax
 
-        from gen_jax import checkpoint
+        from gen_jax import checkpoint, keys
 
-        template = jax.eval_shape(lambda: self.network.init(jax.random.key(0), *self.shape[:2]))
+        if self.config.pretrained and not checkpoint.steps(self.workdir.checkpoints):
+            self.step, self.shape = 0, self._pretrained_shape()
+            return jax.device_put(self._pretrained())
+        chosen = self.config.sample.checkpoint
+        step = None if chosen < 0 else chosen
+        record = checkpoint.restore(self.workdir.checkpoints, {}, step=step).record
+        self.shape = tuple(record["image_shape"])
+        template = jax.eval_shape(lambda: self.network.init(keys.root(0, "init"), *self.shape[:2]))
         restored = checkpoint.restore(self.workdir.checkpoints, {"ema": template}, step=step)
         self.step = restored.step
         return jax.device_put(restored.trees["ema"])
+
+    def export(self, params) -> dict:
+        """Writes the averaged parameters as a folder of diffusers."""
+        from gen_jax import interop
+
+        path = self.workdir.path / "diffusers"
+        interop.save_diffusers_unet(path, self.config.model, params, sample_size=self.shape[0])
+        return {"exported": str(path)}
+
+    def _pretrained(self):
+        from gen_jax import interop
+
+        unet, params = interop.load_diffusers_unet(self.config.pretrained)
+        ours = dataclasses.replace(self.config.model, dropout=0.0, compute="float32")
+        differing = config_lib.differences(to_dict(ours), to_dict(unet.config), ("dropout",))
+        if differing:
+            raise ValueError(
+                f"{self.config.pretrained} is another network than model ({'; '.join(differing)})"
+            )
+        return params
+
+    def _pretrained_shape(self):
+        with open(Path(self.config.pretrained) / "config.json") as file:
+            side = json.load(file)["sample_size"]
+        return side, side, self.config.model.channels
 
     def sample(self, params) -> dict:
         """Draws the samples and the pictures; rates and latency."""
@@ -236,7 +289,12 @@ class Run:
                 f"no samples in {self.workdir.path}; run the command `sample` first"
             )
         with np.load(path) as file:
-            images = file["images"]
+            images, step = file["images"], int(file["step"])
+        if step != self.step:
+            raise ValueError(
+                f"{path} was drawn at step {step}, the checkpoint is of step {self.step}; "
+                "run the command `sample` again"
+            )
         report = self.bits_per_dim(params)
         if self.config.data.name == "shapes":
             from gen_jax.metrics import shapes
@@ -244,27 +302,32 @@ class Run:
             world = ShapesSet(self.config.data.size)
             report["bits_per_dim_floor"] = world.entropy / np.log(2) / np.prod(self.shape)
             report |= shapes.score(images, world)
-        else:
-            report["frechet_pooled_pixels"] = _pooled_frechet(images, self.test_set.images)
+        elif min(len(images), len(self.test_set)) > 1:
+            reference = self.test_set.images / np.float32(127.5) - 1
+            report["frechet_pooled_pixels"] = _pooled_frechet(images, reference)
         return report
 
     def bits_per_dim(self, params) -> dict:
         """The variational bound on test images: its mean, parts and standard error."""
         import jax
 
-        from gen_jax import sampling
+        from gen_jax import keys, parallel
 
-        choice, test_set = self.config.evaluate, self.test_set
+        choice, test_set, mesh = self.config.evaluate, self.test_set, parallel.local_mesh()
         number = min(choice.images, len(test_set))
         rows = test_set.indices(0, 0, number)
         parts = []
-        size = min(choice.batch, number)
-        for first in range(0, number, size):
+        size = -(-min(choice.batch, number) // mesh.size) * mesh.size
+        params = parallel.replicate(mesh, jax.device_get(params))
+        hidden = not sys.stderr.isatty()
+        for first in tqdm(range(0, number, size), "evaluating", unit="batch", disable=hidden):
             chosen = rows[np.minimum(np.arange(first, first + size), number - 1)]
             batch = {"image": test_set.images[chosen]}
             if self.config.conditional:
                 batch["label"] = test_set.labels[chosen]
-            part = jax.device_get(self._bound(params, batch, sampling.sample_keys(0, first, size)))
+            batch = parallel.split(mesh, batch)
+            part = self._bound(params, batch, keys.stream(0, "evaluate", first, size))
+            part = jax.device_get(part)
             parts.append({name: value[: number - first] for name, value in part.items()})
         values = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         report = {
@@ -273,11 +336,6 @@ class Run:
         }
         error = values["bits_per_dim"].std(ddof=1) / np.sqrt(number) if number > 1 else np.nan
         return report | {"bits_per_dim_standard_error": float(error), "test_images": number}
-
-    @functools.cached_property
-    def test_set(self) -> data.Images:
-        """The test split of the data."""
-        return data.load(self.config.data, "test")
 
     @functools.cached_property
     def _bound(self):
@@ -303,7 +361,8 @@ class Run:
         path, images = self.workdir.path, pictures.to_uint8(samples)
         shown = images[:64]
         pictures.save_png(path / "samples.png", pictures.grid(shown, scale=_scale(self.shape)))
-        shutil.rmtree(path / "samples", ignore_errors=True)
+        for old in (path / "samples").glob("[0-9]" * 6 + ".png"):
+            old.unlink()
         pictures.save_images(path / "samples", images)
         arrays = {"images": samples, "step": self.step, "seed": self.config.sample.seed, "nfe": nfe}
         if labels is not None:
@@ -336,7 +395,7 @@ class Run:
 
 
 def commands(name: str) -> dict:
-    """The commands of a diffusion experiment: all, train, sample, evaluate."""
+    """The commands of a diffusion experiment."""
 
     def command(*phases):
         return lambda config: _run(name, config, phases)
@@ -346,30 +405,57 @@ def commands(name: str) -> dict:
         "train": command("train"),
         "sample": command("sample"),
         "evaluate": command("evaluate"),
+        "export": command("export"),
     }
 
 
+def is_main(config: Config) -> bool:
+    """Whether this process is the one that writes; it does not load jax to tell of one alone."""
+    if not config.distributed.coordinator:
+        return True
+    import jax
+
+    return jax.process_index() == 0
+
+
 def _run(name, config, phases):
-    path = Path(config.workdir).expanduser()
-    if "train" not in phases and not (path / "config.json").exists():
+    training, path = "train" in phases, Path(config.workdir).expanduser()
+    if not training and not (path / "config.json").exists() and not config.pretrained:
         raise WorkdirError(f"no run in {path}; train one first, or give its --workdir")
+    if config.distributed.coordinator:
+        if phases != ("train",):
+            raise ValueError("several hosts train together; sample and evaluate on one of them")
+        from gen_jax import parallel
+
+        parallel.start(config.distributed)
     workdir = Workdir(path)
-    with workdir.lock():
-        run = Run(name, config, workdir)
-        report = run.train() if "train" in phases else {}
-        if run.main and phases != ("train",):
+    with workdir.lock() if is_main(config) else contextlib.nullcontext():
+        if not training:
+            workdir.check_config(to_dict(config), free_keys(config))
+        elif is_main(config):
+            workdir.write_config(to_dict(config), free_keys(config))
+        run = Run(name, config, workdir, phases)
+        report = run.train() if training else {}
+        if phases != ("train",):
             params = run.restore()
             report["step"] = run.step
-            if "sample" in phases:
-                report |= run.sample(params)
-            if "evaluate" in phases:
-                report |= run.evaluate(params)
-        if run.main:
+        for phase in phases:
+            if phase != "train":
+                report |= getattr(run, phase)(params)
+        if is_main(config):
             report["wall_seconds"] = time.perf_counter() - run.began
-            if phases == ("train", "sample", "evaluate"):
-                workdir.write_json("summary.json", report)
-            common.print_summary(f"{name}: {', '.join(phases)}", report)
-            print(f"\nin {workdir.path}: {', '.join(_results(workdir.path))}")
+            _summarise(name, phases, workdir, report)
+
+
+def _summarise(name, phases, workdir, report):
+    """Adds what was measured to summary.json, which keeps what was not measured again."""
+    path = workdir.path / "summary.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    if "wall_seconds" in known and "images_per_second" not in report:
+        report = report | {"wall_seconds": known["wall_seconds"]}  # that of the training
+    workdir.write_json("summary.json", known | report)
+    common.print_summary(f"{name}: {', '.join(phases)}", report)
+    print(f"\nin {workdir.path}: {', '.join(_results(workdir.path))}")
 
 
 def _results(path: Path):
@@ -389,6 +475,14 @@ def _check_data(config, images):
             f"images of {height} x {width} do not fit the model: height and width must be "
             f"multiples of {stride} (model.patch x 2 per level of model.widths)"
         )
+    heights = [
+        height // config.model.patch // 2**level for level in range(len(config.model.widths))
+    ]
+    if not set(config.model.attention) <= set(heights):
+        raise ValueError(
+            f"model.attention {config.model.attention} names feature maps that are not there; "
+            f"their heights are {heights}"
+        )
     if config.conditional and config.model.classes != len(images.label_names):
         raise ValueError(
             f"the data has {len(images.label_names)} classes, model.classes is "
@@ -397,18 +491,14 @@ def _check_data(config, images):
 
 
 def _pooled_frechet(samples, reference):
-    """Frechet distance of 4 x 4 averages of pixels: a check without weights, not an FID."""
+    """Frechet distance of means over 4 x 4 pixels: a check that needs no weights, not an FID."""
     from gen_jax.metrics import frechet
 
-    def pooled(images):  # [B, H, W, C] in [-1, 1] -> [B, H W C / 16]
-        count, height, width, channels = images.shape
-        blocks = images.reshape(count, height // 4, 4, width // 4, 4, channels)
-        return blocks.mean(axis=(2, 4)).reshape(count, -1)
-
-    return frechet.frechet_distance(
-        *frechet.gaussian_statistics(pooled(np.clip(samples, -1, 1))),
-        *frechet.gaussian_statistics(pooled(reference / 127.5 - 1)),
-    )
+    statistics = [
+        frechet.gaussian_statistics(frechet.pooled_pixels(images))
+        for images in (np.clip(samples, -1, 1), reference)
+    ]
+    return frechet.frechet_distance(*statistics[0], *statistics[1])
 
 
 def _scale(shape):

@@ -6,7 +6,6 @@ Importing this loads nothing heavy, so that a mistyped option is refused before 
 import dataclasses
 import json
 import math
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar
@@ -92,30 +91,25 @@ def to_dict(config: Any) -> dict:
 
 
 def from_dict(kind: type[T], values: Mapping) -> T:
-    """The inverse of `to_dict`.
+    """The inverse of `to_dict`; a field that is missing takes its default.
 
     Raises:
-      ValueError: a key is unknown or missing, or a value does not pass the dataclass's checks.
+      ValueError: a key is unknown, or a value is not of the field's type or range.
     """
     hints = typing.get_type_hints(kind)
-    names = {field.name for field in dataclasses.fields(kind)}
-    unknown, missing = sorted(set(values) - names), sorted(names - set(values))
-    if unknown or missing:
-        raise ValueError(
-            f"{kind.__name__} was stored by another version: unknown keys {unknown}, "
-            f"missing keys {missing}"
-        )
-    return kind(**{name: _read(hints[name], values[name]) for name in names})
+    unknown = sorted(set(values) - {field.name for field in dataclasses.fields(kind)})
+    if unknown:
+        raise ValueError(f"{kind.__name__} has no fields {unknown}; were they of another version?")
+    try:
+        return kind(**{name: _read(hints[name], value) for name, value in values.items()})
+    except TypeError as error:
+        raise ValueError(f"{kind.__name__} cannot be read from {dict(values)}: {error}") from error
 
 
 def _read(hint, value):
     if dataclasses.is_dataclass(hint):
         return from_dict(hint, value)
-    if typing.get_origin(hint) is tuple:
-        return tuple(value)
-    if typing.get_origin(hint) is types.UnionType and value is None:
-        return None
-    return value
+    return tuple(value) if typing.get_origin(hint) is tuple else value
 
 
 def flatten(values: Mapping, prefix: str = "") -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """The Sampler protocol, and the only sampling loop.
 
-Sample i of a seed hangs on (seed, i) alone: every random number that it uses comes from
-`fold_in(key(seed), i)`, so that the batch it is drawn in and the devices it is drawn on do not
-change it.
+Sample i of a seed hangs on (seed, i) alone: every random number that it uses comes from a key of
+its own (see `sample_keys`), so that the batch it is drawn in and the devices it is drawn on do
+not change it.
 """
 
 import dataclasses
@@ -18,6 +18,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
+
+from gen_jax import keys as key_streams
 
 
 class Sampler(Protocol):
@@ -77,8 +79,7 @@ def _loop(sampler, params, keys, cond, trajectory=False):
 
 def sample_keys(seed: int, start: int, count: int) -> jax.Array:
     """Keys [count] of the samples start, start + 1, ... of a seed."""
-    root = jax.random.key(seed)
-    return jax.vmap(lambda i: jax.random.fold_in(root, i))(np.arange(start, start + count))
+    return key_streams.stream(seed, "sample", start, count)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,11 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from gen_jax import checkpoint, parallel
+from gen_jax import checkpoint, keys, parallel
 from gen_jax.config import TrainConfig
 from gen_jax.workdir import MetricsLog, Workdir
 
@@ -59,7 +60,7 @@ class Trained:
       state: after the last step.
       start: the step it began from.
       compile_seconds: for the training step.
-      seconds: for the steps, without compiling.
+      seconds: for the steps, without compiling, checkpoints and evaluations.
       examples_per_second: over those seconds; 0 when there was nothing left to do.
     """
 
@@ -88,7 +89,9 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
         warmup = min(config.warmup, config.steps - 1)
         rate = optax.warmup_cosine_decay_schedule(0, config.learning_rate, warmup, config.steps)
     else:
-        rate = optax.linear_schedule(0, config.learning_rate, max(config.warmup, 1))
+        rate = config.learning_rate
+        if config.warmup:
+            rate = optax.linear_schedule(0, config.learning_rate, config.warmup)
     adam = optax.adam(rate, b2=config.beta2)
     return (
         optax.chain(optax.clip_by_global_norm(config.clip_norm), adam) if config.clip_norm else adam
@@ -124,9 +127,9 @@ def make_step(
 def _device_step(loss, optimizer, config, state, batch, stop):
     size = jax.tree.leaves(batch)[0].shape[0]
     first = jax.lax.axis_index(parallel.AXIS) * size
-    step_key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-    keys = jax.vmap(lambda i: jax.random.fold_in(step_key, i))(first + jnp.arange(size))
-    gradients, metrics = _gradients(loss, state.params, batch, keys, config.accumulate)
+    step_key = jax.random.fold_in(keys.root(config.seed, "train"), state.step)
+    examples = jax.vmap(lambda i: jax.random.fold_in(step_key, i))(first + jnp.arange(size))
+    gradients, metrics = _gradients(loss, state.params, batch, examples, config.accumulate)
     gradients, metrics = jax.lax.pmean((gradients, metrics), parallel.AXIS)
 
     norm = optax.tree.norm(gradients)
@@ -154,8 +157,8 @@ def _gradients(loss, params, batch, keys, slices):
     params = jax.lax.pcast(params, parallel.AXIS, to="varying")
 
     def one(batch, keys):
-        (_, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(params, batch, keys)
-        return gradients, metrics
+        (value, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(params, batch, keys)
+        return gradients, metrics | {"loss": value}
 
     if slices == 1:
         return one(batch, keys)
@@ -216,12 +219,24 @@ def fit(
     if checkpoint.steps(workdir.checkpoints):
         state = _restore(workdir, state)
     start = int(state.step)
+    _agree_on_start(start, workdir)
     if start >= config.steps:
         return Trained(state, start, 0.0, 0.0, 0.0)
     state = parallel.replicate(mesh, state)
     loop = _Loop(config, workdir, record or {}, evaluate)
     with loop.open(start, progress), StopSignal() as stop:
         return loop.run(make_step(loss, optimizer, config, mesh), state, start, batch, mesh, stop)
+
+
+def _agree_on_start(start, workdir):
+    """Refuses hosts that would train from different steps."""
+    if jax.process_count() > 1:
+        starts = multihost_utils.process_allgather(np.int32(start))
+        if len(set(starts.tolist())) > 1:
+            raise ValueError(
+                f"the hosts found different checkpoints, of steps {starts.tolist()}: "
+                f"{workdir.path} must be one directory that all of them share"
+            )
 
 
 def _restore(workdir, state):
@@ -266,7 +281,7 @@ class _Loop:
         compiled = step_fn.lower(state, arrays, parallel.split(mesh, flags())).compile()
         compile_seconds = time.perf_counter() - began
         began = self.last_time = time.perf_counter()
-        self.last_step = start
+        self.last_step, self.aside = start, 0.0
         pending = None
         for step in range(start, self.config.steps):
             state, metrics = compiled(state, arrays, parallel.split(mesh, flags()))
@@ -279,15 +294,26 @@ class _Loop:
             if save or signum:
                 signum = self._read(pending) or signum
                 pending = None
-                self._save(state, done)
+                with self._apart():
+                    self._save(state, done)
             if signum:
                 raise Interrupted(signum, done)
             every = self.config.evaluate_every
             if self.evaluate and every and done % every == 0:
-                self._write({"step": done} | _prefixed("eval/", self.evaluate(state)))
-        seconds = time.perf_counter() - began
+                with self._apart():
+                    self._write({"step": done} | _prefixed("eval/", self.evaluate(state)))
+        seconds = time.perf_counter() - began - self.aside
         rate = (self.config.steps - start) * self.config.batch / seconds
         return Trained(state, start, compile_seconds, seconds, rate)
+
+    @contextlib.contextmanager
+    def _apart(self):
+        """Takes the time of what is inside out of the rates."""
+        began = time.perf_counter()
+        yield
+        passed = time.perf_counter() - began
+        self.aside += passed
+        self.last_time += passed
 
     def _read(self, pending):
         """Looks at the metrics of a step: logs them, stops for NaN; the signal to stop for."""

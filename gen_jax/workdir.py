@@ -86,8 +86,8 @@ class Workdir:
                 f"{path} is damaged ({error}); restore it or start afresh"
             ) from error
 
-    def write_config(self, current: dict, free: tuple[str, ...]) -> None:
-        """Stores the configuration; refuses one that changes what was being trained.
+    def check_config(self, current: dict, free: tuple[str, ...]) -> None:
+        """Refuses a configuration that changes what was being trained.
 
         Before the first checkpoint there is nothing to protect, and all keys are free.
 
@@ -106,6 +106,10 @@ class Workdir:
                     f"{self.path} holds a run with another configuration "
                     f"({'; '.join(changed)}); undo the change or choose another --workdir"
                 )
+
+    def write_config(self, current: dict, free: tuple[str, ...]) -> None:
+        """Stores the configuration after `check_config`, whose errors it raises."""
+        self.check_config(current, free)
         self.write_json("config.json", current)
 
     def write_json(self, name: str, values: dict) -> pathlib.Path:

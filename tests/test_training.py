@@ -10,7 +10,7 @@ import optax
 import pytest
 from jax.sharding import Mesh
 
-from gen_jax import checkpoint, parallel, training
+from gen_jax import checkpoint, keys, parallel, training
 from gen_jax.config import TrainConfig
 from gen_jax.workdir import Workdir
 
@@ -57,9 +57,9 @@ def test_the_update_is_adam_with_clipping_and_warm_up(tmp_path):
     params, average = PARAMS, PARAMS
     first, second = (jax.tree.map(np.zeros_like, PARAMS) for _ in range(2))
     for step in range(12):
-        root = jax.random.fold_in(jax.random.key(0), step)
-        keys = jax.vmap(lambda i, root=root: jax.random.fold_in(root, i))(jnp.arange(16))
-        gradients = jax.grad(lambda p: loss(p, batch(step), keys)[0])(params)  # noqa: B023
+        root = jax.random.fold_in(keys.root(0, "train"), step)
+        examples = jax.vmap(lambda i, root=root: jax.random.fold_in(root, i))(jnp.arange(16))
+        gradients = jax.grad(lambda p: loss(p, batch(step), examples)[0])(params)  # noqa: B023
         norm = float(optax.tree.norm(gradients))
         gradients = jax.tree.map(lambda g: g * min(1, 0.3 / norm), gradients)  # noqa: B023
         first = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, first, gradients)

@@ -216,10 +216,8 @@ def _outline(shape: str, side: int) -> np.ndarray:
             inside = np.maximum(abs(x), abs(y)) <= 1
         case "circle":
             inside = x**2 + y**2 <= 1
-        case "diamond":
-            inside = abs(x) + abs(y) <= 1.01
         case "triangle":
-            inside = abs(x) <= (y + 1) / 2 + 0.06
+            inside = abs(x) <= (y + 1) / 2 + 0.0635
         case "plus":
             inside = np.minimum(abs(x), abs(y)) <= 0.25
         case "cross":

@@ -197,3 +197,19 @@ def _checked(features: np.ndarray, name: str) -> np.ndarray:
     if not np.isfinite(features).all():
         raise ValueError(f"{name} hold values that are not finite")
     return features
+
+
+def pooled_pixels(images: np.ndarray) -> np.ndarray:
+    """Means over blocks of 4 x 4 pixels: features that need no weights, and are no FID.
+
+    Args:
+        images: float [B, H, W, C], H and W at least 4; what is left over of a block is cut off.
+
+    Returns:
+        float64 [B, (H // 4) * (W // 4) * C].
+    """
+    count, height, width, channels = images.shape
+    rows, columns = height // 4, width // 4
+    whole = np.asarray(images, np.float64)[:, : rows * 4, : columns * 4]
+    blocks = whole.reshape(count, rows, 4, columns, 4, channels)
+    return blocks.mean(axis=(2, 4)).reshape(count, -1)

@@ -110,7 +110,7 @@ def loss(config: DiffusionConfig, network: Network, params, batch, keys):
       keys: [B] PRNG keys, one per example: time, noise, label dropout and dropout hang on them.
 
     Returns:
-      (scalar, metrics): the mean loss over the batch, and its parts as scalars.
+      (scalar, metrics): the mean loss over the batch, and its parts where it has more than one.
     """
     schedule = Schedule(config)
     x0 = to_signal(batch["image"])
@@ -125,12 +125,12 @@ def loss(config: DiffusionConfig, network: Network, params, batch, keys):
     output, variance_output = _split_output(config, network(params, x, t, label, dropout_keys))
     simple = jnp.square(output - target(config, schedule, x0, t, noise)).mean()
     if config.variance != "learned":
-        return simple, {"loss": simple}
+        return simple, {}
     # 2102.09672 eq. 16: the bound trains the variance alone; T L_t estimates the sum over t.
     terms = bound_term(config, schedule, x0, x, t, jax.lax.stop_gradient(output), variance_output)
     bound = config.timesteps * terms.mean()
     total = simple + config.bound_weight * bound
-    return total, {"loss": total, "simple": simple, "bound": bound}
+    return total, {"simple": simple, "bound": bound}
 
 
 def bound_term(config, schedule, x0, x, t, output, variance_output=None, clip=False):

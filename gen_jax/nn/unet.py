@@ -184,16 +184,18 @@ class Denoiser:
     def prepare(self, params) -> PreparedParams:
         """What depends on the parameters alone, computed once before many evaluations.
 
-        Weights in the type that is computed with, and the transformed weights of the 3 x 3
-        convolutions. The network's output does not change beyond rounding.
+        Weights in the type that is computed with, and transformed weights of 3 x 3 convolutions
+        where the platform reads those. The network's output does not change beyond rounding.
         """
         dtype = jnp.dtype(self.config.compute)
         flat, prepared = flax.traverse_util.flatten_dict(params), {}
         for path, leaf in flat.items():
-            if leaf.ndim == 4 and leaf.shape[:2] == (3, 3) and dtype == jnp.float32:
-                prepared[path] = kernels.prepare_conv_3x3(leaf)
             if not path[-2].startswith("norm"):  # normalisation stays in float32
                 flat[path] = leaf.astype(dtype)
+            if leaf.ndim == 4 and not path[-2].startswith("down"):  # those have strides
+                transformed = kernels.prepare_conv_3x3(flat[path])
+                if transformed is not None:
+                    prepared[path] = transformed
         unflatten = flax.traverse_util.unflatten_dict
         return PreparedParams(unflatten(flat), unflatten(prepared))
 

@@ -8,18 +8,18 @@ from kernels.dispatch import select
 __all__ = ["conv_3x3", "prepare_conv_3x3"]
 
 
-def prepare_conv_3x3(kernel: jax.Array) -> jax.Array:
-    """What `conv_3x3` can read instead of transforming the weights in every call.
-
-    Call it once before a loop that uses the same weights throughout. Where the platform's
-    algorithm reads the weights as they are, the compiler drops what is computed here.
+def prepare_conv_3x3(kernel: jax.Array) -> jax.Array | None:
+    """What `conv_3x3` can read instead of the weights, computed once before a loop.
 
     Args:
-      kernel: [3, 3, C, D] float32.
+      kernel: [3, 3, C, D].
 
     Returns:
-      [16, C, D] float32.
+      [16, C, D] float32, or None where nothing but the weights as they are would be read: on
+      other platforms than CPUs, in other types than float32, for fewer channels than pay.
     """
+    if jax.default_backend() != "cpu" or not winograd.pays_for(kernel.shape, kernel.dtype):
+        return None
     return winograd.transform_kernel(kernel)
 
 
@@ -46,7 +46,7 @@ def conv_3x3(
       NotImplementedError: `implementation` is not available for these arguments.
     """
     if implementation is None:
-        if prepared is None or not winograd.pays(x.shape, x.dtype, kernel.shape[-1]):
+        if prepared is None or winograd.refusal(x.shape, x.dtype):
             return reference.conv_3x3(x, kernel)
         return jax.lax.platform_dependent(
             x,
@@ -55,10 +55,16 @@ def conv_3x3(
             cpu=lambda x, kernel, prepared: winograd.conv_3x3(x, prepared),
             default=lambda x, kernel, prepared: reference.conv_3x3(x, kernel),
         )
-    select("conv_3x3", implementation, {"reference": 0, "winograd": 0})
-    if implementation == "reference":
-        return reference.conv_3x3(x, kernel)
-    reason = winograd.refusal(x.shape, x.dtype)
-    if reason:
+    return select("conv_3x3", implementation, _IMPLEMENTATIONS)(x, kernel, prepared)
+
+
+def _winograd(x, kernel, prepared):
+    if reason := winograd.refusal(x.shape, x.dtype):
         raise NotImplementedError(f"conv_3x3: winograd {reason}")
-    return winograd.conv_3x3(x, prepare_conv_3x3(kernel) if prepared is None else prepared)
+    return winograd.conv_3x3(x, winograd.transform_kernel(kernel) if prepared is None else prepared)
+
+
+_IMPLEMENTATIONS = {
+    "reference": lambda x, kernel, prepared: reference.conv_3x3(x, kernel),
+    "winograd": _winograd,
+}

@@ -41,9 +41,9 @@ def refusal(shape, dtype) -> str | None:
     return None
 
 
-def pays(shape, dtype, channels_out) -> bool:
-    """Whether it was measured to be faster than the direct sum on a CPU."""
-    return refusal(shape, dtype) is None and min(shape[-1], channels_out) >= _CHANNELS
+def pays_for(kernel_shape, dtype) -> bool:
+    """Whether it was measured to be faster than the direct sum on a CPU with these weights."""
+    return dtype == jnp.float32 and min(kernel_shape[2:]) >= _CHANNELS
 
 
 def conv_3x3(x, prepared):  # [B, H, W, C], [16, C, D] -> [B, H, W, D]

@@ -108,11 +108,12 @@ def test_a_trained_run_is_sampled_in_other_ways_without_its_preset(copy, capsys)
     assert not np.allclose(five["images"][0], before["images"][0])
     assert "nfe" in capsys.readouterr().out
 
-    # What was stored is what was asked for last, and its number does not change a sample.
+    # What is asked for once is not stored, and the number does not change a sample.
+    stored = json.loads((copy / "config.json").read_text())["sample"]
     perform("sample", "--workdir", copy, "--sample.number", 3)
     three = samples(copy)
-    assert (int(three["seed"]), int(three["nfe"])) == (3, 3)
-    assert three["images"].tobytes() == five["images"][:3].tobytes()
+    assert (int(three["seed"]), int(three["nfe"])) == (stored["seed"], stored["steps"])
+    assert three["images"].tobytes() == before["images"][:3].tobytes()
     assert len(list((copy / "samples").iterdir())) == 3
 
 
@@ -158,3 +159,19 @@ def test_a_batch_that_does_not_divide_over_devices_and_slices_is_refused(tmp_pat
     arguments = ("train", "--workdir", tmp_path, *MINUTE.split(), "--train.accumulate", 2)
     with pytest.raises(ValueError, match="8 devices and 2 slices; choose a multiple of 16"):
         perform(*arguments)
+
+
+def test_samples_of_another_step_are_not_evaluated(copy, capsys):
+    with np.load(copy / "samples.npz") as file:
+        arrays = dict(file)
+    np.savez(copy / "samples.npz", **(arrays | {"step": 3}))
+    assert common.main(EXPERIMENT, ["evaluate", "--workdir", str(copy)]) == 2
+    assert "was drawn at step 3, the checkpoint is of step 4" in capsys.readouterr().err
+
+
+def test_the_summary_keeps_what_was_not_measured_again(copy):
+    before = json.loads((copy / "summary.json").read_text())
+    perform("all", "--workdir", copy)
+    after = json.loads((copy / "summary.json").read_text())
+    for name in ("wall_seconds", "images_per_second", "train_seconds"):
+        assert after[name] == before[name]

@@ -59,6 +59,7 @@ def test_unprepared_or_small_convolutions_are_direct():
     for channels, prepare in ((128, False), (64, True)):
         x, kernel = example(1, 8, 8, channels, channels)
         prepared = kernels.prepare_conv_3x3(kernel) if prepare else None
+        assert prepared is None
         text = jax.jit(kernels.conv_3x3).lower(x, kernel, prepared).as_text()
         assert text.count("stablehlo.convolution") == 1
 

@@ -7,6 +7,7 @@ from gen_jax.metrics.frechet import (
     frechet_distance,
     gaussian_statistics,
     kernel_distance,
+    pooled_pixels,
 )
 
 
@@ -170,3 +171,9 @@ def test_features_are_taken_in_batches():
 def test_bad_arguments_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_pooled_pixels_are_means_of_blocks():
+    images = np.random.default_rng(0).normal(size=(3, 10, 8, 2))
+    features = pooled_pixels(images).reshape(3, 2, 2, 2)
+    np.testing.assert_allclose(features[1, 1, 0], images[1, 4:8, 0:4].mean(axis=(0, 1)))

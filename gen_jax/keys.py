@@ -1,0 +1,21 @@
+"""Streams of random keys from one seed, one for each purpose.
+
+`fold_in(key(seed), i)` alone would give training step i and sample i of the same seed the same
+key, and so the same noise; each purpose has a root of its own.
+"""
+
+import zlib
+
+import jax
+import numpy as np
+
+
+def root(seed: int, purpose: str) -> jax.Array:
+    """The key of a purpose ("init", "train", "sample", "evaluate")."""
+    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(purpose.encode()))
+
+
+def stream(seed: int, purpose: str, start: int, count: int) -> jax.Array:
+    """Keys [count] of the items start, start + 1, ... of a purpose."""
+    key = root(seed, purpose)
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(np.arange(start, start + count))
