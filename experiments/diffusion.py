@@ -242,13 +242,13 @@ class Run:
         return params
 
     def _pretrained_shape(self):
-        with open(Path(self.config.pretrained) / "config.json") as file:
-            side = json.load(file)["sample_size"]
+        folder = Path(self.config.pretrained)
+        folder = folder if (folder / "config.json").exists() else folder / "unet"  # a pipeline's
+        side = json.loads((folder / "config.json").read_text())["sample_size"]
         return side, side, self.config.model.channels
 
     def sample(self, params) -> dict:
         """Draws the samples and the pictures; rates and latency."""
-
         from gen_jax import parallel, sampling
         from gen_jax.models.diffusion_samplers import make_sampler
 
