@@ -123,6 +123,8 @@ def test_the_forward_process_is_that_of_diffusers(schedulers, schedule, timestep
 def test_time_steps_are_those_of_diffusers(schedulers, name, spacing):
     scheduler = getattr(schedulers, name)(timestep_spacing=spacing)
     for steps in STEP_COUNTS:
+        if steps == 1 and spacing != "trailing":
+            continue  # diffusers takes t = 0, where there is no noise to take out; ours refuses
         scheduler.set_timesteps(steps)
         ours = TimeGrid(steps, spacing).timesteps(1000)
         # In "trailing" rounding can give diffusers one step more than was asked for.
