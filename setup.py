@@ -33,7 +33,8 @@ setuptools.setup(
         "tyro>=1.0",  # command line from frozen dataclasses
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-xdist", "hypothesis", "scipy", "ruff"],
+        "text": ["tokenizers>=0.20"],  # pretrained vocabularies; bytes and characters need nothing
+        "test": ["pytest>=8", "pytest-xdist", "hypothesis", "scipy", "ruff", "tokenizers>=0.20"],
         # The peers that parity tests and benchmarks compare with.
         "oracles": ["torch==2.13.0", "diffusers>=0.35", "transformers>=4.55"],
     },

@@ -1,10 +1,24 @@
-"""Data sets of images behind one interface: `batch(seed, step, size)`, a pure function."""
+"""Data of images, text and sequences behind `batch(seed, step, size)`, a pure function."""
 
-from gen_jax.data.config import DataConfig, Split
+from gen_jax.data.config import DataConfig, Split, TextConfig
 from gen_jax.data.images import Images
+from gen_jax.data.markov import MarkovSource
+from gen_jax.data.sequences import PixelSequences
 from gen_jax.data.shapes import ShapesSet
+from gen_jax.data.text import TokenStream, load_text
 
-__all__ = ["DataConfig", "Images", "ShapesSet", "Split", "load"]
+__all__ = [
+    "DataConfig",
+    "Images",
+    "MarkovSource",
+    "PixelSequences",
+    "ShapesSet",
+    "Split",
+    "TextConfig",
+    "TokenStream",
+    "load",
+    "load_text",
+]
 
 
 def load(config: DataConfig, split: Split) -> Images:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 Name = Literal["shapes", "cifar10", "folder", "tfds"]
+TextName = Literal["pydoc", "file", "tfds"]
 Split = Literal["train", "test"]
 
 
@@ -45,3 +46,41 @@ class DataConfig:
             raise ValueError("data.name=folder needs --data.dir, the folder that holds the images")
         if self.name == "tfds" and not self.tfds_name:
             raise ValueError("data.name=tfds needs --data.tfds-name, the name of a TFDS data set")
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The choice of a text and of how it is split.
+
+    Raises:
+        ValueError: a field is out of range, or asks of a text what it does not offer.
+    """
+
+    name: TextName = "pydoc"
+    """pydoc (English that comes with Python, nothing to download), file (UTF-8) or tfds."""
+    path: str = ""
+    """The text file, for name=file."""
+    dir: str = ""
+    """The TFDS data_dir, for name=tfds; empty for its default."""
+    tfds_name: str = "lm1b"
+    """Name of the set in TensorFlow Datasets, for name=tfds; its feature `text` is read."""
+    validation: float = 0.1
+    """The last share of a pydoc or file text, held out as the test split; TFDS has its own."""
+    characters: int = 0
+    """Read at most so many characters of the text, or of a split of TFDS; 0 for all."""
+
+    def __post_init__(self) -> None:
+        if self.name not in get_args(TextName):
+            raise ValueError(
+                f"data.name is {self.name!r}; choose one of {', '.join(get_args(TextName))}"
+            )
+        if self.name == "file" and not self.path:
+            raise ValueError("data.name=file needs --data.path, a UTF-8 text file")
+        if self.path and self.name != "file":
+            raise ValueError(f"data.path is for data.name=file only, not {self.name}")
+        if self.name == "tfds" and not self.tfds_name:
+            raise ValueError("data.name=tfds needs --data.tfds-name, the name of a TFDS data set")
+        if not 0 < self.validation < 1:
+            raise ValueError(f"data.validation is {self.validation}; give a share between 0 and 1")
+        if self.characters < 0:
+            raise ValueError(f"data.characters is {self.characters}; give 0 for all, or a number")

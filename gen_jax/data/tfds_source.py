@@ -1,4 +1,4 @@
-"""Images from TensorFlow Datasets, read and prepared without TensorFlow.
+"""Images and text from TensorFlow Datasets, read and prepared without TensorFlow.
 
 A set that is prepared in a format of random access (array_record) is read by NumPy alone. TFDS
 prepares CIFAR-10 with TensorFlow; the builder here prepares it without, and the result is the
@@ -38,18 +38,54 @@ def read(name: str, split: Split, directory: str | Path = "") -> Images:
         FileNotFoundError: the set is not prepared in the directory.
         ValueError: the archive has another checksum, or the set is no set of images of one size.
     """
+    data_dir = _data_dir(directory)
+    builder = _prepared_cifar10(data_dir) if name == "cifar10" else _builder(name, data_dir)
+    return _decode(name, _source(builder, name, split, data_dir))
+
+
+def read_text(name: str, split: Split, directory: str | Path = "", characters: int = 0) -> str:
+    """Reads one split of a TFDS data set of text: its documents, joined by line ends.
+
+    Args:
+        name: its name in TFDS; the set must be prepared already, and has a feature `text`.
+        split: "train" or "test"; where the set has no test split, its validation split is read.
+        directory: the data_dir of TFDS; empty for its default.
+        characters: read at most so many characters; 0 for all.
+
+    Raises:
+        FileNotFoundError: the set is not prepared in the directory.
+        ValueError: it has no such split, no feature `text`, or a text that is not UTF-8.
+    """
     import tensorflow_datasets as tfds
 
-    data_dir = Path(directory or tfds.core.constants.DATA_DIR).expanduser()
-    builder = _prepared_cifar10(data_dir) if name == "cifar10" else _builder(name, data_dir)
-    try:
-        source = builder.as_data_source(split=split)
-    except (AssertionError, NotImplementedError):
-        raise FileNotFoundError(
-            f"the TFDS data set {name} is not prepared for random access in {data_dir}; prepare it "
-            f"with `tfds build {name} --file_format=array_record --data_dir={data_dir}`"
-        ) from None
-    return _decode(name, source)
+    data_dir = _data_dir(directory)
+    builder = _builder(name, data_dir)
+    splits = builder.info.splits
+    if split == "test" and "test" not in splits and "validation" in splits:
+        split = "validation"
+    source = _source(builder, name, split, data_dir)
+    features = source.dataset_info.features
+    if "text" not in features or not isinstance(features["text"], tfds.features.Text):
+        raise ValueError(f"the TFDS data set {name} holds no feature `text` of plain text")
+    documents, length = [], 0
+    for index in range(len(source)):
+        try:
+            documents.append(source[index]["text"].decode())
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"example {index} of the TFDS data set {name} is not UTF-8 text ({error.reason})"
+            ) from None
+        length += len(documents[-1]) + 1
+        if 0 < characters < length:
+            break
+    text = "\n".join(documents)
+    return text[:characters] if characters else text
+
+
+def _data_dir(directory: str | Path) -> Path:
+    import tensorflow_datasets as tfds
+
+    return Path(directory or tfds.core.constants.DATA_DIR).expanduser()
 
 
 def _builder(name: str, data_dir: Path) -> Any:
@@ -61,6 +97,19 @@ def _builder(name: str, data_dir: Path) -> Any:
         raise FileNotFoundError(
             f"TFDS knows no data set {name!r} and {data_dir} holds none; check --data.tfds-name "
             "and --data.dir"
+        ) from None
+
+
+def _source(builder: Any, name: str, split: str, data_dir: Path) -> Any:
+    splits = builder.info.splits
+    if splits and split not in splits:
+        raise ValueError(f"the TFDS data set {name} has no split {split}, only {', '.join(splits)}")
+    try:
+        return builder.as_data_source(split=split)
+    except (AssertionError, NotImplementedError):
+        raise FileNotFoundError(
+            f"the TFDS data set {name} is not prepared for random access in {data_dir}; prepare it "
+            f"with `tfds build {name} --file_format=array_record --data_dir={data_dir}`"
         ) from None
 
 

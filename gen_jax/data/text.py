@@ -1,0 +1,202 @@
+"""Text, and a stream of its tokens whose batches are a pure function of (seed, step)."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from gen_jax.data.config import Split, TextConfig
+from gen_jax.data.images import _check_range, _generator
+
+
+def load_text(config: TextConfig, split: Split) -> str:
+    """Reads one split of the text that the configuration names.
+
+    Of a pydoc or file text the test split is the last `validation` share, and the train split is
+    all before it, as nanoGPT splits.
+
+    Args:
+        config: the choice of a text.
+        split: "train" or "test".
+
+    Returns:
+        at least one character.
+
+    Raises:
+        FileNotFoundError: there is no text where the configuration points.
+        ValueError: the split is unknown or empty, or the text is not UTF-8.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"split is {split!r}; choose train or test")
+    if config.name == "tfds":
+        from gen_jax.data import tfds_source
+
+        source = f"the TFDS data set {config.tfds_name}"
+        part = tfds_source.read_text(config.tfds_name, split, config.dir, config.characters)
+    else:
+        source = config.path or "the pydoc text"
+        whole = _read_pydoc(config) if config.name == "pydoc" else _read_file(config)
+        end = int(len(whole) * (1 - config.validation))
+        part = whole[:end] if split == "train" else whole[end:]
+    if not part:
+        raise ValueError(f"{source} leaves no character for the {split} split; give a longer text")
+    return part
+
+
+def digest(text: str) -> str:
+    """The SHA-256 of the text in UTF-8, 64 hexadecimal digits."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class TokenStream:
+    """The tokens of a text, all in memory, of which windows are drawn.
+
+    Args:
+        tokens: int32 or uint16 [N], N >= 1, each in [0, vocabulary).
+        vocabulary: the number of different tokens.
+
+    Raises:
+        ValueError: another dtype or shape, or a token outside the vocabulary.
+    """
+
+    tokens: np.ndarray
+    vocabulary: int
+
+    def __post_init__(self) -> None:
+        tokens = self.tokens
+        if tokens.dtype not in (np.int32, np.uint16) or tokens.ndim != 1 or not len(tokens):
+            raise ValueError(
+                "tokens must be int32 or uint16 [N] with N >= 1, "
+                f"not {tokens.dtype} {list(tokens.shape)}"
+            )
+        check_tokens(tokens, self.vocabulary)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def batch(
+        self, seed: int, step: int, size: int, *, length: int, shard: tuple[int, int] = (0, 1)
+    ) -> dict[str, np.ndarray]:
+        """This shard of the batch of a training step, a pure function of its arguments.
+
+        Each window begins at an offset that is drawn uniformly and independently.
+
+        Args:
+            seed: in [0, 2**64).
+            step: from 0 up.
+            size: windows per global batch, over all shards.
+            length: targets per window, from 1 up; a window is one token longer.
+            shard: (index, count); the shards in order, concatenated, are the whole batch.
+
+        Returns:
+            "tokens": int32 [size / count, length + 1].
+
+        Raises:
+            ValueError: an argument is out of range, count does not divide size, or the stream is
+                shorter than one window.
+        """
+        _check_range("length", length, 1, 1 << 40)
+        if len(self) <= length:
+            raise ValueError(
+                f"{len(self)} tokens are too few for a window of {length + 1}; "
+                f"give a longer text or a length of at most {len(self) - 1}"
+            )
+        generator, mine = shard_of_step(seed, step, size, shard)
+        offsets = generator.integers(0, len(self) - length, size)[mine]
+        windows = np.lib.stride_tricks.sliding_window_view(self.tokens, length + 1)
+        return {"tokens": windows[offsets].astype(np.int32)}
+
+    def windows(self, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """The whole stream in consecutive windows, which overlap in one token.
+
+        Every token but the first is a target, a token of a window that is not its first, exactly
+        once. The last window may have fewer targets; it is padded with token 0.
+
+        Args:
+            length: targets per window, from 1 up.
+
+        Returns:
+            tokens int32 [M, length + 1] with M = ceil((N - 1) / length), and targets int32 [M]
+            in [1, length], the number of targets of each window that are not padding.
+
+        Raises:
+            ValueError: the length is out of range, or the stream has fewer than two tokens.
+        """
+        _check_range("length", length, 1, 1 << 40)
+        if len(self) < 2:
+            raise ValueError("1 token is too few for a window; give a text of at least 2 tokens")
+        starts = np.arange(0, len(self) - 1, length)
+        padded = np.zeros(len(starts) * length + 1, np.int32)
+        padded[: len(self)] = self.tokens
+        windows = np.lib.stride_tricks.sliding_window_view(padded, length + 1)[starts]
+        return windows, np.minimum(length, len(self) - 1 - starts).astype(np.int32)
+
+
+def check_tokens(tokens: np.ndarray, vocabulary: int) -> None:
+    """Refuses tokens outside the vocabulary.
+
+    Args:
+        tokens: integers of any shape.
+        vocabulary: tokens must lie in [0, vocabulary).
+
+    Raises:
+        ValueError: one does not.
+    """
+    if tokens.size and (tokens.min() < 0 or tokens.max() >= vocabulary):
+        raise ValueError(
+            f"tokens span {tokens.min()}..{tokens.max()}; they must lie in 0..{vocabulary - 1}"
+        )
+
+
+def shard_of_step(
+    seed: int, step: int, size: int, shard: tuple[int, int]
+) -> tuple[np.random.Generator, slice]:
+    """The random numbers of a training step, and which examples of its batch are this shard's.
+
+    Args:
+        seed: in [0, 2**64).
+        step: from 0 up.
+        size: examples per global batch, over all shards.
+        shard: (index, count).
+
+    Raises:
+        ValueError: an argument is out of range, or count does not divide size.
+    """
+    _check_range("seed", seed, 0, 1 << 64)
+    _check_range("step", step, 0, 1 << 60)
+    _check_range("batch size", size, 1, 1 << 40)
+    index, count = shard
+    if count < 1 or not 0 <= index < count:
+        raise ValueError(f"shard is {shard}; give (index, count) with 0 <= index < count")
+    if size % count:
+        raise ValueError(f"batch size {size} is not a multiple of the {count} shards")
+    return _generator(seed, step), slice(index * size // count, (index + 1) * size // count)
+
+
+def _read_pydoc(config: TextConfig) -> str:
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        raise FileNotFoundError(
+            "this Python comes without pydoc_data; give a text with --data.name file --data.path"
+        ) from None
+    text = "\n".join(topics[name] for name in sorted(topics))
+    return text[: config.characters or None]
+
+
+def _read_file(config: TextConfig) -> str:
+    path = config.path
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"{path} is no file; give --data.path a UTF-8 text file, or use the embedded text "
+            "with --data.name pydoc"
+        )
+    try:
+        with open(path, encoding="utf-8", newline="") as file:  # line ends stay as they are
+            return file.read(config.characters or -1)
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8 text ({error.reason}); convert it, for example with iconv"
+        ) from None

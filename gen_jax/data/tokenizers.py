@@ -1,0 +1,342 @@
+"""Between text and tokens: bytes, characters, or the vocabulary of a published model."""
+
+import codecs
+import json
+import os
+import re
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from gen_jax.data.text import check_tokens, digest
+
+END_NAMES = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>")
+
+
+class TextStream(Protocol):
+    """Decodes token by token: what `push` and `flush` return, joined, is `decode` of the tokens."""
+
+    def push(self, id: int) -> str:
+        """Takes a token and returns the characters that it completes, which may be none.
+
+        Raises:
+            ValueError: the token is outside the vocabulary.
+        """
+
+    def flush(self) -> str:
+        """Ends the text and returns what was held back."""
+
+
+class Tokenizer(Protocol):
+    """Text to tokens and back."""
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens lie in [0, vocabulary)."""
+
+    @property
+    def end(self) -> int | None:
+        """The token that ends a text, where there is one."""
+
+    def encode(self, text: str) -> np.ndarray:
+        """Tokens int32 [n] of a text, and no others: nothing is put before, between or after.
+
+        Raises:
+            ValueError: the text holds what the tokenizer cannot express.
+        """
+
+    def decode(self, ids: np.ndarray) -> str:
+        """The text of tokens, integer [n]; bytes that are no UTF-8 become U+FFFD.
+
+        Raises:
+            ValueError: another shape or dtype, or a token outside the vocabulary.
+        """
+
+    def stream(self) -> TextStream:
+        """A decoder of one text, token by token."""
+
+    def describe(self) -> dict[str, Any]:
+        """For JSON: kind, vocabulary, digest (SHA-256 of what `save` writes), and characters."""
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes one JSON file, which `load` reads; a reader sees the old one or the new one."""
+
+
+def make(choice: str, text: str) -> Tokenizer:
+    """The tokenizer that a configuration names.
+
+    Args:
+        choice: "bytes", "chars", or the path of a tokenizer.json.
+        text: whose characters "chars" takes.
+
+    Raises:
+        ValueError, FileNotFoundError: as `Chars` and `load`.
+    """
+    if choice == "bytes":
+        return Bytes()
+    if choice == "chars":
+        return Chars("".join(sorted(set(text))))
+    return load(choice)
+
+
+def load(path: str | os.PathLike) -> Tokenizer:
+    """Reads a tokenizer.json, of `save` or of the package `tokenizers`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged or no tokenizer, or the package `tokenizers` is needed.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"{path} is no file; choose bytes, chars or the path of a tokenizer.json"
+        )
+    try:
+        content = Path(path).read_bytes().decode()
+        fields = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON file ({error}); write it again") from None
+    match fields:
+        case {"kind": "bytes"}:
+            return Bytes()
+        case {"kind": "chars", "characters": str(characters)}:
+            try:
+                return Chars(characters)
+            except ValueError as error:
+                raise ValueError(f"{path} is damaged: {error}") from None
+        case {"model": _}:
+            return Pretrained(content, str(path))
+    raise ValueError(f"{path} is no tokenizer: it has neither a kind (bytes, chars) nor a model")
+
+
+class _Stored:
+    """What all kinds share; `_content()` is the file that `save` writes."""
+
+    kind: str
+
+    @property
+    def end(self) -> int | None:
+        return None
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "vocabulary": self.vocabulary,
+            "digest": digest(self._content()),
+        }
+
+    def save(self, path: str | os.PathLike) -> None:
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            temporary.write_bytes(self._content().encode())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _checked(self, ids: np.ndarray) -> np.ndarray:
+        ids = np.asarray(ids)
+        if ids.size == 0:
+            ids = ids.astype(np.int32)
+        if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+            raise ValueError(f"tokens must be integers [n], not {ids.dtype} {list(ids.shape)}")
+        check_tokens(ids, self.vocabulary)
+        return ids
+
+
+@dataclass(frozen=True)
+class Bytes(_Stored):
+    """The 256 bytes of UTF-8."""
+
+    kind = "bytes"
+    vocabulary = 256
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+
+    def decode(self, ids: np.ndarray) -> str:
+        return self._checked(ids).astype(np.uint8).tobytes().decode(errors="replace")
+
+    def stream(self) -> TextStream:
+        return _ByteStream(self)
+
+    def _content(self) -> str:
+        return json.dumps({"kind": self.kind}) + "\n"
+
+
+@dataclass(frozen=True)
+class Chars(_Stored):
+    """The characters of a text.
+
+    Args:
+        characters: at least one, sorted by code point, each once.
+
+    Raises:
+        ValueError: the characters are none, or not sorted, or repeated.
+    """
+
+    characters: str
+
+    kind = "chars"
+
+    def __post_init__(self) -> None:
+        if not self.characters:
+            raise ValueError("a text without characters gives no vocabulary; give a longer text")
+        if "".join(sorted(set(self.characters))) != self.characters:
+            raise ValueError("the characters of a vocabulary must be sorted, and each there once")
+
+    @property
+    def vocabulary(self) -> int:
+        return len(self.characters)
+
+    def encode(self, text: str) -> np.ndarray:
+        points = _code_points(text)
+        ids = np.searchsorted(self._points, points)
+        known = self._points[np.minimum(ids, self.vocabulary - 1)] == points
+        if not known.all():
+            unknown = sorted(set(text) - set(self.characters))
+            listed = ", ".join(map(repr, unknown[:5]))
+            raise ValueError(
+                f"{len(unknown)} characters of the text are not in the vocabulary: {listed}"
+                f"{' and others' if len(unknown) > 5 else ''}; leave them out, or take bytes"
+            )
+        return ids.astype(np.int32)
+
+    def decode(self, ids: np.ndarray) -> str:
+        return self._points[self._checked(ids)].tobytes().decode("utf-32-le")
+
+    def stream(self) -> TextStream:
+        return _CharStream(self)
+
+    def describe(self) -> dict[str, Any]:
+        return {**super().describe(), "characters": self.characters}
+
+    @cached_property
+    def _points(self) -> np.ndarray:
+        return _code_points(self.characters)
+
+    def _content(self) -> str:
+        return json.dumps({"kind": self.kind, "characters": self.characters}) + "\n"
+
+
+@dataclass(frozen=True)
+class Pretrained(_Stored):
+    """A tokenizer of the package `tokenizers` (Hugging Face), read without network.
+
+    Special tokens are text like any other: `encode` recognises but never adds them, and `decode`
+    shows them. Truncation and padding that the file asks for are left out.
+
+    Args:
+        content: the text of a tokenizer.json.
+        source: its name, for errors.
+
+    Raises:
+        ValueError: the content is no tokenizer, or the package is not installed.
+    """
+
+    content: str = field(repr=False)
+    source: str = "tokenizer.json"
+
+    kind = "pretrained"
+
+    def __post_init__(self) -> None:
+        _ = self._tokenizer
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        try:
+            from tokenizers import Tokenizer as Model
+        except ImportError:
+            raise ValueError(
+                f"{self.source} needs the package tokenizers: install gen_jax[text]"
+            ) from None
+        try:
+            model = Model.from_str(self.content)
+        except Exception as error:  # the package raises nothing narrower
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{self.source} is no tokenizer of `tokenizers` ({reason})") from None
+        model.no_truncation()
+        model.no_padding()
+        if not model.get_vocab_size():
+            raise ValueError(f"{self.source} has an empty vocabulary")
+        return model
+
+    @cached_property
+    def vocabulary(self) -> int:
+        return max(self._tokenizer.get_vocab().values()) + 1
+
+    @cached_property
+    def end(self) -> int | None:
+        known = (self._tokenizer.token_to_id(name) for name in END_NAMES)
+        return next((id for id in known if id is not None), None)
+
+    def encode(self, text: str) -> np.ndarray:
+        text.encode()  # a lone surrogate is a ValueError here, and a TypeError of the package
+        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def decode(self, ids: np.ndarray) -> str:
+        return self._tokenizer.decode(self._checked(ids).tolist(), skip_special_tokens=False)
+
+    def stream(self) -> TextStream:
+        return _PretrainedStream(self)
+
+    def _content(self) -> str:
+        return self.content
+
+
+class _ByteStream:
+    def __init__(self, tokenizer: Bytes) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, id: int) -> str:
+        return self._decoder.decode(bytes(self._tokenizer._checked([id]).tolist()))
+
+    def flush(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+class _CharStream:
+    def __init__(self, tokenizer: Chars) -> None:
+        self._tokenizer = tokenizer
+
+    def push(self, id: int) -> str:
+        return self._tokenizer.decode([id])
+
+    def flush(self) -> str:
+        return ""
+
+
+class _PretrainedStream:
+    """Decodes all tokens again at each push: what one adds depends on those before it.
+
+    The text of a prefix is final but for its last characters where these are U+FFFD, which further
+    bytes may complete; and a run of the byte tokens of SentencePiece is decoded as a whole.
+    """
+
+    def __init__(self, tokenizer: Pretrained) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._given = 0
+
+    def push(self, id: int) -> str:
+        self._tokenizer._checked([id])
+        self._ids.append(int(id))
+        name = self._tokenizer._tokenizer.id_to_token(int(id)) or ""
+        if re.fullmatch("<0x[0-9A-F]{2}>", name):
+            return ""
+        return self._rest(self._tokenizer.decode(self._ids).rstrip("\ufffd"))
+
+    def flush(self) -> str:
+        return self._rest(self._tokenizer.decode(self._ids))
+
+    def _rest(self, text: str) -> str:
+        rest = text[self._given :]
+        self._given += len(rest)
+        return rest
+
+
+def _code_points(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-32-le"), np.uint32)
