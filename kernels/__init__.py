@@ -5,13 +5,21 @@ public function picks a backend per platform. This package depends on jax alone.
 """
 
 from kernels.conv_3x3 import conv_3x3, prepare_conv_3x3
+from kernels.decode_attention import KVCache, decode_attention, make_kv_cache
 from kernels.diffusion_step import StepCoefficients, diffusion_step
 from kernels.group_norm_silu import group_norm_silu
+from kernels.sample_token import filter_logits, sample_logits, sample_token
 
 __all__ = [
+    "KVCache",
     "StepCoefficients",
     "conv_3x3",
+    "decode_attention",
     "diffusion_step",
+    "filter_logits",
     "group_norm_silu",
+    "make_kv_cache",
     "prepare_conv_3x3",
+    "sample_logits",
+    "sample_token",
 ]

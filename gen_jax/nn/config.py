@@ -62,3 +62,87 @@ class UNetConfig:
     def stride(self) -> int:
         """The factor by which the coarsest feature map is smaller than the image."""
         return self.patch * 2 ** (len(self.widths) - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """A pre-norm transformer; the defaults are the form of GPT-2 (Radford et al. 2019).
+
+    The modern form (Llama: Touvron et al. 2023, 2302.13971) is position="rotary", norm="rms",
+    activation="swiglu", bias=False, tied=False.
+    """
+
+    vocabulary: int = 0
+    """Tokens V; 0 where the data decides."""
+    context: int = 1024
+    """Longest sequence of inputs L."""
+    layers: int = 12
+    """Blocks of attention and feed-forward network."""
+    width: int = 768
+    """Size D of the residual stream."""
+    heads: int = 12
+    """Heads of the queries."""
+    kv_heads: int = 0
+    """Heads of keys and values, each shared by heads / kv_heads queries; 0 for as many as heads."""
+    head_width: int = 0
+    """Size of one head; 0 for width / heads."""
+    hidden: int = 0
+    """Size of the feed-forward network; 0 for 4 x width."""
+    position: Literal["learned", "rotary", "none"] = "learned"
+    """Table of positions added to the tokens, rotation of queries and keys, or neither."""
+    rotary_base: float = 10_000.0
+    """Longest wavelength of the rotation, over 2 pi."""
+    norm: Literal["layer", "rms"] = "layer"
+    """LayerNorm, or RMSNorm (Zhang & Sennrich 2019)."""
+    norm_epsilon: float = 1e-5
+    """Added to the variance, or the mean square."""
+    activation: Literal["gelu", "swiglu"] = "gelu"
+    """GELU in its tanh form, or a gate with SiLU (Shazeer 2020)."""
+    bias: bool = True
+    """Biases in matrix products and in LayerNorm."""
+    tied: bool = True
+    """Predict with the transposed table of tokens rather than with a matrix of its own."""
+    causal: bool = True
+    """A position sees itself and those before it; else all."""
+    extra_inputs: int = 0
+    """Tokens from V up that are read but never predicted: a start, or one per class, or a mask."""
+    memory: bool = False
+    """Cross-attention to a second sequence in every block."""
+    dropout: float = 0.0
+    """Dropout rate of embeddings and of the output of each branch."""
+    compute: Literal["float32", "bfloat16"] = "float32"
+    """Type of matrix products; parameters, normalisation, softmax and logits stay float32."""
+
+    def __post_init__(self):
+        for name in ("context", "layers", "width", "heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("vocabulary", "kv_heads", "head_width", "hidden", "extra_inputs"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("norm_epsilon", "rotary_base"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be finite and positive, got {getattr(self, name)}")
+        if not self.head_width and self.width % self.heads:
+            raise ValueError(f"heads ({self.heads}) must divide width ({self.width})")
+        if self.heads % self.key_heads:
+            raise ValueError(f"kv_heads ({self.kv_heads}) must divide heads ({self.heads})")
+        if self.position == "rotary" and self.head_size % 2:
+            raise ValueError(f"rotary positions need an even head width, got {self.head_size}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+
+    @property
+    def key_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.kv_heads or self.heads
+
+    @property
+    def head_size(self) -> int:
+        """Size of one head."""
+        return self.head_width or self.width // self.heads
+
+    @property
+    def hidden_size(self) -> int:
+        """Size of the feed-forward network."""
+        return self.hidden or 4 * self.width

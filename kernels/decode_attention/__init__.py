@@ -1,0 +1,95 @@
+"""Attention of new tokens to all tokens so far, with the cache that it owns."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from kernels.decode_attention import reference
+from kernels.decode_attention.reference import KVCache
+from kernels.dispatch import select
+
+__all__ = ["KVCache", "decode_attention", "make_kv_cache"]
+
+
+def make_kv_cache(
+    batch: int, kv_heads: int, length: int, head_width: int, dtype=jnp.float32
+) -> KVCache:
+    """An empty cache for sequences of up to `length` columns."""
+    return KVCache(
+        jnp.zeros((batch, kv_heads, head_width, length), dtype),
+        jnp.zeros((batch, kv_heads, length, head_width), dtype),
+    )
+
+
+def decode_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    cache: KVCache,
+    column: int | jax.Array,
+    first: jax.Array | None = None,
+    *,
+    implementation: str | None = None,
+) -> tuple[jax.Array, KVCache]:
+    """Writes S new keys and values to the cache and attends from the new tokens, causally.
+
+    The new token s stands in column `column` + s and sees the columns from `first` to its own.
+    Only the columns before `column` + S are read, rounded up to a bucket (see `buckets`), so that
+    an early step does not pay for the length of the cache. A row whose columns are all hidden
+    gives finite values without meaning.
+
+    Args:
+      q: [B, S, H, W] float32 or bfloat16.
+      k: [B, S, K, W] with K dividing H; query head h reads head h // (H / K).
+      v: [B, S, K, W].
+      cache: of `make_kv_cache`; to be updated in place it must not be used again.
+      column: of the first new token: a Python int (prefill), or int32 [] (a step of a loop).
+      first: int32 [B], the first column of each sample that holds a token; None for 0.
+      implementation: "reference" reads the whole cache; "buckets" (the default) what is needed.
+
+    Returns:
+      [B, S, H, W], and the cache after the write.
+
+    Raises:
+      NotImplementedError: `implementation` is not available.
+      ValueError: the new tokens do not fit into the cache (when `column` is an int).
+    """
+    length = cache.keys.shape[-1]
+    if isinstance(column, int) and not 0 <= column <= length - q.shape[1]:
+        raise ValueError(
+            f"{q.shape[1]} new tokens at column {column} do not fit into a cache of {length}"
+        )
+    chosen = select("decode_attention", implementation or "buckets", _IMPLEMENTATIONS)
+    return chosen(q, k, v, cache, column, first)
+
+
+def buckets(length: int) -> tuple[int, ...]:
+    """Sizes that a valid prefix is rounded up to: 64, 96, 128, 192, ... and `length` itself."""
+    sizes, power = [], 64
+    while power < length:
+        sizes += [power, power + power // 2]
+        power *= 2
+    return (*(size for size in sizes if size < length), length)
+
+
+def _bucketed(q, k, v, cache, column, first):
+    cache = reference.write(cache, k, v, column)
+    end = column + q.shape[1]
+    sizes = buckets(cache.keys.shape[-1])
+
+    def attend(size, q, cache, column, first):
+        keys = jax.lax.slice_in_dim(cache.keys, 0, size, axis=3)
+        values = jax.lax.slice_in_dim(cache.values, 0, size, axis=2)
+        return reference.attend(q, keys, values, column, first)
+
+    if isinstance(column, int):
+        return attend(end, q, cache, column, first), cache
+    if len(sizes) == 1:
+        return attend(sizes[0], q, cache, column, first), cache
+    bucket = jnp.sum(end > jnp.asarray(sizes))
+    branches = [functools.partial(attend, size) for size in sizes]
+    return jax.lax.switch(bucket, branches, q, cache, column, first), cache
+
+
+_IMPLEMENTATIONS = {"reference": reference.decode_attention, "buckets": _bucketed}

@@ -1,0 +1,54 @@
+"""Attention of new tokens to all tokens so far, over a cache of keys and values: specification."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+MASKED = -1e30  # finite, so that a row with no key at all stays finite
+
+
+class KVCache(NamedTuple):
+    """Keys and values of one layer, column after column.
+
+    Attributes:
+      keys: [B, K, W, T], columns innermost: scores of a new token are then sums over W of rows.
+      values: [B, K, T, W].
+    """
+
+    keys: jax.Array
+    values: jax.Array
+
+
+def write(cache, k, v, column):
+    """The cache with k, v [B, S, K, W] in the columns from `column` on."""
+    dtype = cache.keys.dtype
+    return KVCache(
+        jax.lax.dynamic_update_slice(
+            cache.keys, k.transpose(0, 2, 3, 1).astype(dtype), (0, 0, 0, column)
+        ),
+        jax.lax.dynamic_update_slice(
+            cache.values, v.transpose(0, 2, 1, 3).astype(dtype), (0, 0, column, 0)
+        ),
+    )
+
+
+def attend(q, keys, values, column, first):
+    """q [B, S, H, W] over the columns of keys [B, K, W, T] and values [B, K, T, W]."""
+    batch, steps, heads, width = q.shape
+    groups = heads // keys.shape[1]
+    q = (q / width**0.5).reshape(batch, steps, -1, groups, width)
+    scores = jnp.einsum("bskgw,bkwt->bkgst", q, keys, preferred_element_type=jnp.float32)
+    columns = jnp.arange(keys.shape[-1])
+    seen = columns <= column + jnp.arange(steps)[:, None]  # [S, T]
+    if first is not None:
+        seen = (seen & (columns >= first[:, None, None]))[:, None, None]  # [B, 1, 1, S, T]
+    weights = jax.nn.softmax(jnp.where(seen, scores, MASKED), axis=-1)
+    out = jnp.einsum("bkgst,bktw->bskgw", weights.astype(values.dtype), values)
+    return out.reshape(batch, steps, heads, width)
+
+
+def decode_attention(q, k, v, cache, column, first):
+    """Writes, then reads the whole cache."""
+    cache = write(cache, k, v, column)
+    return attend(q, cache.keys, cache.values, column, first), cache
