@@ -18,7 +18,7 @@ DIR holds cifar-10-batches-bin. What was measured, with hardware and time, is in
 
 import sys
 
-from experiments import common, diffusion
+from experiments import common, diffusion, run
 from experiments.diffusion import Config, EvaluateConfig, SampleConfig
 from gen_jax.config import TrainConfig
 from gen_jax.data import DataConfig
@@ -77,7 +77,7 @@ EXPERIMENT = common.Experiment(
     name="ddpm_cifar",
     about="DDPM on CIFAR-10, or on the embedded shapes set (the default).",
     presets={"tiny": TINY, "cpu": CPU, "small": SMALL, "paper": PAPER},
-    commands=diffusion.commands("ddpm_cifar"),
+    commands=run.commands("ddpm_cifar", diffusion.Run),
 )
 
 

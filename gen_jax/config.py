@@ -28,13 +28,19 @@ class TrainConfig:
     warmup: int = 5000
     """Steps over which the rate rises linearly from zero."""
     decay: Literal["constant", "cosine"] = "constant"
-    """What the rate does after the warm-up; cosine reaches zero at the last step."""
+    """What the rate does after the warm-up; cosine falls to `final_rate` at the last step."""
+    final_rate: float = 0.0
+    """The rate that the cosine ends at, as a share of the peak."""
+    beta1: float = 0.9
+    """Decay of Adam's first moment."""
     beta2: float = 0.999
     """Decay of Adam's second moment."""
+    weight_decay: float = 0.0
+    """Decoupled decay (AdamW), of parameters of two or more axes only; 0 for none."""
     clip_norm: float = 1.0
     """Largest global norm of the gradient; 0 for no clipping."""
     ema: float = 0.9999
-    """Decay of the moving average of the parameters, the ones that samples come from."""
+    """Decay of the moving average of the parameters, which samples come from; 0 for no average."""
     ema_warmup: bool = False
     """Let the decay rise as (1 + step) / (10 + step) until it reaches `ema`."""
     seed: int = 0
@@ -55,12 +61,17 @@ class TrainConfig:
         for name in positive:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("warmup", "evaluate_every", "max_skipped", "clip_norm", "learning_rate"):
+        counts = ("warmup", "evaluate_every", "max_skipped")
+        for name in (*counts, "clip_norm", "learning_rate", "weight_decay"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be finite, not negative, got {getattr(self, name)}")
-        for name in ("beta2", "ema"):
+        for name in ("beta1", "beta2", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if not 0 <= self.final_rate <= 1:
+            raise ValueError(f"final_rate must be in [0, 1], got {self.final_rate}")
+        if self.final_rate and self.decay != "cosine":
+            raise ValueError(f"final_rate is for decay=cosine; decay is {self.decay}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be in [0, 2**32), got {self.seed}")
         if self.batch % self.accumulate:
@@ -110,6 +121,19 @@ def _read(hint, value):
     if dataclasses.is_dataclass(hint):
         return from_dict(hint, value)
     return tuple(value) if typing.get_origin(hint) is tuple else value
+
+
+def added(kind: type, stored: Mapping) -> dict[str, Any]:
+    """Dotted keys and defaults of the fields that a stored configuration is too old to have."""
+    found = {}
+    hints = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        if field.name in stored:
+            if isinstance(stored[field.name], Mapping):
+                found[field.name] = added(hints[field.name], stored[field.name])
+        elif field.default is not dataclasses.MISSING:
+            found[field.name] = field.default
+    return flatten(json.loads(json.dumps(found, default=dataclasses.asdict)))
 
 
 def flatten(values: Mapping, prefix: str = "") -> dict[str, Any]:

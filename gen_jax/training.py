@@ -39,14 +39,15 @@ class TrainState:
 
     Attributes:
       params: tree of float32 arrays.
-      ema: moving average of `params`, the same structure.
+      ema: moving average of `params`, the same structure; None inside the loop where
+        `TrainConfig.ema` is 0, and it is the parameters.
       optimizer: state of the Optax transformation.
       step: int32, updates tried so far.
       skipped: int32, updates skipped in a row, up to now, for values that were not finite.
     """
 
     params: dict
-    ema: dict
+    ema: dict | None
     optimizer: optax.OptState
     step: jax.Array
     skipped: jax.Array
@@ -84,15 +85,23 @@ class NotFinite(FloatingPointError):
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """Adam with clipping of the global norm, linear warm-up, and the decay asked for."""
+    """Adam with clipping of the global norm, linear warm-up, and the decays asked for.
+
+    The decay of weights is that of AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), of
+    parameters of two or more axes; biases and the scales of normalisation are left alone.
+    """
+    rate = config.learning_rate
     if config.decay == "cosine":
-        warmup = min(config.warmup, config.steps - 1)
-        rate = optax.warmup_cosine_decay_schedule(0, config.learning_rate, warmup, config.steps)
-    else:
-        rate = config.learning_rate
-        if config.warmup:
-            rate = optax.linear_schedule(0, config.learning_rate, config.warmup)
-    adam = optax.adam(rate, b2=config.beta2)
+        warmup, final = min(config.warmup, config.steps - 1), rate * config.final_rate
+        rate = optax.warmup_cosine_decay_schedule(0, rate, warmup, config.steps, final)
+    elif config.warmup:
+        rate = optax.linear_schedule(0, rate, config.warmup)
+    adam = optax.adam(rate, b1=config.beta1, b2=config.beta2)
+    if config.weight_decay:
+        matrices = functools.partial(jax.tree.map, lambda leaf: leaf.ndim >= 2)
+        adam = optax.adamw(
+            rate, config.beta1, config.beta2, weight_decay=config.weight_decay, mask=matrices
+        )
     return (
         optax.chain(optax.clip_by_global_norm(config.clip_norm), adam) if config.clip_norm else adam
     )
@@ -116,7 +125,7 @@ def make_step(
 
     `batch` is split over the mesh (see `parallel.split`); `stop` is int32 [devices], and the
     metric "stop" is its maximum, by which all hosts agree to stop after the same step. The state
-    is donated.
+    is donated; where its `ema` is None, none is kept.
     """
     step = functools.partial(_device_step, loss, optimizer, config)
     return parallel.map_devices(
@@ -136,10 +145,12 @@ def _device_step(loss, optimizer, config, state, batch, stop):
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
     updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
     params = optax.apply_updates(state.params, updates)
-    decay = config.ema
-    if config.ema_warmup:
-        decay = jnp.minimum(decay, (1 + state.step) / (10 + state.step))
-    ema = optax.incremental_update(params, state.ema, 1 - decay)
+    ema = state.ema
+    if ema is not None:
+        decay = config.ema
+        if config.ema_warmup:
+            decay = jnp.minimum(decay, (1 + state.step) / (10 + state.step))
+        ema = optax.incremental_update(params, ema, 1 - decay)
     updated = (params, ema, optimizer_state)
     kept = (state.params, state.ema, state.optimizer)
     params, ema, optimizer_state = jax.tree.map(
@@ -222,6 +233,8 @@ def fit(
     _agree_on_start(start, workdir)
     if start >= config.steps:
         return Trained(state, start, 0.0, 0.0, 0.0)
+    if not config.ema:
+        state = state.replace(ema=None)
     state = parallel.replicate(mesh, state)
     loop = _Loop(config, workdir, record or {}, evaluate)
     with loop.open(start, progress), StopSignal() as stop:
@@ -246,7 +259,13 @@ def _restore(workdir, state):
     )
 
 
+def _whole(state: TrainState) -> TrainState:
+    """With an average, which is the parameters themselves where none is kept."""
+    return state.replace(ema=state.params) if state.ema is None else state
+
+
 def _trees(state: TrainState) -> dict:
+    state = _whole(state)
     rest = {"optimizer": state.optimizer, "step": state.step, "skipped": state.skipped}
     return {"params": state.params, "ema": state.ema, "state": rest}
 
@@ -301,10 +320,11 @@ class _Loop:
             every = self.config.evaluate_every
             if self.evaluate and every and done % every == 0:
                 with self._apart():
-                    self._write({"step": done} | _prefixed("eval/", self.evaluate(state)))
+                    report = self.evaluate(_whole(state))
+                    self._write({"step": done} | _prefixed("eval/", report))
         seconds = time.perf_counter() - began - self.aside
         rate = (self.config.steps - start) * self.config.batch / seconds
-        return Trained(state, start, compile_seconds, seconds, rate)
+        return Trained(_whole(state), start, compile_seconds, seconds, rate)
 
     @contextlib.contextmanager
     def _apart(self):

@@ -102,6 +102,93 @@ def test_learning_rates():
     )
 
 
+@pytest.mark.parametrize("final_rate", [0.0, 0.1, 1.0])
+def test_the_cosine_ends_at_the_share_of_the_peak_asked_for(final_rate):
+    config = dataclasses.replace(
+        CONFIG, steps=101, warmup=11, clip_norm=0, decay="cosine", final_rate=final_rate
+    )
+    optimizer = training.make_optimizer(config)
+    state, rates = optimizer.init(jnp.ones(())), []
+    for _ in range(102):
+        update, state = optimizer.update(jnp.ones(()), state)
+        rates.append(-float(update))
+    peak, least = 0.05, 0.05 * final_rate
+
+    def closed_form(step):
+        ratio = (step - 11) / (101 - 11)
+        return least + 0.5 * (1 + np.cos(np.pi * ratio)) * (peak - least)
+
+    assert rates[0] == 0
+    assert rates[11] == pytest.approx(peak, rel=1e-4)
+    for step in (11, 56, 100, 101):  # 56 is the middle, 100 the last update, 101 the end
+        assert rates[step] == pytest.approx(closed_form(step), rel=1e-3, abs=1e-6)
+    assert closed_form(56) == pytest.approx((peak + least) / 2)
+    assert closed_form(101) == pytest.approx(least)
+
+
+def test_weights_decay_apart_from_the_gradient_and_vectors_do_not():
+    config = dataclasses.replace(
+        CONFIG, warmup=0, clip_norm=0, beta1=0.8, beta2=0.95, weight_decay=0.3
+    )
+    rng = np.random.default_rng(0)
+    shapes = {"w": (4, 3), "b": (3,), "s": ()}
+    params, *gradients = (
+        {name: np.array(rng.normal(size=shape)) for name, shape in shapes.items()} for _ in range(3)
+    )
+    optimizer = training.make_optimizer(config)
+    state, ours = optimizer.init(params), params
+    first, second = (jax.tree.map(np.zeros_like, params) for _ in range(2))
+    for t, gradient in enumerate(gradients, 1):
+        updates, state = optimizer.update(gradient, state, ours)
+        ours = optax.apply_updates(ours, updates)
+        for name, decay in (("w", 0.3), ("b", 0), ("s", 0)):
+            first[name] = 0.8 * first[name] + 0.2 * gradient[name]
+            second[name] = 0.95 * second[name] + 0.05 * gradient[name] ** 2
+            step = first[name] / (1 - 0.8**t) / (np.sqrt(second[name] / (1 - 0.95**t)) + 1e-8)
+            params[name] = params[name] - 0.05 * (step + decay * params[name])
+        same(ours, params, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("decay", ["constant", "cosine"])
+def test_with_the_defaults_the_state_is_that_of_adam(decay):
+    """So that checkpoints from before there was a decay of weights are still read."""
+    config = dataclasses.replace(CONFIG, decay=decay)
+    rate = optax.constant_schedule(0.0)
+    adam = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
+    state = training.make_optimizer(config).init(PARAMS)
+    assert jax.tree.structure(state) == jax.tree.structure(adam.init(PARAMS))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"beta1": 1.0}, r"beta1 must be in \[0, 1\), got 1.0"),
+        ({"weight_decay": -0.1}, "weight_decay must be finite, not negative, got -0.1"),
+        ({"weight_decay": np.nan}, "weight_decay must be finite"),
+        ({"decay": "cosine", "final_rate": 1.1}, r"final_rate must be in \[0, 1\], got 1.1"),
+        ({"decay": "cosine", "final_rate": np.nan}, "final_rate must be in"),
+        ({"final_rate": 0.1}, "final_rate is for decay=cosine; decay is constant"),
+    ],
+)
+def test_rates_out_of_range_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CONFIG, **changes)
+
+
+def test_without_an_average_it_is_the_parameters(tmp_path):
+    config = dataclasses.replace(CONFIG, ema=0.0, evaluate_every=5)
+    seen = []
+    state = fit(tmp_path / "whole", config, evaluate=lambda state: seen.append(state.ema) or {})
+    assert [jax.tree.structure(tree) for tree in seen] == [jax.tree.structure(PARAMS)] * 2
+    same(state.params, fit(tmp_path / "with").params, rtol=0)
+    same(state.ema, state.params, rtol=0)
+    template = {"ema": PARAMS, "params": PARAMS}
+    saved = checkpoint.restore(tmp_path / "whole" / "checkpoints", template).trees
+    same(saved["ema"], state.params, rtol=0)
+    fit(tmp_path / "parts", dataclasses.replace(config, steps=7))
+    same(fit(tmp_path / "parts", config), state, rtol=0)
+
+
 @pytest.mark.parametrize("devices", [2, 8])
 def test_devices_do_not_change_the_curve(tmp_path, devices):
     one, many = fit(tmp_path / "one"), fit(tmp_path / "many", devices=devices)
@@ -151,10 +238,12 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path):
         fit(tmp_path, config, devices=8)
 
 
-def test_the_state_is_updated_in_place():
+@pytest.mark.parametrize("average", [True, False])
+def test_the_state_is_updated_in_place(average):
     optimizer = training.make_optimizer(CONFIG)
     mesh = mesh_of(1)
-    state = parallel.replicate(mesh, training.init_state(PARAMS, optimizer))
+    state = training.init_state(PARAMS, optimizer)
+    state = parallel.replicate(mesh, state if average else state.replace(ema=None))
     step = training.make_step(loss, optimizer, CONFIG, mesh)
     flags = parallel.split(mesh, np.zeros(1, np.int32))
     program = step.lower(state, parallel.split(mesh, batch(0)), flags).compile()

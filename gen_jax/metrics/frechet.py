@@ -119,26 +119,45 @@ def kernel_distance(
     return float(np.mean(estimates))
 
 
-def distance_over_features(
+def frechet_over_features(
     features_fn: Callable[[np.ndarray], np.ndarray],
     images_a: np.ndarray,
     images_b: np.ndarray,
     batch_size: int,
-) -> dict[str, float]:
-    """Frechet and kernel distance of two sets of images under any feature function.
+) -> float:
+    """Squared Frechet distance of two sets of images under any feature function.
 
     Args:
         features_fn: images [b, ...] with b <= batch_size -> features [b, D].
         images_a, images_b: [N, ...] and [M, ...], at least two of each.
         batch_size: images per call; the last call of a set may see fewer.
 
-    Returns:
-        "frechet" (squared distance) and "kernel" (unbiased, degree 3, all pairs).
-
     Raises:
         ValueError: batch_size is below 1, a set has fewer than two images, or features are no
             finite matrix with a row per image.
     """
+    a, b = _features_of_both(features_fn, images_a, images_b, batch_size)
+    return frechet_distance(*gaussian_statistics(a), *gaussian_statistics(b))
+
+
+def kernel_over_features(
+    features_fn: Callable[[np.ndarray], np.ndarray],
+    images_a: np.ndarray,
+    images_b: np.ndarray,
+    batch_size: int,
+    **options: int,
+) -> float:
+    """Kernel distance of two sets of images under any feature function.
+
+    Args:
+        features_fn, images_a, images_b, batch_size: as in `frechet_over_features`, with its errors.
+        options: those of `kernel_distance`; without them it takes all pairs of images.
+    """
+    a, b = _features_of_both(features_fn, images_a, images_b, batch_size)
+    return kernel_distance(a, b, **options)
+
+
+def _features_of_both(features_fn, images_a, images_b, batch_size):
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     features = []
@@ -151,9 +170,7 @@ def distance_over_features(
         if len(matrix) != len(images):
             raise ValueError(f"features_fn gave {len(matrix)} rows for the {len(images)} {name}")
         features.append(matrix)
-    a, b = features
-    frechet = frechet_distance(*gaussian_statistics(a), *gaussian_statistics(b))
-    return {"frechet": frechet, "kernel": kernel_distance(a, b)}
+    return features
 
 
 def _root(covariance: np.ndarray) -> np.ndarray:

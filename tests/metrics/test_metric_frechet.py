@@ -3,10 +3,11 @@ import pytest
 import scipy.linalg
 
 from gen_jax.metrics.frechet import (
-    distance_over_features,
     frechet_distance,
+    frechet_over_features,
     gaussian_statistics,
     kernel_distance,
+    kernel_over_features,
     pooled_pixels,
 )
 
@@ -129,11 +130,20 @@ def test_features_are_taken_in_batches():
         seen.append(len(batch))
         return batch.reshape(len(batch), -1)
 
-    report = distance_over_features(flatten, images[0], images[1], batch_size=10)
-    assert seen == [10, 10, 5] * 2
     a, b = images.reshape(2, 25, 4)
-    assert report["frechet"] == frechet_distance(*gaussian_statistics(a), *gaussian_statistics(b))
-    assert report["kernel"] == kernel_distance(a, b)
+    distance = frechet_over_features(flatten, *images, batch_size=10)
+    assert seen == [10, 10, 5] * 2
+    assert distance == frechet_distance(*gaussian_statistics(a), *gaussian_statistics(b))
+    assert kernel_over_features(flatten, *images, batch_size=10) == kernel_distance(a, b)
+    assert seen == [10, 10, 5] * 4
+    subsets = {"subsets": 3, "subset_size": 8, "seed": 1}
+    distance = kernel_over_features(flatten, *images, batch_size=10, **subsets)
+    assert distance == kernel_distance(a, b, **subsets)
+
+
+def test_the_frechet_distance_takes_no_kernel_of_all_pairs(monkeypatch):
+    monkeypatch.setattr("gen_jax.metrics.frechet._kernel_sum", None)
+    frechet_over_features(lambda x: x, np.eye(3), np.eye(3), 3)
 
 
 @pytest.mark.parametrize(
@@ -155,15 +165,15 @@ def test_features_are_taken_in_batches():
             "from 2 to 3",
         ),
         (
-            lambda: distance_over_features(lambda x: x[:2], np.zeros((3, 2)), np.zeros((3, 2)), 3),
+            lambda: frechet_over_features(lambda x: x[:2], np.zeros((3, 2)), np.zeros((3, 2)), 3),
             "gave 2 rows",
         ),
         (
-            lambda: distance_over_features(lambda x: x, np.zeros((1, 2)), np.zeros((3, 2)), 3),
+            lambda: kernel_over_features(lambda x: x, np.zeros((1, 2)), np.zeros((3, 2)), 3),
             "at least 2",
         ),
         (
-            lambda: distance_over_features(lambda x: x, np.zeros((3, 2)), np.zeros((3, 2)), 0),
+            lambda: frechet_over_features(lambda x: x, np.zeros((3, 2)), np.zeros((3, 2)), 0),
             "batch_size",
         ),
     ],
