@@ -19,3 +19,10 @@ def stream(seed: int, purpose: str, start: int, count: int) -> jax.Array:
     """Keys [count] of the items start, start + 1, ... of a purpose."""
     key = root(seed, purpose)
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(np.arange(start, start + count))
+
+
+def grid(keys: jax.Array, *counts: int) -> jax.Array:
+    """Keys [*counts, B] for every use that each of B samples makes of randomness in a loop."""
+    uses = np.arange(np.prod(counts))
+    fold = jax.vmap(jax.random.fold_in, (0, None))
+    return jax.vmap(fold, (None, 0))(keys, uses).reshape(*counts, *keys.shape)

@@ -46,6 +46,13 @@ class Sampler(Protocol):
         """The samples [B, ...]."""
 
 
+class Stoppable(Protocol):
+    """What a sampler has besides when it may need fewer than `steps` trips."""
+
+    def stopped(self, state) -> jax.Array:
+        """Bool []: whether further steps would change nothing."""
+
+
 @functools.partial(jax.jit, static_argnames=("sampler", "trajectory"))
 def generate(sampler: Sampler, params, keys: jax.Array, cond=None, *, trajectory: bool = False):
     """Draws one sample per key, in one compiled loop with a fixed number of trips.
@@ -66,8 +73,8 @@ def generate(sampler: Sampler, params, keys: jax.Array, cond=None, *, trajectory
 def _loop(sampler, params, keys, cond, trajectory=False):
     state = sampler.init(params, keys, cond)
     if not trajectory:
-        body = lambda i, state: sampler.step(params, state, i)  # noqa: E731
-        return sampler.finish(params, jax.lax.fori_loop(0, sampler.steps, body, state))
+        state = _advance(sampler, params, state, 0, sampler.steps)
+        return sampler.finish(params, state)
 
     def record(state, i):
         state = sampler.step(params, state, i)
@@ -75,6 +82,42 @@ def _loop(sampler, params, keys, cond, trajectory=False):
 
     state, states = jax.lax.scan(record, state, jax.numpy.arange(sampler.steps))
     return sampler.finish(params, state), states
+
+
+def _advance(sampler, params, state, first, last):
+    """The state after the steps from `first` to before `last`, in one loop."""
+    if not hasattr(sampler, "stopped"):
+        body = lambda i, state: sampler.step(params, state, i)  # noqa: E731
+        return jax.lax.fori_loop(first, last, body, state)
+
+    def going_on(carry):
+        i, state = carry
+        return (i < last) & ~sampler.stopped(state)
+
+    def body(carry):
+        i, state = carry
+        return i + 1, sampler.step(params, state, i)
+
+    return jax.lax.while_loop(going_on, body, (jax.numpy.int32(first), state))[1]
+
+
+def stream(sampler: Sampler, params, keys: jax.Array, cond=None, *, every: int = 1) -> Iterator:
+    """Draws as `generate` does, and shows the state on the way.
+
+    Args:
+      sampler, params, keys, cond: as for `generate`.
+      every: steps from one state to the next, at least 1.
+
+    Yields:
+      The state after `every` steps, 2 x `every`, ..., and the last. Its memory is used again for
+      the next one: read it before going on. The first comes after compiling.
+    """
+    prepared = jax.jit(sampler.prepare)(params)
+    state = jax.jit(sampler.init)(prepared, keys, cond)
+    advance = jax.jit(functools.partial(_advance, sampler), donate_argnums=1)
+    for first in range(0, sampler.steps, every):
+        state = advance(prepared, state, first, min(first + every, sampler.steps))
+        yield state
 
 
 def sample_keys(seed: int, start: int, count: int) -> jax.Array:

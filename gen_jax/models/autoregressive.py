@@ -20,6 +20,7 @@ import numpy as np
 import optax
 
 import kernels
+from gen_jax import keys as key_streams
 from gen_jax.models.config import TokenChoice
 from gen_jax.nn.transformer import PreparedParams, TokenNetwork
 from kernels import KVCache
@@ -201,9 +202,14 @@ class AutoregressiveSampler:
         caches = self.network.make_caches(batch, self.columns)
         if length > 1:
             _, caches = self.network.extend(params, tokens[:, : length - 1], caches, 0, first)
-        fold = jax.vmap(jax.random.fold_in, (0, None))
-        keys = jax.vmap(fold, (None, 0))(keys, jnp.arange(self.tokens))
-        return DecodingState(keys, tokens, caches, first, jnp.int32(0), jnp.zeros(batch, jnp.bool_))
+        return DecodingState(
+            keys=key_streams.grid(keys, self.tokens),
+            tokens=tokens,
+            caches=caches,
+            first=first,
+            offset=jnp.int32(0),
+            done=jnp.zeros(batch, bool),
+        )
 
     def step(self, params: PreparedParams, state: DecodingState, i) -> DecodingState:
         """Reads the last token and draws the next."""

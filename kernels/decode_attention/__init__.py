@@ -44,7 +44,8 @@ def decode_attention(
       k: [B, S, K, W] with K dividing H; query head h reads head h // (H / K).
       v: [B, S, K, W].
       cache: of `make_kv_cache`; to be updated in place it must not be used again.
-      column: of the first new token: a Python int (prefill), or int32 [] (a step of a loop).
+      column: of the first new token: a Python int (prefill), int32 [] (a step of a loop), or
+        int32 [B] where samples are at different columns (the write is then slower).
       first: int32 [B], the first column of each sample that holds a token; None for 0.
       implementation: "reference" reads the whole cache; "buckets" (the default) what is needed.
 
@@ -87,7 +88,7 @@ def _bucketed(q, k, v, cache, column, first):
         return attend(end, q, cache, column, first), cache
     if len(sizes) == 1:
         return attend(sizes[0], q, cache, column, first), cache
-    bucket = jnp.sum(end > jnp.asarray(sizes))
+    bucket = jnp.sum(jnp.max(end) > jnp.asarray(sizes))
     branches = [functools.partial(attend, size) for size in sizes]
     return jax.lax.switch(bucket, branches, q, cache, column, first), cache
 

@@ -21,15 +21,17 @@ class KVCache(NamedTuple):
 
 
 def write(cache, k, v, column):
-    """The cache with k, v [B, S, K, W] in the columns from `column` on."""
-    dtype = cache.keys.dtype
+    """The cache with k, v [B, S, K, W] in the columns from `column` (of all, or of each) on."""
+    k, v = k.astype(cache.keys.dtype), v.astype(cache.values.dtype)
+    k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
+    put = jax.lax.dynamic_update_slice
+    if jnp.ndim(column) == 0:
+        return KVCache(
+            put(cache.keys, k, (0, 0, 0, column)), put(cache.values, v, (0, 0, column, 0))
+        )
     return KVCache(
-        jax.lax.dynamic_update_slice(
-            cache.keys, k.transpose(0, 2, 3, 1).astype(dtype), (0, 0, 0, column)
-        ),
-        jax.lax.dynamic_update_slice(
-            cache.values, v.transpose(0, 2, 1, 3).astype(dtype), (0, 0, column, 0)
-        ),
+        jax.vmap(lambda cache, k, column: put(cache, k, (0, 0, column)))(cache.keys, k, column),
+        jax.vmap(lambda cache, v, column: put(cache, v, (0, column, 0)))(cache.values, v, column),
     )
 
 
@@ -39,10 +41,13 @@ def attend(q, keys, values, column, first):
     groups = heads // keys.shape[1]
     q = (q / width**0.5).reshape(batch, steps, -1, groups, width)
     scores = jnp.einsum("bskgw,bkwt->bkgst", q, keys, preferred_element_type=jnp.float32)
-    columns = jnp.arange(keys.shape[-1])
-    seen = columns <= column + jnp.arange(steps)[:, None]  # [S, T]
+    columns, new = jnp.arange(keys.shape[-1]), jnp.arange(steps)[:, None]
+    own = jnp.asarray(column)[..., None, None] + new  # [S, 1] or [B, S, 1]
+    seen = columns <= own
     if first is not None:
-        seen = (seen & (columns >= first[:, None, None]))[:, None, None]  # [B, 1, 1, S, T]
+        seen = seen & (columns >= first[:, None, None])
+    if seen.ndim == 3:
+        seen = seen[:, None, None]
     weights = jax.nn.softmax(jnp.where(seen, scores, MASKED), axis=-1)
     out = jnp.einsum("bkgst,bktw->bskgw", weights.astype(values.dtype), values)
     return out.reshape(batch, steps, heads, width)
