@@ -104,6 +104,8 @@ class TransformerConfig:
     """Predict with the transposed table of tokens rather than with a matrix of its own."""
     causal: bool = True
     """A position sees itself and those before it; else all."""
+    window: int = 0
+    """Inputs that a position sees, its own included; 0 for all. Causal networks only."""
     extra_inputs: int = 0
     """Tokens from V up that are read but never predicted: a start, or one per class, or a mask."""
     memory: bool = False
@@ -117,7 +119,7 @@ class TransformerConfig:
         for name in ("context", "layers", "width", "heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("vocabulary", "kv_heads", "head_width", "hidden", "extra_inputs"):
+        for name in ("vocabulary", "kv_heads", "head_width", "hidden", "window", "extra_inputs"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("norm_epsilon", "rotary_base"):
@@ -127,6 +129,8 @@ class TransformerConfig:
             raise ValueError(f"heads ({self.heads}) must divide width ({self.width})")
         if self.heads % self.key_heads:
             raise ValueError(f"kv_heads ({self.kv_heads}) must divide heads ({self.heads})")
+        if self.window and not self.causal:
+            raise ValueError("window is for causal networks; set it to 0")
         if self.position == "rotary" and self.head_size % 2:
             raise ValueError(f"rotary positions need an even head width, got {self.head_size}")
         if not 0 <= self.dropout < 1:

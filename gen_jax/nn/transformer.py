@@ -12,14 +12,13 @@ import flax.struct
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 
 import kernels
+from gen_jax.nn.attention import attention, local_attention, rotate
 from gen_jax.nn.config import TransformerConfig
 from gen_jax.nn.layers import Dropout
 from kernels import KVCache
 
-_HIDDEN = -1e30  # score of a hidden key: finite, so that a row with no key at all stays finite
 _INIT = 0.02  # standard deviation of GPT-2's weights
 
 
@@ -59,56 +58,6 @@ def _norm(config):
     )
 
 
-def rotate(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
-    """Rotary positions (Su et al. 2021, 2104.09864), halves paired as in Llama.
-
-    Args:
-      x: [B, S, H, W], W even.
-      positions: int32 [B, S] or [S].
-      base: the angle of pair j is position / base ** (2 j / W).
-    """
-    half = x.shape[-1] // 2
-    frequencies = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions[..., None].astype(jnp.float32) * frequencies
-    cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]  # [.., S, 1, W / 2]
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-
-
-def attention(q, k, v, *, mask=None, causal: bool = False) -> jax.Array:
-    """Scaled dot-product attention, softmax in float32 (Vaswani et al. 2017, equation 1).
-
-    `jax.nn.dot_product_attention` computes the same; forward and backward on a CPU this form, with
-    heads outside the two products, takes half its time.
-
-    Args:
-      q: [B, S, H, W].
-      k: [B, M, K, W], K dividing H; query head h reads head h // (H / K).
-      v: [B, M, K, W].
-      mask: bool [B, M] of the keys that exist, or None for all.
-      causal: query s sees the keys 0 to s (S = M).
-
-    Returns:
-      [B, S, H, W].
-    """
-    steps, width = q.shape[1], q.shape[-1]
-    q = rearrange(q / width**0.5, "b s (k g) w -> b k (g s) w", k=k.shape[2])
-    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-    scores = jnp.einsum("bkqw,bkmw->bkqm", q, k, preferred_element_type=jnp.float32)
-    seen = None
-    if causal:
-        groups = q.shape[2] // steps
-        seen = jnp.tile(jnp.tril(jnp.ones((steps, steps), bool)), (groups, 1))
-    if mask is not None:
-        mask = mask[:, None, None]
-        seen = mask if seen is None else mask & seen
-    if seen is not None:
-        scores = jnp.where(seen, scores, _HIDDEN)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    out = jnp.einsum("bkqm,bkmw->bkqw", weights, v)
-    return rearrange(out, "b k (g s) w -> b s (k g) w", s=steps)
-
-
 class SelfAttention(nn.Module):
     """Multi-head attention within a sequence, with one product for queries, keys and values."""
 
@@ -135,12 +84,15 @@ class SelfAttention(nn.Module):
 
     def __call__(self, x, positions, mask):  # mask: bool [B, L] of keys, or None
         q, k, v = self._project(x, positions)
+        if self.config.window and self.config.window < x.shape[1]:
+            return self._merge(local_attention(q, k, v, self.config.window, mask=mask))
         return self._merge(attention(q, k, v, mask=mask, causal=self.config.causal))
 
     def extend(self, x, positions, cache, column, first):
         """Of S new tokens, with the cache of this layer."""
         q, k, v = self._project(x, positions)
-        out, cache = kernels.decode_attention(q, k, v, cache, column, first)
+        window = self.config.window
+        out, cache = kernels.decode_attention(q, k, v, cache, column, first, window=window)
         return self._merge(out), cache
 
 

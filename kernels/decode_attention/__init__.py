@@ -30,14 +30,15 @@ def decode_attention(
     column: int | jax.Array,
     first: jax.Array | None = None,
     *,
+    window: int = 0,
     implementation: str | None = None,
 ) -> tuple[jax.Array, KVCache]:
     """Writes S new keys and values to the cache and attends from the new tokens, causally.
 
     The new token s stands in column `column` + s and sees the columns from `first` to its own.
-    Only the columns before `column` + S are read, rounded up to a bucket (see `buckets`), so that
-    an early step does not pay for the length of the cache. A row whose columns are all hidden
-    gives finite values without meaning.
+    Only the columns before `column` + S are read, rounded up to a bucket (see `buckets`), or those
+    of the window, so that a step does not pay for the length of the cache. A row whose columns
+    are all hidden gives finite values without meaning.
 
     Args:
       q: [B, S, H, W] float32 or bfloat16.
@@ -47,6 +48,7 @@ def decode_attention(
       column: of the first new token: a Python int (prefill), int32 [] (a step of a loop), or
         int32 [B] where samples are at different columns (the write is then slower).
       first: int32 [B], the first column of each sample that holds a token; None for 0.
+      window: columns that a token sees, its own included; 0 for all.
       implementation: "reference" reads the whole cache; "buckets" (the default) what is needed.
 
     Returns:
@@ -62,7 +64,7 @@ def decode_attention(
             f"{q.shape[1]} new tokens at column {column} do not fit into a cache of {length}"
         )
     chosen = select("decode_attention", implementation or "buckets", _IMPLEMENTATIONS)
-    return chosen(q, k, v, cache, column, first)
+    return chosen(q, k, v, cache, column, first, window)
 
 
 def buckets(length: int) -> tuple[int, ...]:
@@ -74,23 +76,30 @@ def buckets(length: int) -> tuple[int, ...]:
     return (*(size for size in sizes if size < length), length)
 
 
-def _bucketed(q, k, v, cache, column, first):
+def _bucketed(q, k, v, cache, column, first, window):
     cache = reference.write(cache, k, v, column)
-    end = column + q.shape[1]
-    sizes = buckets(cache.keys.shape[-1])
-
-    def attend(size, q, cache, column, first):
-        keys = jax.lax.slice_in_dim(cache.keys, 0, size, axis=3)
-        values = jax.lax.slice_in_dim(cache.values, 0, size, axis=2)
-        return reference.attend(q, keys, values, column, first)
-
+    end, length = column + q.shape[1], cache.keys.shape[-1]
     if isinstance(column, int):
-        return attend(end, q, cache, column, first), cache
+        return _attend(end, window, q, cache, column, first), cache
+    if window and window + q.shape[1] - 1 < length and jnp.ndim(column) == 0:
+        size = window + q.shape[1] - 1
+        offset = jnp.clip(end - size, 0, length - size)
+        keys = jax.lax.dynamic_slice_in_dim(cache.keys, offset, size, axis=3)
+        values = jax.lax.dynamic_slice_in_dim(cache.values, offset, size, axis=2)
+        return reference.attend(q, keys, values, column, first, window, offset), cache
+    sizes = buckets(length)
     if len(sizes) == 1:
-        return attend(sizes[0], q, cache, column, first), cache
+        return _attend(length, window, q, cache, column, first), cache
     bucket = jnp.sum(jnp.max(end) > jnp.asarray(sizes))
-    branches = [functools.partial(attend, size) for size in sizes]
+    branches = [functools.partial(_attend, size, window) for size in sizes]
     return jax.lax.switch(bucket, branches, q, cache, column, first), cache
+
+
+def _attend(size, window, q, cache, column, first):
+    """To the first `size` columns."""
+    keys = jax.lax.slice_in_dim(cache.keys, 0, size, axis=3)
+    values = jax.lax.slice_in_dim(cache.values, 0, size, axis=2)
+    return reference.attend(q, keys, values, column, first, window)
 
 
 _IMPLEMENTATIONS = {"reference": reference.decode_attention, "buckets": _bucketed}

@@ -35,15 +35,17 @@ def write(cache, k, v, column):
     )
 
 
-def attend(q, keys, values, column, first):
-    """q [B, S, H, W] over the columns of keys [B, K, W, T] and values [B, K, T, W]."""
+def attend(q, keys, values, column, first, window, offset=0):
+    """q [B, S, H, W] over keys [B, K, W, T] and values [B, K, T, W], columns from `offset` on."""
     batch, steps, heads, width = q.shape
     groups = heads // keys.shape[1]
     q = (q / width**0.5).reshape(batch, steps, -1, groups, width)
     scores = jnp.einsum("bskgw,bkwt->bkgst", q, keys, preferred_element_type=jnp.float32)
-    columns, new = jnp.arange(keys.shape[-1]), jnp.arange(steps)[:, None]
+    columns, new = offset + jnp.arange(keys.shape[-1]), jnp.arange(steps)[:, None]
     own = jnp.asarray(column)[..., None, None] + new  # [S, 1] or [B, S, 1]
     seen = columns <= own
+    if window:
+        seen = seen & (columns > own - window)
     if first is not None:
         seen = seen & (columns >= first[:, None, None])
     if seen.ndim == 3:
@@ -53,7 +55,7 @@ def attend(q, keys, values, column, first):
     return out.reshape(batch, steps, heads, width)
 
 
-def decode_attention(q, k, v, cache, column, first):
+def decode_attention(q, k, v, cache, column, first, window):
     """Writes, then reads the whole cache."""
     cache = write(cache, k, v, column)
-    return attend(q, cache.keys, cache.values, column, first), cache
+    return attend(q, cache.keys, cache.values, column, first, window), cache
