@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from gen_jax.data.streams import check_batch, generator, shard_slice
+
 # Separate random streams: the key of a Philox generator is (seed, stream + counter).
 _EPOCHS = 0
 _FLIPS = 1 << 62
@@ -68,9 +70,7 @@ class Images:
         Raises:
             ValueError: an argument is out of range.
         """
-        _check_range("seed", seed, 0, 1 << 64)
-        _check_range("step", step, 0, 1 << 60)
-        _check_range("batch size", size, 1, 1 << 40)
+        check_batch(seed, step, size)
         count = len(self)
         first, last = step * size, (step + 1) * size
         parts = []
@@ -104,19 +104,11 @@ class Images:
         Raises:
             ValueError: an argument is out of range, or count does not divide size.
         """
-        index, count = shard
-        if count < 1 or not 0 <= index < count:
-            raise ValueError(f"shard is {shard}; give (index, count) with 0 <= index < count")
-        if size % count:
-            raise ValueError(
-                f"batch size {size} is not a multiple of the {count} shards; "
-                f"choose {max(size // count, 1) * count} for example"
-            )
-        mine = slice(index * size // count, (index + 1) * size // count)
+        mine = shard_slice(size, shard)
         chosen = self.indices(seed, step, size)[mine]
         images = self.images[chosen]
         if flip:
-            draws = _generator(seed, _FLIPS + step).integers(0, 2, size, dtype=np.uint8)[mine]
+            draws = generator(seed, _FLIPS + step).integers(0, 2, size, dtype=np.uint8)[mine]
             mirror = draws.astype(bool)
             images[mirror] = images[mirror, :, ::-1]
         return {"image": images, "label": self.labels[chosen]}
@@ -125,15 +117,6 @@ class Images:
         # The entry is replaced as a whole, so that concurrent readers see a consistent pair.
         key, order = self._order.get("last", (None, None))
         if key != (seed, epoch):
-            order = _generator(seed, _EPOCHS + epoch).permutation(len(self))
+            order = generator(seed, _EPOCHS + epoch).permutation(len(self))
             self._order["last"] = ((seed, epoch), order)
         return order
-
-
-def _generator(seed: int, stream: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(key=np.array([seed, stream], np.uint64)))
-
-
-def _check_range(name: str, value: int, low: int, high: int) -> None:
-    if not low <= value < high:
-        raise ValueError(f"{name} is {value}; it must be at least {low} and below {high}")

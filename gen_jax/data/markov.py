@@ -5,7 +5,8 @@ from functools import cached_property
 
 import numpy as np
 
-from gen_jax.data.text import check_tokens, shard_of_step
+from gen_jax.data.streams import shard_of_step
+from gen_jax.data.text import check_tokens
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from gen_jax.data.config import Split, TextConfig
-from gen_jax.data.images import _check_range, _generator
+from gen_jax.data.streams import check_range, shard_of_step
 
 
 def load_text(config: TextConfig, split: Split) -> str:
@@ -97,7 +97,7 @@ class TokenStream:
             ValueError: an argument is out of range, count does not divide size, or the stream is
                 shorter than one window.
         """
-        _check_range("length", length, 1, 1 << 40)
+        check_range("length", length, 1, 1 << 40)
         if len(self) <= length:
             raise ValueError(
                 f"{len(self)} tokens are too few for a window of {length + 1}; "
@@ -124,7 +124,7 @@ class TokenStream:
         Raises:
             ValueError: the length is out of range, or the stream has fewer than two tokens.
         """
-        _check_range("length", length, 1, 1 << 40)
+        check_range("length", length, 1, 1 << 40)
         if len(self) < 2:
             raise ValueError("1 token is too few for a window; give a text of at least 2 tokens")
         starts = np.arange(0, len(self) - 1, length)
@@ -148,31 +148,6 @@ def check_tokens(tokens: np.ndarray, vocabulary: int) -> None:
         raise ValueError(
             f"tokens span {tokens.min()}..{tokens.max()}; they must lie in 0..{vocabulary - 1}"
         )
-
-
-def shard_of_step(
-    seed: int, step: int, size: int, shard: tuple[int, int]
-) -> tuple[np.random.Generator, slice]:
-    """The random numbers of a training step, and which examples of its batch are this shard's.
-
-    Args:
-        seed: in [0, 2**64).
-        step: from 0 up.
-        size: examples per global batch, over all shards.
-        shard: (index, count).
-
-    Raises:
-        ValueError: an argument is out of range, or count does not divide size.
-    """
-    _check_range("seed", seed, 0, 1 << 64)
-    _check_range("step", step, 0, 1 << 60)
-    _check_range("batch size", size, 1, 1 << 40)
-    index, count = shard
-    if count < 1 or not 0 <= index < count:
-        raise ValueError(f"shard is {shard}; give (index, count) with 0 <= index < count")
-    if size % count:
-        raise ValueError(f"batch size {size} is not a multiple of the {count} shards")
-    return _generator(seed, step), slice(index * size // count, (index + 1) * size // count)
 
 
 def _read_pydoc(config: TextConfig) -> str:
