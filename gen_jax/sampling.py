@@ -112,12 +112,20 @@ def stream(sampler: Sampler, params, keys: jax.Array, cond=None, *, every: int =
       The state after `every` steps, 2 x `every`, ..., and the last. Its memory is used again for
       the next one: read it before going on. The first comes after compiling.
     """
-    prepared = jax.jit(sampler.prepare)(params)
-    state = jax.jit(sampler.init)(prepared, keys, cond)
-    advance = jax.jit(functools.partial(_advance, sampler), donate_argnums=1)
+    prepared, state = _begin(sampler, params, keys, cond)
     for first in range(0, sampler.steps, every):
-        state = advance(prepared, state, first, min(first + every, sampler.steps))
+        last = min(first + every, sampler.steps)
+        state = _advance_in_place(sampler, prepared, state, first, last)
         yield state
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _begin(sampler, params, keys, cond):
+    prepared = sampler.prepare(params)
+    return prepared, sampler.init(prepared, keys, cond)
+
+
+_advance_in_place = jax.jit(_advance, static_argnums=0, donate_argnums=2)
 
 
 def sample_keys(seed: int, start: int, count: int) -> jax.Array:

@@ -88,8 +88,8 @@ class TransformerConfig:
     """Size of one head; 0 for width / heads."""
     hidden: int = 0
     """Size of the feed-forward network; 0 for 4 x width."""
-    position: Literal["learned", "rotary", "none"] = "learned"
-    """Table of positions added to the tokens, rotation of queries and keys, or neither."""
+    position: Literal["learned", "rotary", "both", "none"] = "learned"
+    """Table of positions added to the tokens, rotation of queries and keys, both, or neither."""
     rotary_base: float = 10_000.0
     """Longest wavelength of the rotation, over 2 pi."""
     norm: Literal["layer", "rms"] = "layer"
@@ -131,7 +131,7 @@ class TransformerConfig:
             raise ValueError(f"kv_heads ({self.kv_heads}) must divide heads ({self.heads})")
         if self.window and not self.causal:
             raise ValueError("window is for causal networks; set it to 0")
-        if self.position == "rotary" and self.head_size % 2:
+        if self.position in ("rotary", "both") and self.head_size % 2:
             raise ValueError(f"rotary positions need an even head width, got {self.head_size}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")

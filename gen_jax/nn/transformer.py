@@ -74,7 +74,7 @@ class SelfAttention(nn.Module):
         heads, key_heads = config.heads, config.key_heads
         qkv = self.qkv(x).reshape(*x.shape[:2], heads + 2 * key_heads, config.head_size)
         q, k, v = jnp.split(qkv, (heads, heads + key_heads), axis=2)
-        if config.position == "rotary":
+        if config.position in ("rotary", "both"):
             q = rotate(q, positions, config.rotary_base)
             k = rotate(k, positions, config.rotary_base)
         return q, k, v
@@ -185,7 +185,7 @@ class Transformer(nn.Module):
         init = nn.initializers.normal(_INIT)
         inputs = config.vocabulary + config.extra_inputs
         self.token = self.param("token", init, (inputs, config.width))
-        if config.position == "learned":
+        if config.position in ("learned", "both"):
             self.position = self.param("position", init, (config.context, config.width))
         self.dropout = Dropout(config.dropout)
         self.block = [Block(config) for _ in range(config.layers)]
@@ -267,7 +267,7 @@ class Transformer(nn.Module):
 
     def _embed(self, tokens, positions):  # -> [B, S, D]
         x = self.token[tokens]
-        return x + self.position[positions] if self.config.position == "learned" else x
+        return x + self.position[positions] if self.config.position in ("learned", "both") else x
 
 
 @flax.struct.dataclass
