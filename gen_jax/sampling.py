@@ -111,7 +111,12 @@ def stream(sampler: Sampler, params, keys: jax.Array, cond=None, *, every: int =
     Yields:
       The state after `every` steps, 2 x `every`, ..., and the last. Its memory is used again for
       the next one: read it before going on. The first comes after compiling.
+
+    Raises:
+      ValueError: `every` is below 1.
     """
+    if every < 1:
+        raise ValueError(f"every must be at least 1, got {every}")
     prepared, state = _begin(sampler, params, keys, cond)
     for first in range(0, sampler.steps, every):
         last = min(first + every, sampler.steps)

@@ -91,20 +91,24 @@ def pad_prompts(network: TokenNetwork, prompts, length: int | None = None) -> di
     """
     inputs = network.config.vocabulary + network.config.extra_inputs
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    if not lengths.all():
+    if not len(lengths) or not lengths.all():
         raise ValueError("the prompt is empty: a model of text needs at least one token to go on")
-    length = int(lengths.max()) if length is None else length
-    if lengths.max() > min(length, network.config.context):
+    if lengths.max() > network.config.context:
         raise ValueError(
             f"the prompt has {lengths.max()} tokens, the context of the model is "
             f"{network.config.context}: shorten the prompt"
         )
+    length = int(lengths.max()) if length is None else length
+    if lengths.max() > length:
+        raise ValueError(f"the prompt has {lengths.max()} tokens, more than {length} columns")
     tokens = np.zeros((len(prompts), length), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
+        for token in prompt:
+            if not 0 <= token < inputs:
+                raise ValueError(
+                    f"the prompt has the token {token}; the model knows 0 to {inputs - 1}"
+                )
         row[length - len(prompt) :] = prompt
-    if tokens.min() < 0 or tokens.max() >= inputs:
-        wrong = tokens[(tokens < 0) | (tokens >= inputs)][0]
-        raise ValueError(f"the prompt has the token {wrong}; the model knows 0 to {inputs - 1}")
     ragged = {"first": length - lengths} if (lengths < length).any() else {}
     return {"tokens": tokens, **ragged}
 
@@ -172,7 +176,8 @@ class AutoregressiveSampler:
     @property
     def nfe(self) -> int:
         """A pass over the prompt, where it has more than one token, and one per new token."""
-        slides = max(0, -(-(self._inputs - self.columns) // (self.columns - self._kept)))
+        slides = -(-(self._inputs - self.columns) // (self.columns - self._kept))
+        slides = slides if self._kept else 0  # a context of one token has nothing to read again
         return self.tokens + (self.prompt_length > 1) + slides
 
     @property
@@ -240,6 +245,8 @@ class AutoregressiveSampler:
         kept = self._kept
         shift = self.columns - kept
         offset = state.offset + shift
+        if not kept:
+            return state.replace(offset=offset)
         tokens = jax.lax.dynamic_slice_in_dim(state.tokens, offset, kept, axis=1)
         first = None if state.first is None else jnp.maximum(state.first - shift, 0)
         _, caches = self.network.extend(params, tokens, state.caches, 0, first)

@@ -84,8 +84,9 @@ class TokenChoice:
     """Keep tokens at least this share as probable as the first one (Nguyen et al. 2024)."""
 
     def __post_init__(self):
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature must be finite, not negative, got {self.temperature}")
+        if self.temperature and not 1e-6 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be 0, or finite and at least 1e-6, got "
+                             f"{self.temperature}")  # fmt: skip
         if self.top_k < 0:
             raise ValueError(f"top_k must not be negative, got {self.top_k}; 0 keeps all tokens")
         if not 0 < self.top_p <= 1:

@@ -77,8 +77,8 @@ class SpeculativeSampler:
             raise ValueError("speculative decoding needs two causal networks")
         if (large.vocabulary, large.extra_inputs) != (small.vocabulary, small.extra_inputs):
             raise ValueError(
-                f"the draft knows {small.vocabulary} tokens, the large model {large.vocabulary}: "
-                "they must share a tokenizer"
+                f"the draft reads {small.vocabulary} + {small.extra_inputs} tokens, the large "
+                f"model {large.vocabulary} + {large.extra_inputs}: they must be the same"
             )
         if min(self.prompt_length, self.tokens, self.drafted) < 1:
             raise ValueError("prompt_length, tokens and drafted must be at least 1")

@@ -241,7 +241,14 @@ class Transformer(nn.Module):
 
         Returns:
           [B, S, D] float32, and the caches. Values in columns before `first` have no meaning.
+
+        Raises:
+          ValueError: the network is not causal, or read and config.memory disagree.
         """
+        if not self.config.causal:
+            raise ValueError("only a causal network can be extended by new inputs")
+        if (read is not None) != self.config.memory:
+            raise ValueError("read and config.memory go together: give both or neither")
         positions = jnp.asarray(column)[..., None] + jnp.arange(tokens.shape[1])  # [S] or [B, S]
         if first is not None:
             positions = jnp.maximum(positions - first[:, None], 0)

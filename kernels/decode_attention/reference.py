@@ -1,5 +1,6 @@
 """Attention of new tokens to all tokens so far, over a cache of keys and values: specification."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -40,7 +41,7 @@ def attend(q, keys, values, column, first, window, offset=0):
     batch, steps, heads, width = q.shape
     groups = heads // keys.shape[1]
     q = (q / width**0.5).reshape(batch, steps, -1, groups, width)
-    scores = jnp.einsum("bskgw,bkwt->bkgst", q, keys, preferred_element_type=jnp.float32)
+    scores = _product("bskgw,bkwt->bkgst", q, keys)
     columns, new = offset + jnp.arange(keys.shape[-1]), jnp.arange(steps)[:, None]
     own = jnp.asarray(column)[..., None, None] + new  # [S, 1] or [B, S, 1]
     seen = columns <= own
@@ -53,6 +54,15 @@ def attend(q, keys, values, column, first, window, offset=0):
     weights = jax.nn.softmax(jnp.where(seen, scores, MASKED), axis=-1)
     out = jnp.einsum("bkgst,bktw->bskgw", weights.astype(values.dtype), values)
     return out.reshape(batch, steps, heads, width)
+
+
+def _product(subscripts, a, b):
+    """An einsum in float32; CPUs have no product of bfloat16 that ends there."""
+    native = functools.partial(jnp.einsum, subscripts, preferred_element_type=jnp.float32)
+    if a.dtype == jnp.float32:
+        return native(a, b)
+    widened = lambda a, b: native(a.astype(jnp.float32), b.astype(jnp.float32))  # noqa: E731
+    return jax.lax.platform_dependent(a, b, cpu=widened, default=native)
 
 
 def decode_attention(q, k, v, cache, column, first, window):

@@ -48,7 +48,8 @@ def sample_logits(
     Args:
       logits: [B, V]; computed with in float32. -inf excludes a token.
       keys: [B] threefry keys. Without filters row b is `jax.random.categorical(keys[b], ...)`.
-      temperature: divides the logits; 0 takes the most probable token (the first of equals).
+      temperature: divides the logits, at least 1e-6; 0 takes the most probable token (the first
+        of equals).
       top_k: keep the k most probable tokens; 0 for all.
       top_p: keep the smallest set of most probable tokens with at least this mass, in (0, 1].
       min_p: keep tokens at least this share as probable as the most probable one, in [0, 1].
@@ -62,7 +63,8 @@ def sample_logits(
       NotImplementedError: `implementation` is not available for these arguments.
       ValueError: an argument is out of range.
     """
-    if not (0 <= temperature < float("inf") and top_k >= 0 and 0 < top_p <= 1 and 0 <= min_p <= 1):
+    warm = temperature == 0 or 1e-6 <= temperature < float("inf")
+    if not (warm and top_k >= 0 and 0 < top_p <= 1 and 0 <= min_p <= 1):
         raise ValueError(
             f"out of range: temperature {temperature}, top_k {top_k}, top_p {top_p}, min_p {min_p}"
         )

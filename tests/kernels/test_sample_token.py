@@ -1,0 +1,272 @@
+"""sample_token: the noise of jax.random, sets by sorting, and exact distributions."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+import kernels
+from kernels.sample_token.threefry import gumbel, threefry2x32
+
+DRAWS = 20_000
+# Each with top_p costs a long compilation: few of them, in one shape.
+FILTERS = [
+    {},
+    {"temperature": 0.5},
+    {"top_k": 3},
+    {"min_p": 0.2},
+    {"temperature": 2.0, "top_k": 5, "min_p": 0.3},
+    {"top_p": 0.8},
+    {"temperature": 1.5, "top_k": 6, "top_p": 0.85},
+    {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "min_p": 0.15},
+]
+
+
+@functools.partial(jax.jit, static_argnames=("names", "values", "implementation"))
+def _sample(logits, keys, names, values, implementation):
+    choice = dict(zip(names, values, strict=True))
+    return kernels.sample_logits(logits, keys, implementation=implementation, **choice)
+
+
+def sample(logits, keys, implementation=None, **choice):
+    return np.asarray(_sample(logits, keys, tuple(choice), tuple(choice.values()), implementation))
+
+
+def by_sorting(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    """Probabilities [V] of one row after the filters, one after the other, by sorting."""
+    z = np.asarray(logits, np.float32).astype(np.float64) / temperature
+    order = np.lexsort((np.arange(len(z)), -z))  # of equals the lower id first
+    order = order[z[order] > -np.inf]
+    if top_k:
+        order = order[:top_k]
+    if top_p < 1:
+        weights = np.exp(z[order] - z[order[0]])
+        count = np.searchsorted(np.cumsum(weights) / weights.sum(), top_p) + 1
+        order = order[z[order] >= z[order[count - 1]]]
+    if min_p > 0:
+        order = order[z[order] >= z[order[0]] + np.log(min_p)]
+    kept = np.zeros(len(z))
+    kept[order] = np.exp(z[order] - z[order[0]])
+    return kept / kept.sum()
+
+
+@functools.partial(jax.jit, static_argnames=("names", "values"))
+def _filtered(logits, names, values):
+    return kernels.filter_logits(logits, **dict(zip(names, values, strict=True)))
+
+
+def filtered(logits, **choice):
+    return np.asarray(_filtered(logits, tuple(choice), tuple(choice.values())))
+
+
+def rows(vocabulary=9, number=64):
+    """Rows of three kinds: random, with ties, and with excluded tokens."""
+    generator = np.random.default_rng(vocabulary)
+    random, ties, excluded = 1.5 * generator.normal(size=(3, number, vocabulary))
+    ties = np.round(ties) + 0.0  # no negative zeros
+    excluded[generator.random(excluded.shape) < 0.3] = -np.inf
+    excluded[:, 0] = 0.1
+    return np.concatenate([random, ties, excluded]).astype(np.float32)
+
+
+@pytest.mark.parametrize("vocabulary", [1, 2, 7, 64, 1000])
+def test_noise_is_that_of_jax_to_the_bit(vocabulary):
+    keys = jax.random.split(jax.random.key(vocabulary), 33)
+    expected = jax.vmap(lambda key: jax.random.gumbel(key, (vocabulary,)))(keys)
+    np.testing.assert_array_equal(gumbel(keys, jnp.arange(vocabulary)), expected)
+    np.testing.assert_array_equal(jax.jit(gumbel)(keys, jnp.arange(vocabulary)), expected)
+    some = np.random.default_rng(0).integers(vocabulary, size=(33, 5))
+    picked = np.take_along_axis(np.asarray(expected), some, axis=1)
+    np.testing.assert_array_equal(jax.jit(gumbel)(keys, jnp.asarray(some)), picked)
+
+
+def test_threefry_has_the_known_answers():
+    # Of Random123, for 20 rounds: zeros, ones, digits of pi.
+    zero, ones = jnp.uint32(0), jnp.uint32(0xFFFFFFFF)
+    pi = [jnp.uint32(word) for word in (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)]
+    for key, counter, answer in (
+        ((zero, zero), (zero, zero), (0x6B200159, 0x99BA4EFE)),
+        ((ones, ones), (ones, ones), (0x1CB996FC, 0xBB002BE7)),
+        ((pi[2], pi[3]), (pi[0], pi[1]), (0xC4923A9C, 0x483DF7A0)),
+    ):
+        assert tuple(int(word) for word in threefry2x32(key, *counter)) == answer
+
+
+@pytest.mark.parametrize("vocabulary", [2, 9, 1000])
+def test_without_filters_it_is_categorical_to_the_bit(vocabulary):
+    logits, keys = rows(vocabulary), jax.random.split(jax.random.key(3), 192)
+    expected = jax.vmap(jax.random.categorical)(keys, logits)
+    drawn = sample(logits, keys)
+    np.testing.assert_array_equal(drawn, expected)
+    assert drawn.dtype == np.int32
+
+
+@pytest.mark.parametrize(
+    "choice", [{"top_k": 1}, *(choice for choice in FILTERS if "top_k" in choice)], ids=str
+)
+def test_indices_are_the_reference_token_for_token(choice):
+    logits = np.repeat(rows(), 50, axis=0)
+    keys = jax.random.split(jax.random.key(4), len(logits))
+    whole = sample(logits, keys, "reference", **choice)
+    np.testing.assert_array_equal(sample(logits, keys, "indices", **choice), whole)
+    np.testing.assert_array_equal(sample(logits, keys, **choice), whole)
+
+
+@pytest.mark.parametrize("choice", [*FILTERS, {"top_k": 1}], ids=str)
+def test_kept_sets_are_those_of_sorting(choice):
+    logits = rows()
+    got = filtered(logits, **choice)
+    expected = np.array([by_sorting(row, **choice) for row in logits])
+    np.testing.assert_array_equal(got > -np.inf, expected > 0)
+    np.testing.assert_allclose(jax.nn.softmax(got), expected, atol=1e-6)
+    scaled = logits / np.float32(choice.get("temperature", 1))
+    np.testing.assert_allclose(got[expected > 0], scaled[expected > 0], rtol=1e-6)
+
+
+def test_top_k_keeps_exactly_k_and_of_equals_the_lower_ids():
+    logits = np.array([[1, 3, 1, 1, 2, 1], [0, 0, 0, 0, 0, 0]], np.float32)
+    for k in range(1, 6):
+        assert ((filtered(logits, top_k=k) > -np.inf).sum(axis=1) == k).all()
+    kept = filtered(logits, top_k=4) > -np.inf
+    np.testing.assert_array_equal(kept, np.array([[1, 1, 1, 0, 1, 0], [1, 1, 1, 1, 0, 0]], bool))
+    for k in (0, 6, 100):
+        np.testing.assert_array_equal(filtered(logits, top_k=k), logits)
+
+
+@pytest.mark.parametrize("mass", [0.3, 0.99])
+def test_the_nucleus_is_the_smallest_set_that_reaches_p(mass):
+    logits = rows(200)[:64]
+    kept = filtered(logits, top_p=mass) > -np.inf
+    p = np.exp(logits.astype(np.float64))
+    p /= p.sum(axis=1, keepdims=True)
+    least = np.where(kept, p, np.inf).min(axis=1)
+    assert ((p * kept).sum(axis=1) > mass - 1e-6).all()
+    assert ((p * kept).sum(axis=1) - least < mass + 1e-6).all()
+    assert (np.where(kept, 0, p).max(axis=1) < least).all()
+    assert 1 < kept.sum(axis=1).max() < 200
+
+
+def test_equal_tokens_at_the_edge_of_the_nucleus_stay_together():
+    logits = np.array([[2.0, 0.0, 0.0, 0.0, -1.0]], np.float32)
+    kept = filtered(logits, top_p=0.75) > -np.inf
+    np.testing.assert_array_equal(kept[0], [True, True, True, True, False])
+    kept = filtered(logits, top_k=2, top_p=0.95) > -np.inf  # but top_k has parted them
+    np.testing.assert_array_equal(kept[0], [True, True, False, False, False])
+
+
+def test_greedy():
+    logits, keys = rows(), jax.random.split(jax.random.key(5), 192)
+    best = logits.argmax(axis=1)
+    for choice in ({"temperature": 0}, {"temperature": 0, "top_k": 5}, {"top_k": 1}):
+        np.testing.assert_array_equal(sample(logits, keys, **choice), best, str(choice))
+    logits, keys = logits[:64], keys[:64]  # without ties
+    for choice in ({"top_k": 8, "top_p": 1e-6}, {"min_p": 1.0}, {"temperature": 1e-6}):
+        np.testing.assert_array_equal(sample(logits, keys, **choice), best[:64], str(choice))
+
+
+def test_a_small_temperature_is_greedy():
+    logits, keys = rows()[:64], jax.random.split(jax.random.key(5), 64)
+    drawn = sample(10 * logits, keys, temperature=1e-6)
+    np.testing.assert_array_equal(drawn, logits.argmax(axis=1))
+    with pytest.raises(ValueError, match="out of range: temperature 1e-38"):
+        sample(logits, keys, temperature=1e-38)
+
+
+def p_value(drawn, probabilities):
+    """Of Pearson's test; also that nothing else was drawn."""
+    observed = np.bincount(drawn, minlength=len(probabilities))
+    kept = probabilities > 0
+    assert observed[~kept].sum() == 0
+    assert kept.sum() > 1
+    expected = probabilities[kept] * len(drawn)
+    assert expected.min() > 5
+    return stats.chisquare(observed[kept], expected).pvalue
+
+
+@pytest.mark.parametrize("choice", FILTERS, ids=str)
+def test_draws_have_the_filtered_distribution(choice):
+    logits = np.array([0.9, -0.4, 0.1, -1.2, -np.inf, 1.6, 0.6, -0.1, -0.9], np.float32)
+    keys = jax.random.split(jax.random.key(7), DRAWS)
+    drawn = sample(np.tile(logits, (DRAWS, 1)), keys, **choice)
+    assert p_value(drawn, by_sorting(logits, **choice)) > 1e-4
+
+
+def test_noise_in_half_precision_would_not_pass():
+    logits = (0.1 * np.random.default_rng(1).normal(size=640)).astype(np.float32)
+    keys = jax.random.split(jax.random.key(8), DRAWS)
+    probabilities = by_sorting(logits)
+
+    @jax.jit
+    def mutant(keys):
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, (640,), jnp.bfloat16))(keys)
+        return jnp.argmax(logits + noise.astype(jnp.float32), axis=-1)
+
+    assert p_value(np.asarray(mutant(keys)), probabilities) < 1e-6
+    assert p_value(sample(np.tile(logits, (DRAWS, 1)), keys), probabilities) > 1e-4
+
+
+def test_different_filters_would_not_pass():
+    logits = np.array([0.9, -0.4, 0.1, -1.2, 1.6, 0.6, -0.1, -0.9], np.float32)
+    keys = jax.random.split(jax.random.key(7), DRAWS)
+    drawn = sample(np.tile(logits, (DRAWS, 1)), keys, temperature=1.1)
+    assert p_value(drawn, by_sorting(logits)) < 1e-6
+
+
+@pytest.mark.parametrize("choice", [{}, FILTERS[4], FILTERS[-1]], ids=str)
+def test_a_row_does_not_know_its_batch(choice):
+    logits, keys = rows(), jax.random.split(jax.random.key(9), 192)
+    whole = sample(logits, keys, **choice)
+    for size in (1, 7):
+        np.testing.assert_array_equal(sample(logits[:size], keys[:size], **choice), whole[:size])
+    np.testing.assert_array_equal(sample(logits[::-1], keys[::-1], **choice), whole[::-1])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("choice", [{}, {"temperature": 0.7, "top_k": 4}])
+def test_logits_of_half_precision_are_taken_to_float32(dtype, choice):
+    logits, keys = jnp.asarray(rows(300), dtype), jax.random.split(jax.random.key(10), 192)
+    expected = sample(logits.astype(jnp.float32), keys, **choice)
+    np.testing.assert_array_equal(sample(logits, keys, **choice), expected)
+    assert filtered(logits, **choice).dtype == np.float32
+
+
+@pytest.mark.parametrize("choice", [{"temperature": 0}, *FILTERS[:3], FILTERS[-1]], ids=str)
+def test_sample_token_is_sample_logits_of_the_product(choice):
+    hidden = jax.random.normal(jax.random.key(11), (192, 16))
+    head = jax.random.normal(jax.random.key(12), (16, 9)) / 3
+    keys = jax.random.split(jax.random.key(13), 192)
+    drawn = jax.jit(functools.partial(kernels.sample_token, **choice))(hidden, head, keys)
+    np.testing.assert_array_equal(drawn, sample(hidden @ head, keys, **choice))
+    assert len(set(np.asarray(drawn).tolist())) == 9
+
+
+def test_a_head_in_half_precision():
+    hidden = jax.random.normal(jax.random.key(11), (192, 16))
+    head = jax.random.normal(jax.random.key(12), (16, 9)) / 3
+    keys = jax.random.split(jax.random.key(13), 192)
+    rough = jax.jit(kernels.sample_token)(hidden, head.astype(jnp.bfloat16), keys)
+    assert (rough == sample(hidden @ head, keys)).mean() > 0.9  # close, and the same noise
+
+
+def test_what_it_refuses():
+    logits, keys = jnp.zeros((2, 4)), jax.random.split(jax.random.key(0), 2)
+    for wrong in (
+        {"temperature": -1.0},
+        {"temperature": float("inf")},
+        {"temperature": float("nan")},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.01},
+        {"min_p": -0.1},
+        {"min_p": 1.1},
+    ):
+        with pytest.raises(ValueError, match="out of range"):
+            kernels.sample_logits(logits, keys, **wrong)
+    with pytest.raises(NotImplementedError, match="available: reference, indices"):
+        kernels.sample_logits(logits, keys, top_k=2, implementation="mosaic")
+    for choice in ({}, {"top_k": 4}, {"top_k": 2, "temperature": 0}):
+        with pytest.raises(NotImplementedError, match=r"available: reference$"):
+            kernels.sample_logits(logits, keys, implementation="indices", **choice)
