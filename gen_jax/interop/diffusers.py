@@ -6,26 +6,21 @@ the query, key and value of an attention layer are one matrix here, three there.
 config.json leaves out has the default of diffusers 0.42, not ours.
 """
 
-import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 from flax import traverse_util
 
+from gen_jax.interop import files
 from gen_jax.interop.diffusers_options import to_config, to_options
 from gen_jax.nn.config import UNetConfig
 from gen_jax.nn.unet import UNet
 
-_CONFIG = "config.json"
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
-_SHARDS = _WEIGHTS + ".index.json"
 
 _LAYERS = {
     "conv_in": "conv_in",
@@ -72,16 +67,12 @@ def load_diffusers_unet(directory: str | os.PathLike) -> tuple[UNet, dict]:
         sharded or damaged, or tensors are missing, unknown or of another shape.
     """
     directory = _find(pathlib.Path(directory).expanduser())
-    config, sample_size = to_config(_read_options(directory / _CONFIG))
+    config, sample_size = to_config(_read_options(directory / files.CONFIG))
     template = _template(config, sample_size)
-    tensors = _read_tensors(_weights(directory))
+    tensors = _read_tensors(directory)
     expected = _export(template)
     tensors = {name: _squeeze(name, tensor, expected) for name, tensor in tensors.items()}
-    _check(
-        directory / _WEIGHTS,
-        {name: tensor.shape for name, tensor in expected.items()},
-        {name: tensor.shape for name, tensor in tensors.items()},
-    )
+    files.check(directory / _WEIGHTS, files.shapes(expected), files.shapes(tensors))
     return UNet(config), _import(template, tensors)
 
 
@@ -120,76 +111,44 @@ def save_diffusers_unet(
         )
     options = to_options(config, height, width)
     to_config(options)  # refuses by name what would not come back
-    if (directory / _SHARDS).exists():
-        raise ValueError(f"{directory} holds sharded weights ({_SHARDS}); choose another folder")
+    index = files.index_name(_WEIGHTS)
+    if (directory / index).exists():
+        raise ValueError(f"{directory} holds sharded weights ({index}); choose another folder")
     given = traverse_util.flatten_dict(params)
     template = _template(config, (height, width))
-    _check(
-        "params",
-        {"/".join(path): leaf.shape for path, leaf in template.items()},
-        {"/".join(path): np.shape(leaf) for path, leaf in given.items()},
-    )
-    tensors = {
-        name: np.ascontiguousarray(tensor, np.float32) for name, tensor in _export(given).items()
-    }
-    directory.mkdir(parents=True, exist_ok=True)
-    _replace(directory / _WEIGHTS, safetensors.numpy.save(tensors, metadata={"format": "pt"}))
-    _replace(directory / _CONFIG, (json.dumps(options, indent=2, sort_keys=True) + "\n").encode())
+    files.check("params", files.shapes(template), files.shapes(given))
+    files.write(directory, options, _WEIGHTS, _export(given))
 
 
 def _find(directory):
     for candidate in (directory, directory / "unet"):
-        if (candidate / _CONFIG).is_file():
+        if (candidate / files.CONFIG).is_file():
             return candidate
-    raise FileNotFoundError(f"{directory} has neither {_CONFIG} nor unet/{_CONFIG}")
+    raise FileNotFoundError(f"{directory} has neither {files.CONFIG} nor unet/{files.CONFIG}")
 
 
 def _read_options(path):
-    try:
-        options = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+    options = files.read_json(path)
     if not isinstance(options, dict) or options.get("_class_name") != "UNet2DModel":
         name = options.get("_class_name") if isinstance(options, dict) else None
         raise ValueError(f"{path} is not of a UNet2DModel: _class_name={name!r}")
     return options
 
 
-def _weights(directory):
+def _read_tensors(directory):
     path = directory / _WEIGHTS
-    if (directory / _SHARDS).exists():
+    if (index := directory / files.index_name(_WEIGHTS)).exists():
         raise ValueError(
-            f"{directory} holds sharded weights ({_SHARDS}), which are not supported; "
+            f"{directory} holds sharded weights ({index.name}), which are not supported; "
             "save the model again as one file"
         )
-    if path.is_file():
-        return path
-    pickled = sorted(
-        file.name for file in directory.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".ckpt")
-    )
-    if pickled:
-        raise ValueError(
-            f"{directory} has pickled weights only ({', '.join(pickled)}), which can run code when "
-            f"they are read; convert them to {_WEIGHTS}"
-        )
-    raise FileNotFoundError(f"{directory} has no {_WEIGHTS}")
-
-
-def _read_tensors(path):
-    try:
-        stored = safetensors.numpy.load_file(path)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+    stored = files.read_tensors(files.find_weights(directory, _WEIGHTS))
     tensors = {}
     for name, tensor in stored.items():
-        if tensor.dtype not in (np.float32, np.float16, jnp.bfloat16):
-            raise ValueError(
-                f"{path}: {name} is {tensor.dtype} (supported: float32, float16, bfloat16)"
-            )
         new = _OLD_ATTENTION.sub(lambda match: f"{match[1]}.{_NEW_NAMES[match[2]]}.", name)
         if new in tensors or (new != name and new in stored):
             raise ValueError(f"{path} has {new} under its old and its new name")
-        tensors[new] = tensor.astype(np.float32, copy=False)
+        tensors[new] = tensor
     return tensors
 
 
@@ -202,44 +161,9 @@ def _squeeze(name, tensor, expected):
     return tensor
 
 
-def _check(where, expected: Mapping[str, tuple], given: Mapping[str, tuple]):
-    """Raises a ValueError of one line that names what differs."""
-    problems = []
-    if missing := [name for name in expected if name not in given]:
-        problems.append(f"missing {_listing(missing)}")
-    if extra := [name for name in given if name not in expected]:
-        problems.append(f"unknown {_listing(extra)}")
-    wrong = [
-        f"{name} {list(given[name])} instead of {list(shape)}"
-        for name, shape in expected.items()
-        if name in given and tuple(given[name]) != tuple(shape)
-    ]
-    if wrong:
-        problems.append(f"wrong shape: {_listing(wrong)}")
-    if problems:
-        raise ValueError(f"{where} does not fit the network: {'; '.join(problems)}")
-
-
-def _listing(names: Iterable[str], shown=8):
-    names = list(names)
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more
-
-
 def _template(config, sample_size):
-    """Our parameters as {path: array}, all zero without taking memory."""
-    height, width = sample_size
-    shapes = jax.eval_shape(
-        UNet(config).init,
-        jax.random.key(0),
-        jnp.zeros((1, height, width, config.channels)),
-        jnp.zeros((1,)),
-    )["params"]
-    zero = np.zeros((), np.float32)
-    return {
-        path: np.broadcast_to(zero, leaf.shape)
-        for path, leaf in traverse_util.flatten_dict(shapes).items()
-    }
+    images = jnp.zeros((1, *sample_size, config.channels))
+    return files.template(UNet(config).init, images, jnp.zeros((1,)))
 
 
 def _export(leaves: Mapping[tuple[str, ...], np.ndarray]) -> dict[str, np.ndarray]:
@@ -292,12 +216,3 @@ def _names(path, last):
 
 def _last_level(leaves):
     return max(int(path[0].split("_")[1]) for path in leaves if path[0].startswith("down_"))
-
-
-def _replace(path, content):
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 import json
 
+from gen_jax.interop.files import refusal
 from gen_jax.nn.config import UNetConfig
 
 # Every option of UNet2DModel with its default.
@@ -108,7 +109,7 @@ def to_config(stored: dict) -> tuple[UNetConfig, tuple[int, int]]:
     problems = [f"{key}={json.dumps(stored[key])} (unknown)" for key in sorted(unknown)]
     for key, allowed in _FIXED.items():
         if options[key] not in allowed:
-            problems.append(_refusal(options, key, " or ".join(map(json.dumps, allowed))))
+            problems.append(refusal(options, key, " or ".join(map(json.dumps, allowed))))
     problems += _wrong_values(options) or _wrong_structure(options)
     if problems:
         raise ValueError(f"this UNet2DModel cannot be expressed: {'; '.join(problems)}")
@@ -138,7 +139,7 @@ def _wrong_values(options):
 
     def require(key, holds, supported):
         if not holds(options[key]):
-            problems.append(_refusal(options, key, supported))
+            problems.append(refusal(options, key, supported))
 
     def count(value):
         return type(value) is int and value >= 1
@@ -179,7 +180,7 @@ def _wrong_structure(options):
 
     def refuse_unless(holds, key, supported):
         if not holds:
-            problems.append(_refusal(options, key, supported))
+            problems.append(refusal(options, key, supported))
 
     widths, groups = options["block_out_channels"], options["norm_num_groups"]
     head, size = options["attention_head_dim"], _sizes(options["sample_size"])
@@ -222,10 +223,6 @@ def _wrong_structure(options):
         "num_class_embeds", f'null, or more than 1 with "{_NULL_CLASS}": true beside it',
     )  # fmt: skip
     return problems
-
-
-def _refusal(options, key, supported):
-    return f"{key}={json.dumps(options[key])} (supported: {supported})"
 
 
 def _plain(name):

@@ -1,0 +1,179 @@
+"""Folders with config.json and weights in safetensors, as diffusers and transformers write them."""
+
+import json
+import os
+import pathlib
+import re
+from collections.abc import Iterable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax import traverse_util
+
+CONFIG = "config.json"
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+
+
+def index_name(weights: str) -> str:
+    """The file that lists the shards of a file of weights."""
+    return f"{weights}.index.json"
+
+
+def read_json(path: pathlib.Path):
+    """What a file of JSON says; a ValueError when it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def find_weights(directory: pathlib.Path, weights: str) -> pathlib.Path:
+    """The one file of weights, or, where there is none but an index of shards, that index.
+
+    Raises:
+      FileNotFoundError: there are no weights.
+      ValueError: there is both, or the weights are pickled.
+    """
+    path, index = directory / weights, directory / index_name(weights)
+    if path.is_file() and index.exists():
+        raise ValueError(f"{directory} holds both {weights} and {index.name}; remove one of them")
+    if index.exists():
+        return index
+    if path.is_file():
+        return path
+    pickled = sorted(file.name for file in directory.iterdir() if file.suffix in _PICKLED)
+    if pickled:
+        raise ValueError(
+            f"{directory} has pickled weights only ({', '.join(pickled)}), which can run code when "
+            f"they are read; convert them to {weights}"
+        )
+    raise FileNotFoundError(f"{directory} has no {weights}")
+
+
+def read_tensors(path: pathlib.Path, ignored: re.Pattern | None = None) -> dict[str, np.ndarray]:
+    """The tensors of a file or, given an index, of all its shards.
+
+    Args:
+      path: of `find_weights`.
+      ignored: names to leave out (searched), whatever their type.
+
+    Returns:
+      float32 arrays by name; float16 and bfloat16 are converted.
+
+    Raises:
+      FileNotFoundError: a shard is missing.
+      ValueError: a file is damaged, the index does not fit the shards, or a tensor has another
+        type.
+    """
+    if path.name.endswith(".index.json"):
+        return _read_shards(path, ignored)
+    try:
+        stored = safetensors.numpy.load_file(path)
+    except (safetensors.SafetensorError, KeyError) as error:  # KeyError: a type numpy lacks
+        raise ValueError(f"{path} is damaged: {error}") from error
+    tensors = {}
+    for name, tensor in stored.items():
+        if ignored is not None and ignored.search(name):
+            continue
+        if tensor.dtype not in (np.float32, np.float16, jnp.bfloat16):
+            raise ValueError(
+                f"{path}: {name} is {tensor.dtype} (supported: float32, float16, bfloat16)"
+            )
+        tensors[name] = tensor.astype(np.float32, copy=False)
+    return tensors
+
+
+def _read_shards(index, ignored):
+    stored = read_json(index)
+    places = stored.get("weight_map") if isinstance(stored, dict) else None
+    if not isinstance(places, dict) or not places:
+        raise ValueError(f"{index} is damaged: it has no weight_map")
+    shards = set(places.values())
+    if wrong := [str(shard) for shard in shards if not _is_file_name(shard)]:
+        raise ValueError(f"{index} names {listing(sorted(wrong))}, not files beside it")
+    tensors, found = {}, {}
+    for shard in sorted(shards):
+        if not (index.parent / shard).is_file():
+            raise FileNotFoundError(f"{index.parent} has no {shard}, which {index.name} names")
+        for name, tensor in read_tensors(index.parent / shard, ignored).items():
+            if name in found:
+                raise ValueError(f"{index.parent} has {name} in both {found[name]} and {shard}")
+            tensors[name], found[name] = tensor, shard
+    places = {n: s for n, s in places.items() if ignored is None or not ignored.search(n)}
+    if differing := sorted(n for n in places.keys() | found if places.get(n) != found.get(n)):
+        raise ValueError(f"{index} does not fit its shards: {listing(differing)}")
+    return tensors
+
+
+def _is_file_name(value):
+    return isinstance(value, str) and re.fullmatch(r"\w[\w.\-]*\.safetensors", value) is not None
+
+
+def check(where, expected: Mapping[str, tuple], given: Mapping[str, tuple]) -> None:
+    """Raises a ValueError of one line that names the shapes that differ."""
+    problems = []
+    if missing := [name for name in expected if name not in given]:
+        problems.append(f"missing {listing(missing)}")
+    if extra := [name for name in given if name not in expected]:
+        problems.append(f"unknown {listing(extra)}")
+    wrong = [
+        f"{name} {list(given[name])} instead of {list(shape)}"
+        for name, shape in expected.items()
+        if name in given and tuple(given[name]) != tuple(shape)
+    ]
+    if wrong:
+        problems.append(f"wrong shape: {listing(wrong)}")
+    if problems:
+        raise ValueError(f"{where} does not fit the network: {'; '.join(problems)}")
+
+
+def listing(names: Iterable[str], shown: int = 8) -> str:
+    """The first few, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
+
+
+def refusal(options: Mapping, key: str, supported: str) -> str:
+    """What is said of an option whose value is not supported."""
+    return f"{key}={json.dumps(options[key])} (supported: {supported})"
+
+
+def template(init, *arguments) -> dict[tuple[str, ...], np.ndarray]:
+    """Parameters of `init(key, *arguments)` by path, all zero without taking memory."""
+    shapes = jax.eval_shape(init, jax.random.key(0), *arguments)["params"]
+    zero = np.zeros((), np.float32)
+    return {
+        path: np.broadcast_to(zero, leaf.shape)
+        for path, leaf in traverse_util.flatten_dict(shapes).items()
+    }
+
+
+def shapes(leaves: Mapping) -> dict[str, tuple]:
+    """Shapes by name; paths are joined with "/"."""
+    return {
+        name if isinstance(name, str) else "/".join(name): np.shape(leaf)
+        for name, leaf in leaves.items()
+    }
+
+
+def write(
+    directory: pathlib.Path, options: Mapping, weights: str, tensors: Mapping[str, np.ndarray]
+) -> None:
+    """Writes config.json and the weights as float32; a reader sees each file whole, old or new."""
+    tensors = {n: np.ascontiguousarray(tensor, np.float32) for n, tensor in tensors.items()}
+    directory.mkdir(parents=True, exist_ok=True)
+    _replace(directory / weights, safetensors.numpy.save(tensors, metadata={"format": "pt"}))
+    _replace(directory / CONFIG, (json.dumps(options, indent=2, sort_keys=True) + "\n").encode())
+
+
+def _replace(path, content):
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
