@@ -11,7 +11,6 @@ table gives medians. The last line is one JSON object.
 import dataclasses
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -19,7 +18,7 @@ import time
 
 import tyro
 
-from experiments import common
+from experiments import common, timing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +82,7 @@ class Sides:
 
         torch.manual_seed(0)
         torch.set_num_threads(config.threads)
-        # Both sides on the same device: PyTorch's CUDA where jax runs on a GPU.
-        self.device = {"gpu": "cuda"}.get(jax.default_backend(), "cpu")
+        self.device = timing.torch_device()
         self.torch_unet = diffusers.UNet2DModel(**options).eval().to(self.device)
         with tempfile.TemporaryDirectory() as directory:
             self.torch_unet.save_pretrained(directory)
@@ -171,12 +169,7 @@ class Sides:
             )
         for run in sides.values():
             run()
-        seconds = {name: [] for name in sides}
-        for _ in range(self.repeats):
-            for name, run in sides.items():
-                began = time.perf_counter()
-                run()
-                seconds[name].append(time.perf_counter() - began)
+        seconds = timing.alternate(sides, self.repeats)
         median = {name: statistics.median(values) for name, values in seconds.items()}
         return [
             {
@@ -197,11 +190,7 @@ class Sides:
 
 def benchmark(config: Config) -> dict:
     """Runs everything; the table as JSON values."""
-    missing = [name for name in ("torch", "diffusers") if not _installed(name)]
-    if missing:
-        raise ValueError(
-            f"{' and '.join(missing)} not installed; install the extra: pip install -e '.[oracles]'"
-        )
+    timing.require("torch", "diffusers")
     import diffusers
     import jax
     import torch
@@ -222,16 +211,10 @@ def benchmark(config: Config) -> dict:
         "jax": jax.__version__,
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "machine": timing.machine(),
         "largest_difference": differences,
         "rows": rows,
     }
-
-
-def _installed(name):
-    import importlib.util
-
-    return importlib.util.find_spec(name) is not None
 
 
 def _print(rows, last):

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from experiments import images as image_files
 from experiments import run
 from gen_jax import config as config_lib
 from gen_jax import data, pictures
@@ -194,22 +195,9 @@ class Run(run.Run):
         images = self.kept_samples()["images"]
         report = self.validate(params)
         if self.config.data.name == "shapes":
-            from gen_jax.metrics import shapes
-
-            world = ShapesSet(self.config.data.size)
-            report["bits_per_dim_floor"] = world.entropy / np.log(2) / np.prod(self.shape)
-            report |= shapes.score(images, world)
-        elif min(len(images), len(self.test_set)) > 1:
-            from gen_jax.metrics import frechet
-
-            # A check that needs no weights, and is no FID.
-            report["frechet_pooled_pixels"] = frechet.frechet_over_features(
-                frechet.pooled_pixels,
-                np.clip(images, -1, 1),
-                self.test_set.images / np.float32(127.5) - 1,
-                batch_size=1024,
-            )
-        return report
+            entropy = ShapesSet(self.config.data.size).entropy
+            report["bits_per_dim_floor"] = entropy / np.log(2) / np.prod(self.shape)
+        return report | image_files.score(images, self.config.data, self.test_set)
 
     def validate(self, params) -> dict:
         """The variational bound on test images: its mean, parts and standard error."""
@@ -257,18 +245,10 @@ class Run(run.Run):
     def _labels(self, number):
         if not self.config.conditional:
             return None
-        if self.config.sample.label >= 0:
-            return np.full(number, self.config.sample.label, np.int32)
-        return np.arange(number, dtype=np.int32) % self.config.model.classes
+        return image_files.labels(number, self.config.sample.label, self.config.model.classes)
 
     def _write_samples(self, samples, nfe):
-        path, images = self.workdir.path, pictures.to_uint8(samples)
-        pictures.save_png(
-            path / "samples.png", pictures.grid(images[:64], scale=_scale(self.shape))
-        )
-        for old in (path / "samples").glob("[0-9]" * 6 + ".png"):
-            old.unlink()
-        pictures.save_images(path / "samples", images)
+        image_files.save_samples(self.workdir.path, pictures.to_uint8(samples))
         labels = self._labels(len(samples))
         self.keep_samples(images=samples, nfe=nfe, **({} if labels is None else {"labels": labels}))
 
@@ -280,7 +260,7 @@ class Run(run.Run):
         columns = np.unique(np.linspace(0, sampler.steps - 1, 10).round().astype(int))
         noisy, clean = np.asarray(states.x), np.asarray(states.x0)
         rows = [frames[columns, i] for i in range(4) for frames in (noisy, clean)]
-        scale = _scale(self.shape)
+        scale = image_files.scale(self.shape[0])
         picture = pictures.grid(
             pictures.to_uint8(np.concatenate(rows)), columns=len(columns), scale=scale
         )
@@ -319,7 +299,3 @@ def _check_data(config, images):
             f"the data has {len(images.label_names)} classes, model.classes is "
             f"{config.model.classes}"
         )
-
-
-def _scale(shape):
-    return max(1, 64 // shape[0])

@@ -81,7 +81,7 @@ class Run:
 
     def __init__(self, name: str, config, workdir: Workdir, phases: tuple[str, ...]):
         self.name, self.config, self.workdir = name, config, workdir
-        self.began = time.perf_counter()
+        self.phases, self.began = phases, time.perf_counter()
         testing = "evaluate" in phases or ("train" in phases and config.train.evaluate_every)
         self.splits = ("train",) * ("train" in phases) + ("test",) * bool(testing)
         self.check()

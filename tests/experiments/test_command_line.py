@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from experiments import common
-from experiments.ddpm_cifar import EXPERIMENT
+from experiments import common, ddpm_cifar, gpt_pixels, gpt_text
 from gen_jax import config as config_lib
 from gen_jax.config import TrainConfig
 
 ROOT = Path(__file__).parents[2]
+EXPERIMENTS = [module.EXPERIMENT for module in (ddpm_cifar, gpt_pixels, gpt_text)]
+PRESETS = [(experiment, name) for experiment in EXPERIMENTS for name in experiment.presets]
 
 
 @pytest.fixture
@@ -25,10 +26,10 @@ def refused(tmp_path):
     (tmp_path / "here").mkdir()
     path = os.pathsep.join([str(tmp_path / "fake"), str(ROOT)])
 
-    def run(*arguments, code=2):
+    def run(*arguments, code=2, experiment="ddpm_cifar"):
         began = time.monotonic()
         done = subprocess.run(
-            [sys.executable, "-m", "experiments.ddpm_cifar", *arguments],
+            [sys.executable, "-m", f"experiments.{experiment}", *arguments],
             cwd=tmp_path / "here",
             env=os.environ | {"PYTHONPATH": path, "COLUMNS": "80"},
             capture_output=True,
@@ -142,6 +143,20 @@ MISSING = [
     ("sample --workdir nowhere", "no run in"),
     ("evaluate --workdir nowhere", "train one first, or give its --workdir"),
 ]
+OF_TOKENS = [
+    ("gpt_text", "--sample.top-p 0", "top_p must be in (0, 1], got 0.0"),
+    ("gpt_text", "--sample.prompt=", "sample.prompt is empty"),
+    ("gpt_text", "--sample.prompt €", "sample.prompt: 1 characters of the text are not in"),
+    ("gpt_text", "--sample.stop the", "sample.stop must be one token; 'the' is 3"),
+    ("gpt_text", "--preset shakespeare_char", "tinyshakespeare.txt is no file; give --data.path"),
+    ("gpt_text", "--preset gpt2_small", "tokenizer.json is no file"),
+    ("gpt_text", "--token chars", "did you mean --tokenizer?"),
+    ("gpt_text", "sample", "train one first, or give its --workdir"),
+    ("gpt_pixels", "--sample.top-p 2", "top_p must be in (0, 1], got 2.0"),
+    ("gpt_pixels", "--data.no-palette", "model.vocabulary must be 256, or 0 for the same, got 7"),
+    ("gpt_pixels", "--preset cifar --data.dir nowhere", "no CIFAR-10 files in "),
+    ("gpt_pixels", "export", "unknown command 'export'"),
+]
 
 
 @pytest.mark.parametrize(
@@ -151,21 +166,27 @@ def test_a_bad_command_line_is_refused_before_jax(refused, line, message):
     assert message in refused(*line.split())
 
 
-def test_a_good_command_line_reaches_jax(refused):
-    """Otherwise the test above could not tell."""
-    refused("--train.steps", "5", code=99)
+@pytest.mark.parametrize(("experiment", "line", "message"), OF_TOKENS)
+def test_those_of_tokens_too(refused, experiment, line, message):
+    assert message in refused(*line.split(), experiment=experiment)
 
 
-@pytest.mark.parametrize("name", EXPERIMENT.presets)
-def test_every_preset_parses_and_survives_json(name, tmp_path):
-    preset = EXPERIMENT.presets[name]
-    for command in EXPERIMENT.commands:
-        assert common.parse(EXPERIMENT, [command, "--preset", name]) == (command, preset)
+@pytest.mark.parametrize("experiment", [item.name for item in EXPERIMENTS])
+def test_a_good_command_line_reaches_jax(refused, experiment):
+    """Otherwise the tests above could not tell."""
+    refused("--train.steps", "5", code=99, experiment=experiment)
+
+
+@pytest.mark.parametrize(("experiment", "name"), PRESETS)
+def test_every_preset_parses_and_survives_json(experiment, name, tmp_path):
+    preset = experiment.presets[name]
+    for command in experiment.commands:
+        assert common.parse(experiment, [command, "--preset", name]) == (command, preset)
     values = config_lib.to_dict(preset)
     assert config_lib.from_dict(type(preset), values) == preset
     assert config_lib.differences(values, config_lib.to_dict(preset)) == []
     _, changed = common.parse(
-        EXPERIMENT, [f"--preset={name}", "--workdir", str(tmp_path), "--train.seed", "9"]
+        experiment, [f"--preset={name}", "--workdir", str(tmp_path), "--train.seed", "9"]
     )
     assert config_lib.differences(values, config_lib.to_dict(changed)) == [
         "train.seed: 0 -> 9",
@@ -173,12 +194,13 @@ def test_every_preset_parses_and_survives_json(name, tmp_path):
     ]
 
 
-def test_every_option_says_what_it_is(capsys):
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_option_says_what_it_is(experiment, capsys):
     with pytest.raises(SystemExit) as caught:
-        common.parse(EXPERIMENT, ["--help"])
+        common.parse(experiment, ["--help"])
     assert caught.value.code == 0
     text = capsys.readouterr().out
-    for key in config_lib.flatten(config_lib.to_dict(EXPERIMENT.presets["tiny"])):
+    for key in config_lib.flatten(config_lib.to_dict(experiment.presets["tiny"])):
         assert f"--{key.replace('_', '-')}" in text.replace("--no-", "--"), key
 
 

@@ -1,0 +1,43 @@
+"""What the benchmarks against PyTorch share."""
+
+import importlib.util
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping
+
+
+def require(*packages: str) -> None:
+    """Raises a ValueError that says which are not installed."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(
+            f"{' and '.join(missing)} not installed; install the extra: pip install -e '.[oracles]'"
+        )
+
+
+def torch_device() -> str:
+    """PyTorch's device where jax runs: CUDA where that is a GPU."""
+    import jax
+
+    return {"gpu": "cuda"}.get(jax.default_backend(), "cpu")
+
+
+def machine() -> str:
+    """Processor, cores and, where jax runs on another, the device."""
+    import jax
+
+    device = jax.devices()[0]
+    kind = "" if device.platform == "cpu" else f", {device.device_kind}"
+    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores{kind}"
+
+
+def alternate(sides: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each run of each side, one run of each in turn; each must wait for its result."""
+    seconds = {name: [] for name in sides}
+    for _ in range(repeats):
+        for name, run in sides.items():
+            began = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - began)
+    return seconds
