@@ -244,9 +244,12 @@ def filling(images: np.ndarray, scale: int) -> np.ndarray:
 TINY = Config(
     workdir="runs/gpt_pixels_tiny",
     data=DataConfig(name="shapes", size=16, palette=True),
-    model=TransformerConfig(vocabulary=7, context=256, layers=3, width=64, heads=2, extra_inputs=1),
+    model=TransformerConfig(
+        vocabulary=7, context=256, layers=3, width=64, heads=2, position="both", rotary_base=1000.0,
+        tied=False, extra_inputs=1,
+    ),
     train=TrainConfig(
-        steps=2000, batch=8, learning_rate=3e-3, warmup=100, decay="cosine", final_rate=0.02,
+        steps=3000, batch=8, learning_rate=3e-3, warmup=100, decay="cosine", final_rate=0.02,
         beta2=0.98, ema=0.98, ema_warmup=True, log_every=50, checkpoint_every=1000,
     ),
     sample=SampleConfig(number=256, micro_batch=128),
