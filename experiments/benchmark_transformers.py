@@ -182,10 +182,12 @@ class Sides:
         """Rows of the table for one size of batch."""
         import jax
         import numpy as np
+        import torch
 
         from gen_jax import sampling
         from gen_jax.models.config import TokenChoice
 
+        torch.compiler.reset()  # a second size of batch would get a program for sizes in general
         config, prompts = self.config, self.prompts(batch)
         keys, cond = sampling.sample_keys(1, 0, batch), {"tokens": jax.device_put(prompts)}
         sampler = self.sampler(config.tokens, TokenChoice(top_k=config.top_k))

@@ -129,14 +129,14 @@ TINY = Config(
 _NANO = TrainConfig(
     steps=2000, batch=12, learning_rate=1e-3, warmup=100, decay="cosine", final_rate=0.1,
     beta2=0.99, weight_decay=0.1, clip_norm=1.0, ema=0.0, log_every=50, checkpoint_every=1000,
-    evaluate_every=250,
+    evaluate_every=1000,
 )  # fmt: skip
 
 SHAKESPEARE_CHAR = Config(
     workdir="runs/gpt_text_shakespeare_char",
     data=TextConfig(name="file", path="tinyshakespeare.txt"),
     model=TransformerConfig(context=64, layers=4, width=128, heads=4, bias=False),
-    train=_NANO,
+    train=dataclasses.replace(_NANO, learning_rate=2e-3),  # nanoGPT's is 1e-3: 1.90 nats, not 1.79
     sample=SampleConfig(number=8, tokens=500, temperature=0.8, top_k=200),
 )
 
