@@ -33,10 +33,15 @@ def machine() -> str:
 
 
 def alternate(sides: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each run of each side, one run of each in turn; each must wait for its result."""
+    """Seconds of each run of each side, one run of each in turn; each must wait for its result.
+
+    A short pause comes before each: PyTorch's threads wait for more work by spinning, and would
+    take a core from what is timed next.
+    """
     seconds = {name: [] for name in sides}
     for _ in range(repeats):
         for name, run in sides.items():
+            time.sleep(0.1)
             began = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - began)
