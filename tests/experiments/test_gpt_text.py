@@ -211,7 +211,7 @@ REFUSED = [
     ("--sample.top-p 0", "top_p must be in (0, 1], got 0.0"),
     ("--sample.top-p 2", "top_p must be in (0, 1], got 2.0"),
     ("--sample.top-k -1", "top_k must not be negative"),
-    ("--sample.temperature nan", "temperature must be finite, not negative"),
+    ("--sample.temperature nan", "temperature must be 0, or finite"),
     ("--sample.stop the", "sample.stop must be one token; 'the' is 3"),
     ("--sample.stop €", "sample.stop: 1 characters of the text are not in the vocabulary"),
     ("--sample.stop end", "sample.stop: this tokenizer has no end"),
