@@ -82,11 +82,14 @@ def _bucketed(q, k, v, cache, column, first, window):
     if isinstance(column, int):
         return _attend(end, window, q, cache, column, first), cache
     if window and window + q.shape[1] - 1 < length and jnp.ndim(column) == 0:
+        # As branches, which get the written cache: fused with the read, the write would be done
+        # twice, and the cache copied.
         size = window + q.shape[1] - 1
-        offset = jnp.clip(end - size, 0, length - size)
-        keys = jax.lax.dynamic_slice_in_dim(cache.keys, offset, size, axis=3)
-        values = jax.lax.dynamic_slice_in_dim(cache.values, offset, size, axis=2)
-        return reference.attend(q, keys, values, column, first, window, offset), cache
+        branches = [
+            functools.partial(_attend, size, window),
+            functools.partial(_last, size, window),
+        ]
+        return jax.lax.switch(jnp.int32(end > size), branches, q, cache, column, first), cache
     sizes = buckets(length)
     if len(sizes) == 1:
         return _attend(length, window, q, cache, column, first), cache
@@ -100,6 +103,14 @@ def _attend(size, window, q, cache, column, first):
     keys = jax.lax.slice_in_dim(cache.keys, 0, size, axis=3)
     values = jax.lax.slice_in_dim(cache.values, 0, size, axis=2)
     return reference.attend(q, keys, values, column, first, window)
+
+
+def _last(size, window, q, cache, column, first):
+    """To the `size` columns that end with the new tokens."""
+    offset = column + q.shape[1] - size
+    keys = jax.lax.dynamic_slice_in_dim(cache.keys, offset, size, axis=3)
+    values = jax.lax.dynamic_slice_in_dim(cache.values, offset, size, axis=2)
+    return reference.attend(q, keys, values, column, first, window, offset)
 
 
 _IMPLEMENTATIONS = {"reference": reference.decode_attention, "buckets": _bucketed}
