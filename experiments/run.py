@@ -138,15 +138,24 @@ class Run:
         self.step = restored.step
         return jax.device_put(restored.trees["ema"])
 
-    def draw(self, sampler, params, cond: Callable[[int], object]) -> tuple[np.ndarray, dict]:
-        """The samples of config.sample, and their figures; cond(n) conditions the first n."""
+    def draw(
+        self, sampler, params, cond: Callable[[int], object], micro_batch: int | None = None
+    ) -> tuple[np.ndarray, dict]:
+        """The samples of config.sample, and their figures.
+
+        Args:
+          sampler: the strategy.
+          params: what its networks need.
+          cond: cond(n) conditions the first n samples.
+          micro_batch: samples at a time; None for config.sample.micro_batch.
+        """
         from gen_jax import parallel, sampling
 
         choice, mesh = self.config.sample, parallel.local_mesh()
         generate = functools.partial(sampling.generate_many, sampler, params, choice.seed)
         chunks = list(
             generate(
-                choice.number, cond=cond(choice.number), micro_batch=choice.micro_batch,
+                choice.number, cond=cond(choice.number), micro_batch=micro_batch or choice.micro_batch,
                 mesh=mesh if mesh.size > 1 else None,
             )
         )  # fmt: skip

@@ -224,9 +224,11 @@ class Run(autoregressive.Run):
             token = TokenChoice(**{name: getattr(choice, name) for name in names})
             sampler = AutoregressiveSampler(*sizes, token, self.stop)
         streamed = choice.number == 1 and choice.beams == 1
-        tokens, report = (
-            self._stream(sampler, params) if streamed else self.draw(sampler, params, self._prompts)
-        )
+        if streamed:
+            tokens, report = self._stream(sampler, params)
+        else:
+            size = 1 if choice.beams > 1 else None  # a search finds one text
+            tokens, report = self.draw(sampler, params, self._prompts, micro_batch=size)
         new = sum(len(self._cut(row)) for row in tokens)
         report["sampled_tokens_per_second"] = new * report["samples_per_second"] / len(tokens)
         self.keep_samples(tokens=tokens, prompt=self.prompt, nfe=sampler.nfe)
