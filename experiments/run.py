@@ -152,10 +152,11 @@ class Run:
         from gen_jax import parallel, sampling
 
         choice, mesh = self.config.sample, parallel.local_mesh()
+        size = micro_batch or choice.micro_batch
         generate = functools.partial(sampling.generate_many, sampler, params, choice.seed)
         chunks = list(
             generate(
-                choice.number, cond=cond(choice.number), micro_batch=micro_batch or choice.micro_batch,
+                choice.number, cond=cond(choice.number), micro_batch=size,
                 mesh=mesh if mesh.size > 1 else None,
             )
         )  # fmt: skip
