@@ -3,6 +3,7 @@
 Presets are in the experiments. jax is imported by the phases, not by this module.
 """
 
+import dataclasses
 import functools
 import sys
 
@@ -10,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments import run
+from gen_jax.models.config import TokenChoice
 from gen_jax.nn.config import TransformerConfig
 
 
@@ -31,6 +33,12 @@ class Run(run.Run):
         from gen_jax.nn.transformer import TokenNetwork
 
         return TokenNetwork(self.model)
+
+    @property
+    def choice(self) -> TokenChoice:
+        """How each token is drawn: the fields that config.sample inherits."""
+        names = [field.name for field in dataclasses.fields(TokenChoice)]
+        return TokenChoice(**{name: getattr(self.config.sample, name) for name in names})
 
     def init_params(self, key):
         """Initial parameters."""

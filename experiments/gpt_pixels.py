@@ -191,10 +191,7 @@ class Run(autoregressive.Run):
         """Draws the samples and the pictures; rates and latency."""
         from gen_jax.models.autoregressive import AutoregressiveSampler
 
-        choice = self.config.sample
-        names = [field.name for field in dataclasses.fields(TokenChoice)]
-        token = TokenChoice(**{name: getattr(choice, name) for name in names})
-        sampler = AutoregressiveSampler(self.network, 1, self.model.context, token)
+        sampler = AutoregressiveSampler(self.network, 1, self.model.context, self.choice)
         tokens, report = self.draw(sampler, params, self._starts)
         images = tokens.reshape(-1, *self.shape).astype(np.uint8)
         labels = {"labels": self._labels(len(images))} if self.config.conditional else {}

@@ -218,11 +218,8 @@ class Run(autoregressive.Run):
             sampler = BeamSearchSampler(*sizes, choice.beams, choice.length_penalty, self.stop)
         else:
             from gen_jax.models.autoregressive import AutoregressiveSampler
-            from gen_jax.models.config import TokenChoice
 
-            names = [field.name for field in dataclasses.fields(TokenChoice)]
-            token = TokenChoice(**{name: getattr(choice, name) for name in names})
-            sampler = AutoregressiveSampler(*sizes, token, self.stop)
+            sampler = AutoregressiveSampler(*sizes, self.choice, self.stop)
         streamed = choice.number == 1 and choice.beams == 1
         if streamed:
             tokens, report = self._stream(sampler, params)

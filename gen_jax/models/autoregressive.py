@@ -113,6 +113,21 @@ def pad_prompts(network: TokenNetwork, prompts, length: int | None = None) -> di
     return {"tokens": tokens, **ragged}
 
 
+def read_prompts(network: TokenNetwork, params: PreparedParams, cond: dict, length: int, columns):
+    """Caches of `columns` columns that hold all but the last token of the prompts.
+
+    Raises:
+      ValueError: the prompts of the condition (see `pad_prompts`) do not have `length` columns.
+    """
+    prompt, first = cond["tokens"], cond.get("first")
+    if prompt.shape[1] != length:
+        raise ValueError(f"prompts of {prompt.shape[1]} columns for a sampler of {length}")
+    caches = network.make_caches(len(prompt), columns)
+    if length > 1:
+        _, caches = network.extend(params, prompt[:, :-1], caches, 0, first)
+    return caches
+
+
 @flax.struct.dataclass
 class DecodingState:
     """What autoregressive decoding carries from step to step.
@@ -199,21 +214,14 @@ class AutoregressiveSampler:
 
     def init(self, params: PreparedParams, keys, cond) -> DecodingState:
         """Reads the prompts, up to their last token."""
-        prompt, first = cond["tokens"], cond.get("first")
-        batch, length = prompt.shape
-        if length != self.prompt_length:
-            raise ValueError(f"prompts of {length} columns for a sampler of {self.prompt_length}")
-        tokens = jnp.pad(prompt.astype(jnp.int32), ((0, 0), (0, self.tokens)))
-        caches = self.network.make_caches(batch, self.columns)
-        if length > 1:
-            _, caches = self.network.extend(params, tokens[:, : length - 1], caches, 0, first)
+        prompt = cond["tokens"].astype(jnp.int32)
         return DecodingState(
             keys=key_streams.grid(keys, self.tokens),
-            tokens=tokens,
-            caches=caches,
-            first=first,
+            tokens=jnp.pad(prompt, ((0, 0), (0, self.tokens))),
+            caches=read_prompts(self.network, params, cond, self.prompt_length, self.columns),
+            first=cond.get("first"),
             offset=jnp.int32(0),
-            done=jnp.zeros(batch, bool),
+            done=jnp.zeros(len(prompt), bool),
         )
 
     def step(self, params: PreparedParams, state: DecodingState, i) -> DecodingState:

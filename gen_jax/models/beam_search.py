@@ -12,6 +12,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from gen_jax.models.autoregressive import read_prompts
 from gen_jax.nn.transformer import PreparedParams, TokenNetwork
 from kernels import KVCache
 
@@ -88,12 +89,9 @@ class BeamSearchSampler:
     def init(self, params: PreparedParams, keys, cond) -> BeamState:
         """Reads the prompts once, and copies what was read for every hypothesis."""
         prompt, first = cond["tokens"].astype(jnp.int32), cond.get("first")
-        batch, length = prompt.shape
-        if length != self.prompt_length:
-            raise ValueError(f"prompts of {length} columns for a sampler of {self.prompt_length}")
-        caches = self.network.make_caches(batch, length + self.tokens - 1)
-        if length > 1:
-            _, caches = self.network.extend(params, prompt[:, :-1], caches, 0, first)
+        batch = len(prompt)
+        columns = self.prompt_length + self.tokens - 1
+        caches = read_prompts(self.network, params, cond, self.prompt_length, columns)
         copies = lambda leaf: jnp.repeat(leaf, self.beams, axis=0)  # noqa: E731
         tokens = jnp.pad(copies(prompt), ((0, 0), (0, self.tokens)))
         tokens = tokens.reshape(batch, self.beams, -1)
@@ -115,9 +113,9 @@ class BeamSearchSampler:
         hidden, caches = self.network.extend(
             params, last.reshape(-1, 1), state.caches, place, state.first
         )
-        rows = hidden[:, 0].astype(params.head.dtype)
-        logits = jnp.matmul(rows, params.head, preferred_element_type=jnp.float32)
-        log_prob = jax.nn.log_softmax(logits).reshape(batch, beams, -1)
+        log_prob = jax.nn.log_softmax(self.network.logits(params, hidden[:, 0])).reshape(
+            batch, beams, -1
+        )
         vocabulary = log_prob.shape[-1]
         extended = (state.scores[..., None] + log_prob).reshape(batch, -1)
         scores, chosen = jax.lax.top_k(extended, min(2 * beams, extended.shape[-1]))

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 import kernels
 from gen_jax import keys as key_streams
+from gen_jax.models.autoregressive import read_prompts
 from gen_jax.models.config import TokenChoice
 from gen_jax.nn.transformer import PreparedParams, TokenNetwork
 from kernels import KVCache
@@ -111,27 +112,19 @@ class SpeculativeSampler:
 
     def init(self, params, keys, cond) -> SpeculativeState:
         """Both models read the prompts, up to their last token."""
-        prompt, first = cond["tokens"].astype(jnp.int32), cond.get("first")
-        batch, length = prompt.shape
-        if length != self.prompt_length:
-            raise ValueError(f"prompts of {length} columns for a sampler of {self.prompt_length}")
-        both = []
-        for network, prepared in ((self.network, params["target"]), (self.draft, params["draft"])):
-            caches = network.make_caches(batch, self._columns)
-            if length > 1:
-                _, caches = network.extend(prepared, prompt[:, :-1], caches, 0, first)
-            both.append(caches)
+        prompt = cond["tokens"].astype(jnp.int32)
+        batch, sizes = len(prompt), (self.prompt_length, self._columns)
         keys = key_streams.grid(keys, self.tokens, self.drafted + 2)
         uniform = jax.vmap(jax.vmap(lambda key: jax.random.uniform(key, self.drafted)))
         return SpeculativeState(
             keys=keys[:, 1:],
             uniforms=uniform(keys[:, 0]),
             tokens=jnp.pad(prompt, ((0, 0), (0, self.tokens + self.drafted + 1))),
-            known=jnp.full(batch, length, jnp.int32),
+            known=jnp.full(batch, self.prompt_length, jnp.int32),
             done=jnp.zeros(batch, bool),
-            caches=both[0],
-            draft_caches=both[1],
-            first=first,
+            caches=read_prompts(self.network, params["target"], cond, *sizes),
+            draft_caches=read_prompts(self.draft, params["draft"], cond, *sizes),
+            first=cond.get("first"),
             rounds=jnp.zeros(batch, jnp.int32),
         )
 
@@ -146,7 +139,9 @@ class SpeculativeSampler:
             state.known - 1,
             state.first,
         )
-        wanted = jax.nn.softmax(self._filtered(hidden, params["target"].head), axis=-1)
+        wanted = jax.nn.softmax(
+            self._filtered(self.network.logits(params["target"], hidden)), axis=-1
+        )
         kept, end = self._check(
             drafted, proposal, wanted, state.uniforms[i], state.keys[i, self.drafted]
         )
@@ -199,7 +194,7 @@ class SpeculativeSampler:
                 hidden, caches = self.draft.extend(
                     params, tokens[-1][:, None], caches, state.known - 1 + j, state.first
                 )
-            logits = self._filtered(hidden, params.head)[:, 0]
+            logits = self._filtered(self.draft.logits(params, hidden[:, 0]))
             tokens.append(kernels.sample_logits(logits, keys[j]))
             proposals.append(logits)
         return jnp.stack(tokens, axis=1), jnp.stack(proposals, axis=1), caches
@@ -217,15 +212,13 @@ class SpeculativeSampler:
         rest = jnp.where(rest.sum(axis=-1, keepdims=True) > 0, rest, p)  # p = q up to rounding
         return kept, kernels.sample_logits(jnp.log(rest), keys)
 
-    def _filtered(self, hidden, head):  # [B, S, D] -> logits [B, S, V], -inf where excluded
-        rows = hidden.reshape(-1, hidden.shape[-1]).astype(head.dtype)
-        logits = jnp.matmul(rows, head, preferred_element_type=jnp.float32)
+    def _filtered(self, logits):  # [..., V], -inf where excluded
         if self.choice.temperature == 0:
             best = logits.argmax(axis=-1, keepdims=True)
-            logits = jnp.where(jnp.arange(logits.shape[-1]) == best, 0.0, -jnp.inf)
-        else:
-            logits = kernels.filter_logits(logits, **dataclasses.asdict(self.choice))
-        return logits.reshape(*hidden.shape[:2], -1)
+            return jnp.where(jnp.arange(logits.shape[-1]) == best, 0.0, -jnp.inf)
+        rows = logits.reshape(-1, logits.shape[-1])
+        filtered = kernels.filter_logits(rows, **dataclasses.asdict(self.choice))
+        return filtered.reshape(logits.shape)
 
 
 def _at(tokens, place):  # [B, L], [B] -> [B, 1]

@@ -330,3 +330,8 @@ class TokenNetwork:
         return Transformer(self.config).apply(
             {"params": params}, tokens, caches, column, first, method="extend", **options
         )
+
+    def logits(self, prepared: PreparedParams, hidden: jax.Array) -> jax.Array:
+        """[..., D] -> [..., V] float32, for few rows (else the whole network is called)."""
+        hidden = hidden.astype(prepared.head.dtype)
+        return jnp.matmul(hidden, prepared.head, preferred_element_type=jnp.float32)
