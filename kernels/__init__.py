@@ -8,6 +8,7 @@ from kernels.conv_3x3 import conv_3x3, prepare_conv_3x3
 from kernels.decode_attention import KVCache, decode_attention, make_kv_cache
 from kernels.diffusion_step import StepCoefficients, diffusion_step
 from kernels.group_norm_silu import group_norm_silu
+from kernels.mask_scores import keep_most_confident, mask_scores
 from kernels.sample_token import filter_logits, sample_logits, sample_token
 
 __all__ = [
@@ -18,7 +19,9 @@ __all__ = [
     "diffusion_step",
     "filter_logits",
     "group_norm_silu",
+    "keep_most_confident",
     "make_kv_cache",
+    "mask_scores",
     "prepare_conv_3x3",
     "sample_logits",
     "sample_token",
