@@ -1,0 +1,105 @@
+"""Erase-and-repair with a perfect network: its Markov kernels and the laws that they pass."""
+
+from itertools import combinations
+from typing import Literal
+
+import numpy as np
+
+from gen_jax.data.exact import Enumerated
+from gen_jax.metrics.gaps import law_of_groups
+
+Rule = Literal["random_one", "random_half", "confidence_one"]
+
+_MOST_STATES = 4096
+
+
+def repair_kernel(dist: Enumerated, rule: Rule) -> np.ndarray:
+    """One round of erasing positions and drawing them again in parallel, as a Markov kernel.
+
+    "random_one" erases one position, each alike: Gibbs sampling, with p stationary. "random_half"
+    erases L // 2 positions, each set alike. "confidence_one" erases the position whose token is
+    the least probable given all others, the first of equals.
+
+    Args:
+        dist: p, with V**L at most 4096.
+        rule: which positions are erased.
+
+    Returns:
+        float64 [M, M], M = V**L: row x is the distribution of the next sequence. Sequences are
+        in lexicographic order, that of `Enumerated.dense` flattened.
+
+    Raises:
+        ValueError: the rule is unknown, or the sequences are too many.
+    """
+    length, states = dist.length, dist.vocabulary**dist.length
+    if states > _MOST_STATES:
+        raise ValueError(f"{states} sequences are too many for a kernel; at most {_MOST_STATES}")
+    if rule == "confidence_one":
+        return _confidence_kernel(dist)
+    if rule not in ("random_one", "random_half"):
+        raise ValueError(f"rule is {rule!r}; choose random_one, random_half or confidence_one")
+    number = 1 if rule == "random_one" else max(length // 2, 1)
+    erased = list(combinations(range(length), number))
+    return sum(_erase(dist, positions) for positions in erased) / len(erased)
+
+
+def repair_curve(dist: Enumerated, rule: Rule, rounds: tuple[int, ...]) -> list[np.ndarray]:
+    """The laws after some rounds of erase-and-repair that begin at a one-shot draw.
+
+    Args:
+        dist: p, with V**L at most 4096.
+        rule: as in `repair_kernel`.
+        rounds: numbers of rounds, from 0 up, each above the one before.
+
+    Returns:
+        one law per entry of rounds: float64 [V, ..., V], one axis per position.
+
+    Raises:
+        ValueError: the rule is unknown, the sequences are too many, or the rounds do not ascend.
+    """
+    if any(b <= a for a, b in zip((-1, *rounds), rounds, strict=False)):
+        raise ValueError(f"rounds {rounds} must be at least 0 and ascend")
+    kernel, laws, done = repair_kernel(dist, rule), [], 0
+    law = law_of_groups(dist, (tuple(range(dist.length)),))
+    for target in rounds:
+        for _ in range(target - done):
+            law = (law.reshape(-1) @ kernel).reshape(law.shape)
+        laws.append(law)
+        done = target
+    return laws
+
+
+def mode_agreement(centres: np.ndarray, law: np.ndarray) -> float:
+    """The mean part of a sequence's tokens that agree with its nearest mode.
+
+    A law that seeks modes agrees more than the data does.
+
+    Args:
+        centres: int [K, L], the modes.
+        law: float64 [V, ..., V], one axis per position.
+    """
+    rows = np.stack(np.unravel_index(np.arange(law.size), law.shape), axis=1)
+    agreement = (rows[:, None] == centres).mean(axis=2).max(axis=1)
+    return float(law.reshape(-1) @ agreement)
+
+
+def _erase(dist: Enumerated, positions: tuple[int, ...]) -> np.ndarray:
+    """float64 [M, M]: the kernel that draws these positions again in parallel."""
+    shape = (dist.vocabulary,) * dist.length
+    kept = set(range(dist.length)) - set(positions)
+    drawn = np.ones(shape)
+    for position in positions:
+        drawn = drawn * dist.conditional_table(position, kept)
+    index = np.arange(drawn.size).reshape(shape)
+    # Sequences share a context where they are equal once the erased tokens are set to 0.
+    first = tuple(slice(0, 1) if i in positions else slice(None) for i in range(dist.length))
+    context = np.broadcast_to(index[first], shape).reshape(-1)
+    return (context[:, None] == context) * drawn.reshape(-1)
+
+
+def _confidence_kernel(dist: Enumerated) -> np.ndarray:
+    positions = range(dist.length)
+    own = np.stack([dist.conditional_table(i, set(positions) - {i}).reshape(-1) for i in positions])
+    # Rounding must not order tokens that are equally probable.
+    erased = (own <= own.min(axis=0) * (1 + 1e-9)).argmax(axis=0)
+    return sum((erased == i)[:, None] * _erase(dist, (i,)) for i in positions)
