@@ -34,7 +34,16 @@ setuptools.setup(
     ],
     extras_require={
         "text": ["tokenizers>=0.20"],  # pretrained vocabularies; bytes and characters need nothing
-        "test": ["pytest>=8", "pytest-xdist", "hypothesis", "scipy", "ruff", "tokenizers>=0.20"],
+        "translation": ["tokenizers>=0.20", "sacrebleu>=2.4"],  # byte-pair vocabularies and BLEU
+        "test": [
+            "pytest>=8",
+            "pytest-xdist",
+            "hypothesis",
+            "scipy",
+            "ruff",
+            "tokenizers>=0.20",
+            "sacrebleu>=2.4",
+        ],
         # The peers that parity tests and benchmarks compare with.
         "oracles": ["torch==2.13.0", "diffusers>=0.35", "transformers>=4.55"],
     },

@@ -5,7 +5,9 @@ from typing import Literal, get_args
 
 Name = Literal["shapes", "cifar10", "folder", "tfds"]
 TextName = Literal["pydoc", "file", "tfds"]
+TranslationName = Literal["synonyms", "files", "tfds"]
 Split = Literal["train", "test"]
+TranslationSplit = Literal["train", "validation", "test"]
 
 
 @dataclass(frozen=True)
@@ -84,3 +86,70 @@ class TextConfig:
             raise ValueError(f"data.validation is {self.validation}; give a share between 0 and 1")
         if self.characters < 0:
             raise ValueError(f"data.characters is {self.characters}; give 0 for all, or a number")
+
+
+@dataclass(frozen=True)
+class TranslationConfig:
+    """The choice of pairs of sentences and of how they become tokens.
+
+    Raises:
+        ValueError: a field is out of range, or asks of a set what it does not offer.
+    """
+
+    name: TranslationName = "synonyms"
+    """synonyms (procedural, nothing to download), files (one sentence per line) or tfds."""
+    dir: str = ""
+    """Folder of {train,val,test_2016_flickr}.{en,de}, also .gz, or the TFDS data_dir."""
+    source: str = "en"
+    """Language to translate from: the suffix of its files, or its feature in TFDS."""
+    target: str = "de"
+    """Language to translate to."""
+    tfds_name: str = "wmt16_translate/de-en"
+    """Name of the set in TensorFlow Datasets, for name=tfds."""
+    vocabulary: int = 4000
+    """Tokens of the byte-pair vocabulary that both languages share; files and tfds only."""
+    max_length: int = 40
+    """Most tokens of a side with its END; longer training pairs are left out, others truncated."""
+    pairs: int = 0
+    """Read only so many training pairs, the first ones; 0 for all, or 50000 synonyms."""
+    targets: str = ""
+    """UTF-8 file with one line per training pair that replaces its target: distillation."""
+    words: int = 64
+    """Synonyms only: source words, from 1 up."""
+    min_words: int = 3
+    """Synonyms only: fewest words of a source."""
+    max_words: int = 8
+    """Synonyms only: most words of a source, which are distinct."""
+    orders: Literal[1, 2] = 2
+    """Synonyms only: 2 for targets in the order of the source or its reverse, 1 for the former."""
+    styles: Literal[1, 2] = 2
+    """Synonyms only: 2 for targets that are formal or informal, 1 for formal alone."""
+    seed: int = 0
+    """Synonyms only: decides the dictionary and the pairs."""
+
+    def __post_init__(self) -> None:
+        if self.name not in get_args(TranslationName):
+            raise ValueError(
+                f"data.name is {self.name!r}; choose one of {', '.join(get_args(TranslationName))}"
+            )
+        if self.name == "files" and not self.dir:
+            raise ValueError("data.name=files needs --data.dir, the folder that holds the files")
+        if self.name == "tfds" and not self.tfds_name:
+            raise ValueError("data.name=tfds needs --data.tfds-name, the name of a TFDS data set")
+        if self.name == "synonyms" and self.dir:
+            raise ValueError("data.dir is for data.name=files or tfds only, not synonyms")
+        if not self.source or not self.target or self.source == self.target:
+            raise ValueError(
+                f"data.source {self.source!r} and data.target {self.target!r} must be two languages"
+            )
+        for field, low in (("vocabulary", 258), ("max_length", 2), ("pairs", 0), ("seed", 0)):
+            if getattr(self, field) < low:
+                raise ValueError(f"data.{field} is {getattr(self, field)}; give at least {low}")
+        for field in ("orders", "styles"):
+            if getattr(self, field) not in (1, 2):
+                raise ValueError(f"data.{field} is {getattr(self, field)}; choose 1 or 2")
+        if not 1 <= self.min_words <= self.max_words <= self.words:
+            raise ValueError(
+                f"data.min_words {self.min_words}, data.max_words {self.max_words} and data.words "
+                f"{self.words} must rise, from 1 up: the words of a source are distinct"
+            )

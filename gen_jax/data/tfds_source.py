@@ -5,6 +5,8 @@ prepares CIFAR-10 with TensorFlow; the builder here prepares it without, and the
 same data set, readable by any other user of TFDS.
 """
 
+import contextlib
+import importlib
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -80,6 +82,51 @@ def read_text(name: str, split: Split, directory: str | Path = "", characters: i
             break
     text = "\n".join(documents)
     return text[:characters] if characters else text
+
+
+def read_pairs(
+    name: str, split: str, directory: str | Path, source: str, target: str, limit: int = 0
+) -> tuple[list[str], list[str]]:
+    """Reads one split of a TFDS data set of translations.
+
+    Args:
+        name: its name in TFDS; the set must be prepared already, and has both languages as
+            features of text.
+        split: a split of the set.
+        directory: the data_dir of TFDS; empty for its default.
+        source: language of the first list.
+        target: language of the second list.
+        limit: read at most so many pairs, the first ones; 0 for all.
+
+    Returns:
+        sentences of the one and of the other language, pair by pair.
+
+    Raises:
+        FileNotFoundError: the set is not prepared in the directory.
+        ValueError: it has no such split or language, or a text that is not UTF-8.
+    """
+    # Where TensorFlow is missing, TFDS leaves its builders of translations out until asked for.
+    with contextlib.suppress(ImportError):
+        importlib.import_module("tensorflow_datasets.translate")
+    data_dir = _data_dir(directory)
+    examples = _source(_builder(name, data_dir), name, split, data_dir)
+    features = examples.dataset_info.features
+    for language in (source, target):
+        if language not in features:
+            raise ValueError(
+                f"the TFDS data set {name} has no language {language!r}, only {', '.join(features)}"
+            )
+    sources, targets = [], []
+    for index in range(min(len(examples), limit or len(examples))):
+        example = examples[index]
+        try:
+            sources.append(example[source].decode())
+            targets.append(example[target].decode())
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"example {index} of the TFDS data set {name} is not UTF-8 text ({error.reason})"
+            ) from None
+    return sources, targets
 
 
 def _data_dir(directory: str | Path) -> Path:

@@ -106,9 +106,18 @@ def load(path: str | os.PathLike) -> Tokenizer:
                 return Chars(characters)
             except ValueError as error:
                 raise ValueError(f"{path} is damaged: {error}") from None
+        case {"kind": "words", "words": list(words)}:
+            from gen_jax.data.words import Words
+
+            try:
+                return Words(tuple(words))
+            except ValueError as error:
+                raise ValueError(f"{path} is damaged: {error}") from None
         case {"model": _}:
             return Pretrained(content, str(path))
-    raise ValueError(f"{path} is no tokenizer: it has neither a kind (bytes, chars) nor a model")
+    raise ValueError(
+        f"{path} is no tokenizer: it has neither a kind (bytes, chars, words) nor a model"
+    )
 
 
 class _Stored:

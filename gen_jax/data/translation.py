@@ -1,0 +1,365 @@
+"""Pairs of sentences, and batches of their tokens that are a pure function of (seed, step)."""
+
+import gzip
+import re
+import zlib
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+
+from gen_jax.data.config import TranslationConfig, TranslationSplit
+from gen_jax.data.streams import shard_of_step
+from gen_jax.data.tokenizers import Tokenizer
+
+PAD = 0
+BUCKET_SHARES = (0.3, 0.45, 0.65, 1.0)
+SYNONYM_PAIRS = {"train": 50_000, "validation": 1000, "test": 1000}
+_STEMS = {"train": ("train",), "validation": ("val",), "test": ("test_2016_flickr", "test")}
+
+
+def load_pairs(config: TranslationConfig, split: TranslationSplit) -> tuple[list[str], list[str]]:
+    """Reads one split of the pairs that the configuration names, as text.
+
+    Args:
+        config: the choice of pairs; `pairs` and `targets` are for the train split only.
+        split: "train", "validation" or "test".
+
+    Returns:
+        sources and targets, as many and at least one, without the whitespace around a sentence.
+
+    Raises:
+        FileNotFoundError: there are no files where the configuration points.
+        ValueError: the split is unknown or empty, a file is not UTF-8 text, or the two sides, or
+            `targets`, differ in the number of lines.
+    """
+    if split not in get_args(TranslationSplit):
+        raise ValueError(f"split is {split!r}; choose train, validation or test")
+    limit = config.pairs if split == "train" else 0
+    if config.name == "synonyms":
+        from gen_jax.data.synonyms import Synonyms
+
+        sources, targets = Synonyms.of(config).pairs(split, limit or SYNONYM_PAIRS[split])
+    elif config.name == "files":
+        sources, targets = _read_files(config, split)
+    else:
+        from gen_jax.data import tfds_source
+
+        sources, targets = tfds_source.read_pairs(
+            config.tfds_name, split, config.dir, config.source, config.target, limit
+        )
+    sources = [text.strip() for text in sources[: limit or None]]
+    targets = [text.strip() for text in targets[: limit or None]]
+    if not sources:
+        raise ValueError(f"data.name={config.name} holds no pair in its {split} split")
+    if config.targets and split == "train":
+        targets = _read_lines(Path(config.targets))
+        if len(targets) != len(sources):
+            raise ValueError(
+                f"{config.targets} has {len(targets)} lines for {len(sources)} training pairs; "
+                "data.targets needs one line for each"
+            )
+    return sources, targets
+
+
+def make_tokenizer(config: TranslationConfig) -> Tokenizer:
+    """The vocabulary that both sides share, with token 0 for padding and an END.
+
+    Byte pairs are learned from the training pairs, without regard to `targets`, so that a
+    distilled set has the tokens of the set that it comes from.
+
+    Raises:
+        ValueError, FileNotFoundError: as `load_pairs` and `train_bpe`.
+    """
+    if config.name == "synonyms":
+        from gen_jax.data.synonyms import Synonyms
+        from gen_jax.data.words import Words
+
+        return Words(Synonyms.of(config).tokens)
+    from gen_jax.data.bpe import train_bpe
+
+    sources, targets = load_pairs(replace(config, targets=""), "train")
+    return train_bpe(sources + targets, config.vocabulary)
+
+
+def default_buckets(max_length: int) -> tuple[int, ...]:
+    """Columns of the batches for sides of at most `max_length` tokens: (12, 18, 26, 40) for 40."""
+    return tuple(sorted({max(round(max_length * share), 1) for share in BUCKET_SHARES}))
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """Pairs of token sequences, of which batches of few shapes are drawn.
+
+    Both sides end with their END token, which their lengths include; the columns beyond a length
+    hold token 0. A pair belongs to the smallest bucket that holds both of its sides.
+
+    Args:
+        source: int32 [N, S], N >= 1.
+        source_length: int32 [N], each in [1, S].
+        target: int32 [N, T].
+        length: int32 [N], each in [1, T]: the target's.
+        buckets: rising numbers of columns, the last of which holds every pair.
+        left_out: how many pairs were too long and are not here.
+        truncated: how many of those here were too long and lost the end of a side.
+
+    Raises:
+        ValueError: another dtype or shape, a length out of range, or buckets that do not rise or
+            do not hold every pair.
+    """
+
+    source: np.ndarray
+    source_length: np.ndarray
+    target: np.ndarray
+    length: np.ndarray
+    buckets: tuple[int, ...]
+    left_out: int = 0
+    truncated: int = 0
+
+    def __post_init__(self) -> None:
+        for name, tokens, lengths in (
+            ("source", self.source, self.source_length),
+            ("target", self.target, self.length),
+        ):
+            if tokens.dtype != np.int32 or tokens.ndim != 2 or not len(self.source):
+                raise ValueError(
+                    f"{name} must be int32 [N, columns] with N >= 1, "
+                    f"not {tokens.dtype} {list(tokens.shape)}"
+                )
+            if lengths.dtype != np.int32 or lengths.shape != (len(self.source),):
+                raise ValueError(
+                    f"lengths of {name} must be int32 [{len(self.source)}], "
+                    f"not {lengths.dtype} {list(lengths.shape)}"
+                )
+            if (
+                len(tokens) != len(lengths)
+                or not 1 <= lengths.min() <= lengths.max() <= (tokens.shape[1])
+            ):
+                raise ValueError(f"lengths of {name} must lie in 1..{tokens.shape[1]}, one a pair")
+        if not self.buckets or list(self.buckets) != sorted(set(self.buckets)):
+            raise ValueError(f"buckets are {self.buckets}; give rising numbers of columns")
+        if self.longest > self.buckets[-1]:
+            raise ValueError(
+                f"a side has {self.longest} tokens, more than the last bucket of {self.buckets}"
+            )
+
+    @classmethod
+    def encode(
+        cls,
+        tokenizer: Tokenizer,
+        sources: list[str],
+        targets: list[str],
+        max_length: int,
+        *,
+        long: Literal["leave out", "truncate"],
+        buckets: tuple[int, ...] = (),
+    ) -> "Pairs":
+        """The pairs as tokens.
+
+        Args:
+            tokenizer: one with an END.
+            sources: texts.
+            targets: texts, as many.
+            max_length: the most tokens of a side with its END, from 2 up.
+            long: what becomes of a pair with a longer side: "leave out" for training, or
+                "truncate" for a test set, whose pairs all stay.
+            buckets: rising numbers of columns; empty for `default_buckets(max_length)`.
+
+        Raises:
+            ValueError: the tokenizer has no END or cannot express a text, a text spells a special
+                token, the sides differ in number, or no pair is left.
+        """
+        if tokenizer.end in (None, PAD):
+            raise ValueError("translation needs a tokenizer with an END token other than token 0")
+        if max_length < 2 or len(sources) != len(targets) or long not in ("leave out", "truncate"):
+            raise ValueError(
+                f"give a max_length of at least 2, not {max_length}; as many targets as sources, "
+                f"not {len(targets)} and {len(sources)}; and long as 'leave out' or 'truncate', "
+                f"not {long!r}"
+            )
+        sides = [[_tokens(tokenizer, text) for text in texts] for texts in (sources, targets)]
+        fits = [max(len(a), len(b)) < max_length for a, b in zip(*sides, strict=True)]
+        if long == "leave out":
+            sides = [[ids for ids, fit in zip(side, fits, strict=True) if fit] for side in sides]
+        if not sides[0]:
+            raise ValueError(
+                f"none of {len(sources)} pairs has sides of at most {max_length} tokens; "
+                "raise --data.max-length"
+            )
+        missing = len(fits) - sum(fits)
+        return cls(
+            *_padded(sides[0], max_length, tokenizer.end),
+            *_padded(sides[1], max_length, tokenizer.end),
+            buckets=buckets or default_buckets(max_length),
+            left_out=missing if long == "leave out" else 0,
+            truncated=missing if long == "truncate" else 0,
+        )
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest side."""
+        return int(max(self.source_length.max(), self.length.max()))
+
+    @cached_property
+    def bucket_sizes(self) -> np.ndarray:
+        """int64 [number of buckets]: the pairs of each."""
+        return np.bincount(self._bucket, minlength=len(self.buckets))
+
+    def batch(
+        self, seed: int, step: int, size: int, *, shard: tuple[int, int] = (0, 1)
+    ) -> dict[str, np.ndarray]:
+        """This shard of the batch of a training step, a pure function of its arguments.
+
+        The bucket is that of a pair drawn uniformly; the pairs of the batch are drawn from it
+        uniformly and independently. So each draw is any pair of the set with equal probability,
+        and all shards of a step have the same shape.
+
+        Args:
+            seed: in [0, 2**64).
+            step: from 0 up.
+            size: pairs per global batch, over all shards.
+            shard: (index, count); the shards in order, concatenated, are the whole batch.
+
+        Returns:
+            "source" and "target": int32 [size / count, C] with C one of `buckets`; "source_length"
+            and "length": int32 [size / count].
+
+        Raises:
+            ValueError: an argument is out of range, or count does not divide size.
+        """
+        generator, mine = shard_of_step(seed, step, size, shard)
+        bucket = self._bucket[generator.integers(0, len(self))]
+        first = self.bucket_sizes[:bucket].sum()
+        draws = generator.integers(first, first + self.bucket_sizes[bucket], size)[mine]
+        return self._columns(self._by_bucket[draws], self.buckets[bucket])
+
+    def all(self, columns: int = 0) -> dict[str, np.ndarray]:
+        """All pairs in their order, in one shape, as `batch` returns them.
+
+        Args:
+            columns: C, at least `longest`; 0 for the last bucket.
+
+        Raises:
+            ValueError: a side does not fit the columns.
+        """
+        columns = columns or self.buckets[-1]
+        if columns < self.longest:
+            raise ValueError(f"{columns} columns are too few for a side of {self.longest} tokens")
+        return self._columns(np.arange(len(self)), columns)
+
+    @cached_property
+    def _bucket(self) -> np.ndarray:
+        return np.searchsorted(self.buckets, np.maximum(self.source_length, self.length))
+
+    @cached_property
+    def _by_bucket(self) -> np.ndarray:
+        return np.argsort(self._bucket, kind="stable")
+
+    def _columns(self, rows: np.ndarray, columns: int) -> dict[str, np.ndarray]:
+        return {
+            "source": _resized(self.source[rows], columns),
+            "source_length": self.source_length[rows],
+            "target": _resized(self.target[rows], columns),
+            "length": self.length[rows],
+        }
+
+
+def texts_of(tokenizer: Tokenizer, tokens: np.ndarray, lengths: np.ndarray) -> list[str]:
+    """Sequences of tokens as texts: what stands before the first END, without padding.
+
+    Args:
+        tokenizer: one with an END.
+        tokens: integer [B, T].
+        lengths: integer [B]; tokens from there on are not read.
+
+    Returns:
+        B texts, without the whitespace around them.
+
+    Raises:
+        ValueError: a token outside the vocabulary.
+    """
+    texts = []
+    for row, length in zip(np.asarray(tokens), np.asarray(lengths), strict=True):
+        row = row[:length]
+        row = row[: np.argmax(row == tokenizer.end)] if (row == tokenizer.end).any() else row
+        texts.append(tokenizer.decode(row[row != PAD]).strip())
+    return texts
+
+
+def _tokens(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    ids = tokenizer.encode(text)
+    if np.isin(ids, (PAD, tokenizer.end)).any():
+        raise ValueError(f"{text!r} spells the padding or the END token; take it out of the pairs")
+    return ids
+
+
+def _padded(
+    sequences: list[np.ndarray], max_length: int, end: int
+) -> tuple[np.ndarray, np.ndarray]:
+    lengths = np.array([min(len(ids) + 1, max_length) for ids in sequences], np.int32)
+    padded = np.full((len(sequences), lengths.max()), PAD, np.int32)
+    for row, ids, length in zip(padded, sequences, lengths, strict=True):
+        row[: length - 1] = ids[: length - 1]
+        row[length - 1] = end
+    return padded, lengths
+
+
+def _resized(tokens: np.ndarray, columns: int) -> np.ndarray:
+    result = np.full((len(tokens), columns), PAD, np.int32)
+    shared = min(columns, tokens.shape[1])
+    result[:, :shared] = tokens[:, :shared]
+    return result
+
+
+def _read_files(config: TranslationConfig, split: str) -> tuple[list[str], list[str]]:
+    paths = [_find(config.dir, split, language) for language in (config.source, config.target)]
+    sources, targets = map(_read_lines, paths)
+    if len(sources) != len(targets):
+        raise ValueError(
+            f"{paths[0]} has {len(sources)} lines and {paths[1]} has {len(targets)}; "
+            "a pair is one line of each"
+        )
+    return sources, targets
+
+
+def _find(directory: str, split: str, language: str) -> Path:
+    folder = Path(directory).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{directory} is no folder; give --data.dir one with the pairs")
+    stems = "|".join(_STEMS[split])
+    pattern = re.compile(rf"(?:.*[_.-])?(?:{stems})\.{re.escape(language)}(?:\.gz)?")
+    found = {path for path in folder.iterdir() if pattern.fullmatch(path.name)}
+    # A file that is there both plain and compressed is read plain.
+    found = sorted(
+        path for path in found if not (path.suffix == ".gz" and path.with_suffix("") in found)
+    )
+    if not found:
+        raise FileNotFoundError(
+            f"{directory} holds no {_STEMS[split][0]}.{language} (or .gz, or behind a prefix such "
+            "as multi30k_); put it there, or take the procedural pairs with --data.name synonyms"
+        )
+    if len(found) > 1:
+        raise ValueError(
+            f"{directory} holds {found[0].name} and {found[1].name}; leave one set in the folder"
+        )
+    return found[0]
+
+
+def _read_lines(path: Path) -> list[str]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is no file; give a UTF-8 text with one sentence per line")
+    try:
+        content = path.read_bytes()
+        text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8 text ({error.reason}); convert it, for example with iconv"
+        ) from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} cannot be read ({error}); fetch it again") from None
+    return [line.strip() for line in text.removesuffix("\n").split("\n")] if text else []

@@ -1,0 +1,100 @@
+"""How good translations are: BLEU, repeated tokens, and the lengths that a model foresaw."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+
+def bleu(hypotheses: Sequence[str], references: Sequence[str]) -> float:
+    """Corpus BLEU as sacrebleu computes it: tokenised by 13a, cased (Post, 1804.08771).
+
+    Args:
+        hypotheses: detokenised texts, at least one.
+        references: as many, one for each.
+
+    Returns:
+        in [0, 100].
+
+    Raises:
+        ValueError: the numbers differ or are 0, or the package sacrebleu is not installed.
+    """
+    if not len(hypotheses) or len(hypotheses) != len(references):
+        raise ValueError(
+            f"{len(hypotheses)} hypotheses for {len(references)} references; give one for each"
+        )
+    return float(_metric().corpus_score(list(hypotheses), [list(references)]).score)
+
+
+def bleu_signature() -> str:
+    """What sacrebleu asks to be stated beside a score of `bleu`, its version included.
+
+    Raises:
+        ValueError: the package sacrebleu is not installed.
+    """
+    metric = _metric()
+    metric.corpus_score(["a"], [["a"]])  # the signature states the number of references
+    return str(metric.get_signature())
+
+
+def repeated_token_rate(sequences: Sequence[np.ndarray]) -> float:
+    """The share of neighbouring tokens that are equal, over all sequences (Wang et al. 1902.10245).
+
+    Args:
+        sequences: integer [length] each, without END and padding; any length.
+
+    Returns:
+        in [0, 1]; 0 where no sequence has two tokens.
+
+    Raises:
+        ValueError: a sequence of another shape or dtype.
+    """
+    repeated = pairs = 0
+    for sequence in map(np.asarray, sequences):
+        if sequence.ndim != 1 or not (
+            np.issubdtype(sequence.dtype, np.integer) or not sequence.size
+        ):
+            raise ValueError(
+                f"sequences must be integers [length], not {sequence.dtype} {list(sequence.shape)}"
+            )
+        repeated += int((sequence[1:] == sequence[:-1]).sum())
+        pairs += max(len(sequence) - 1, 0)
+    return repeated / max(pairs, 1)
+
+
+def length_accuracy(lengths: np.ndarray, true_lengths: np.ndarray) -> dict[str, float]:
+    """How well lengths were foreseen.
+
+    Args:
+        lengths: integer [N], N >= 1.
+        true_lengths: integer [N].
+
+    Returns:
+        "exact": the share that is right; "within_one": the share that is off by at most 1;
+        "mean_absolute_error": in tokens.
+
+    Raises:
+        ValueError: another shape or dtype.
+    """
+    lengths, true_lengths = np.asarray(lengths), np.asarray(true_lengths)
+    integers = all(np.issubdtype(a.dtype, np.integer) for a in (lengths, true_lengths))
+    if not integers or lengths.ndim != 1 or not lengths.size or lengths.shape != true_lengths.shape:
+        raise ValueError(
+            "lengths must be integers [N], N >= 1, not "
+            f"{lengths.dtype} {list(lengths.shape)} and "
+            f"{true_lengths.dtype} {list(true_lengths.shape)}"
+        )
+    error = np.abs(lengths.astype(np.int64) - true_lengths.astype(np.int64))
+    return {
+        "exact": float((error == 0).mean()),
+        "within_one": float((error <= 1).mean()),
+        "mean_absolute_error": float(error.mean()),
+    }
+
+
+def _metric() -> Any:
+    try:
+        from sacrebleu.metrics import BLEU
+    except ImportError:
+        raise ValueError("BLEU needs the package sacrebleu: install gen_jax[translation]") from None
+    return BLEU()
