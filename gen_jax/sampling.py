@@ -49,8 +49,8 @@ class Sampler(Protocol):
 class Stoppable(Protocol):
     """What a sampler has besides when it may need fewer than `steps` trips."""
 
-    def stopped(self, state) -> jax.Array:
-        """Bool []: whether further steps would change nothing."""
+    def stopped(self, state) -> jax.Array | None:
+        """Bool []: whether further steps would change nothing; None where all steps are needed."""
 
 
 @functools.partial(jax.jit, static_argnames=("sampler", "trajectory"))
@@ -86,7 +86,7 @@ def _loop(sampler, params, keys, cond, trajectory=False):
 
 def _advance(sampler, params, state, first, last):
     """The state after the steps from `first` to before `last`, in one loop."""
-    if not hasattr(sampler, "stopped"):
+    if not hasattr(sampler, "stopped") or sampler.stopped(state) is None:
         body = lambda i, state: sampler.step(params, state, i)  # noqa: E731
         return jax.lax.fori_loop(first, last, body, state)
 

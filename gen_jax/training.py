@@ -60,7 +60,7 @@ class Trained:
     Attributes:
       state: after the last step.
       start: the step it began from.
-      compile_seconds: for the training step.
+      compile_seconds: for the training step, in all its shapes.
       seconds: for the steps, without compiling, checkpoints and evaluations.
       examples_per_second: over those seconds; 0 when there was nothing left to do.
     """
@@ -206,7 +206,8 @@ def fit(
       config: of the loop.
       loss: of the model, see `Loss`.
       params: initial parameters.
-      batch: this host's share of the batch of a step, as NumPy arrays.
+      batch: this host's share of the batch of a step, as NumPy arrays. Each combination of shapes
+        is compiled when it first comes.
       workdir: holds metrics.jsonl and the checkpoints.
       mesh: all devices.
       record: JSON values to keep in each checkpoint.
@@ -293,17 +294,15 @@ class _Loop:
                     self.log.close()
 
     def run(self, step_fn, state, start, batch, mesh, stop):
-        """Compiles, then takes the steps from `start` to the last."""
+        """Takes the steps from `start` to the last."""
         flags = lambda: np.full(len(mesh.local_devices), stop.signum or 0, np.int32)  # noqa: E731
         arrays = parallel.split(mesh, batch(start))
-        began = time.perf_counter()
-        compiled = step_fn.lower(state, arrays, parallel.split(mesh, flags())).compile()
-        compile_seconds = time.perf_counter() - began
         began = self.last_time = time.perf_counter()
-        self.last_step, self.aside = start, 0.0
-        pending = None
+        self.last_step, self.aside, self.compile_seconds = start, 0.0, 0.0
+        self.programs, pending = {}, None
         for step in range(start, self.config.steps):
-            state, metrics = compiled(state, arrays, parallel.split(mesh, flags()))
+            arguments = state, arrays, parallel.split(mesh, flags())
+            state, metrics = self._program(step_fn, arguments)(*arguments)
             done = step + 1
             if done < self.config.steps:  # made while the devices work
                 arrays = parallel.split(mesh, batch(done))
@@ -324,7 +323,17 @@ class _Loop:
                     self._write({"step": done} | _prefixed("eval/", report))
         seconds = time.perf_counter() - began - self.aside
         rate = (self.config.steps - start) * self.config.batch / seconds
-        return Trained(_whole(state), start, compile_seconds, seconds, rate)
+        return Trained(_whole(state), start, self.compile_seconds, seconds, rate)
+
+    def _program(self, step_fn, arguments):
+        """The step compiled for a batch of these shapes, of which there are few."""
+        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(arguments[1]))
+        if shapes not in self.programs:
+            with self._apart():
+                began = time.perf_counter()
+                self.programs[shapes] = step_fn.lower(*arguments).compile()
+                self.compile_seconds += time.perf_counter() - began
+        return self.programs[shapes]
 
     @contextlib.contextmanager
     def _apart(self):

@@ -22,6 +22,7 @@ import optax
 import kernels
 from gen_jax import keys as key_streams
 from gen_jax.models.config import TokenChoice
+from gen_jax.nn.encoder_decoder import EncoderDecoder
 from gen_jax.nn.transformer import PreparedParams, TokenNetwork
 from kernels import KVCache
 
@@ -45,34 +46,58 @@ def inputs_and_targets(network: TokenNetwork, tokens, label=None):
     return jnp.concatenate([start[:, None], tokens[:, :-1]], axis=1), tokens
 
 
-def loss(network: TokenNetwork, params, batch: dict, keys: jax.Array):
+def loss(network, params, batch: dict, keys: jax.Array, *, smoothing: float = 0.0):
     """Cross-entropy per predicted token, in nats, and no further metrics.
 
     Args:
-      network: a causal one.
+      network: a causal one, `TokenNetwork` or `EncoderDecoder`.
       params: its parameters.
-      batch: "tokens" int [B, L], and perhaps "label" int [B].
+      batch: "tokens" int [B, L], and perhaps "label" int [B], "length" int [B] (only so many of
+        the predicted tokens count), and what the network conditions on.
       keys: [B], for dropout.
+      smoothing: share of the target's probability that is spread over all tokens (label
+        smoothing: Szegedy et al. 2016), in [0, 1).
     """
+    keys = keys if network.config.dropout else None
     inputs, targets = inputs_and_targets(network, batch["tokens"], batch.get("label"))
-    logits = network(params, inputs, keys=keys if network.config.dropout else None)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean(), {}
+    logits = network(params, inputs, keys=keys, **network.condition(params, batch, keys))
+    values = cross_entropy(logits, targets, smoothing)
+    return mean_of_first(values, batch.get("length")), {}
 
 
-def log_prob(network: TokenNetwork, params, tokens, label=None) -> jax.Array:
+def cross_entropy(logits, targets, smoothing: float = 0.0) -> jax.Array:
+    """[..., V] float32, int [...] -> nats [...], with label smoothing."""
+    values = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    if smoothing:
+        uniform = jax.nn.logsumexp(logits, axis=-1) - logits.mean(axis=-1)
+        values = (1 - smoothing) * values + smoothing * uniform
+    return values
+
+
+def mean_of_first(values, length=None) -> jax.Array:
+    """The mean of [B, L] over all, or over the first `length` int [B] of each row."""
+    if length is None:
+        return values.mean()
+    counts = jnp.arange(values.shape[1]) < length[:, None]
+    return jnp.where(counts, values, 0).sum() / jnp.maximum(counts.sum(), 1)
+
+
+def log_prob(network, params, tokens, label=None, cond: dict | None = None) -> jax.Array:
     """Exact log-probability of each predicted token given all before it, in nats.
 
     Args:
-      network: a causal one.
+      network: a causal one, `TokenNetwork` or `EncoderDecoder`.
       params: its parameters.
       tokens: int [B, L].
       label: int [B], see `inputs_and_targets`.
+      cond: what the network conditions on.
 
     Returns:
       float32 [B, L] with extra inputs, else [B, L - 1]: sum over the last axis for sequences.
     """
     inputs, targets = inputs_and_targets(network, tokens, label)
-    return -optax.softmax_cross_entropy_with_integer_labels(network(params, inputs), targets)
+    logits = network(params, inputs, **network.condition(params, cond or {}))
+    return -optax.softmax_cross_entropy_with_integer_labels(logits, targets)
 
 
 def pad_prompts(network: TokenNetwork, prompts, length: int | None = None) -> dict:
@@ -113,8 +138,18 @@ def pad_prompts(network: TokenNetwork, prompts, length: int | None = None) -> di
     return {"tokens": tokens, **ragged}
 
 
-def read_prompts(network: TokenNetwork, params: PreparedParams, cond: dict, length: int, columns):
+def read_prompts(
+    network, params: PreparedParams, cond: dict, length: int, columns: int, read: dict | None = None
+):
     """Caches of `columns` columns that hold all but the last token of the prompts.
+
+    Args:
+      network: a causal one.
+      params: prepared.
+      cond: of `pad_prompts`.
+      length: columns of the prompts.
+      columns: of the caches.
+      read: of the network's method of this name.
 
     Raises:
       ValueError: the prompts of the condition (see `pad_prompts`) do not have `length` columns.
@@ -124,7 +159,7 @@ def read_prompts(network: TokenNetwork, params: PreparedParams, cond: dict, leng
         raise ValueError(f"prompts of {prompt.shape[1]} columns for a sampler of {length}")
     caches = network.make_caches(len(prompt), columns)
     if length > 1:
-        _, caches = network.extend(params, prompt[:, :-1], caches, 0, first)
+        _, caches = network.extend(params, prompt[:, :-1], caches, 0, first, **(read or {}))
     return caches
 
 
@@ -137,6 +172,7 @@ class DecodingState:
       tokens: int32 [B, P + N], the prompt and what follows.
       caches: per block, of T columns.
       first: int32 [B], column of the first input of each sample; None where all are full.
+      read: what the network has read of the condition, beside the prompts.
       offset: int32 [], place in `tokens` of column 0 of the caches.
       done: bool [B], whether the stop token has come.
     """
@@ -145,6 +181,7 @@ class DecodingState:
     tokens: jax.Array
     caches: tuple[KVCache, ...]
     first: jax.Array | None
+    read: dict
     offset: jax.Array
     done: jax.Array
 
@@ -153,20 +190,21 @@ class DecodingState:
 class AutoregressiveSampler:
     """Ancestral sampling, one token per step, with cached keys and values.
 
-    The condition is `pad_prompts`. All but the last token of the prompts are read in one pass
-    before the loop; step i reads token i - 1 and draws token i. Where prompt and new tokens are
-    longer than the context, the network goes on from the last half of a context each time that
-    it is full (which one pass reads again).
+    The condition is `pad_prompts`, with a source for an `EncoderDecoder`, which is read once. All
+    but the last token of the prompts are read in one pass before the loop; step i reads token i - 1
+    and draws token i. Where prompt and new tokens are longer than the context, the network goes
+    on from the last half of a context each time that it is full (which one pass reads again).
 
     Attributes:
-      network: a causal one.
+      network: a causal one, `TokenNetwork` or `EncoderDecoder`.
       prompt_length: P, columns of the prompts.
       tokens: N, how many to draw.
       choice: how each is drawn.
-      stop: the token that ends a sample; the rest of it is filled with the same. None for none.
+      stop: the token that ends a sample; the rest of it is filled with the same, and the loop
+        ends when all samples have. None for none.
     """
 
-    network: TokenNetwork
+    network: TokenNetwork | EncoderDecoder
     prompt_length: int
     tokens: int
     choice: TokenChoice = TokenChoice()
@@ -190,7 +228,10 @@ class AutoregressiveSampler:
 
     @property
     def nfe(self) -> int:
-        """A pass over the prompt, where it has more than one token, and one per new token."""
+        """A pass over the prompt, where it has more than one token, and one per new token.
+
+        At most: a stop token ends the loop earlier.
+        """
         slides = -(-(self._inputs - self.columns) // (self.columns - self._kept))
         slides = slides if self._kept else 0  # a context of one token has nothing to read again
         return self.tokens + (self.prompt_length > 1) + slides
@@ -214,12 +255,14 @@ class AutoregressiveSampler:
 
     def init(self, params: PreparedParams, keys, cond) -> DecodingState:
         """Reads the prompts, up to their last token."""
-        prompt = cond["tokens"].astype(jnp.int32)
+        prompt, read = cond["tokens"].astype(jnp.int32), self.network.read(params, cond)
+        sizes = self.prompt_length, self.columns
         return DecodingState(
             keys=key_streams.grid(keys, self.tokens),
             tokens=jnp.pad(prompt, ((0, 0), (0, self.tokens))),
-            caches=read_prompts(self.network, params, cond, self.prompt_length, self.columns),
+            caches=read_prompts(self.network, params, cond, *sizes, read),
             first=cond.get("first"),
+            read=read,
             offset=jnp.int32(0),
             done=jnp.zeros(len(prompt), bool),
         )
@@ -232,7 +275,7 @@ class AutoregressiveSampler:
             state = jax.lax.cond(full, self._slide, lambda _, state: state, params, state)
         last = jax.lax.dynamic_slice_in_dim(state.tokens, place, 1, axis=1)
         hidden, caches = self.network.extend(
-            params, last, state.caches, place - state.offset, state.first
+            params, last, state.caches, place - state.offset, state.first, **state.read
         )
         token = kernels.sample_token(
             hidden[:, 0], params.head, state.keys[i], **dataclasses.asdict(self.choice)
@@ -244,9 +287,17 @@ class AutoregressiveSampler:
         tokens = jax.lax.dynamic_update_slice(state.tokens, token[:, None], (0, place + 1))
         return state.replace(tokens=tokens, caches=caches, done=done)
 
+    def stopped(self, state: DecodingState) -> jax.Array | None:
+        """Whether all samples have ended; None where nothing ends them."""
+        return None if self.stop is None else state.done.all()
+
     def finish(self, params: PreparedParams, state: DecodingState) -> jax.Array:
         """The new tokens, int32 [B, N]."""
-        return state.tokens[:, self.prompt_length :]
+        tokens = state.tokens[:, self.prompt_length :]
+        if self.stop is None:
+            return tokens
+        ended = jnp.cumsum(tokens == self.stop, axis=1) > 0  # the loop may have ended before
+        return jnp.where(ended, self.stop, tokens)
 
     def _slide(self, params, state):
         """Begins again with the last `_kept` tokens, when the caches are full."""
@@ -257,5 +308,5 @@ class AutoregressiveSampler:
             return state.replace(offset=offset)
         tokens = jax.lax.dynamic_slice_in_dim(state.tokens, offset, kept, axis=1)
         first = None if state.first is None else jnp.maximum(state.first - shift, 0)
-        _, caches = self.network.extend(params, tokens, state.caches, 0, first)
+        _, caches = self.network.extend(params, tokens, state.caches, 0, first, **state.read)
         return state.replace(caches=caches, first=first, offset=offset)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from gen_jax.models.autoregressive import read_prompts
+from gen_jax.nn.encoder_decoder import EncoderDecoder
 from gen_jax.nn.transformer import PreparedParams, TokenNetwork
 from kernels import KVCache
 
@@ -28,6 +29,7 @@ class BeamState:
       ended_scores: float32 [B, K], log-probability / length ** length_penalty; -inf for none.
       caches: per block, of B x K rows.
       first: int32 [B x K], column of the first input, or None.
+      read: what the network has read of the condition, B x K rows.
     """
 
     tokens: jax.Array
@@ -36,6 +38,7 @@ class BeamState:
     ended_scores: jax.Array
     caches: tuple[KVCache, ...]
     first: jax.Array | None
+    read: dict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +56,7 @@ class BeamSearchSampler:
       stop: the token that ends a hypothesis (which is then filled with it), or None.
     """
 
-    network: TokenNetwork
+    network: TokenNetwork | EncoderDecoder
     prompt_length: int
     tokens: int
     beams: int
@@ -91,7 +94,8 @@ class BeamSearchSampler:
         prompt, first = cond["tokens"].astype(jnp.int32), cond.get("first")
         batch = len(prompt)
         columns = self.prompt_length + self.tokens - 1
-        caches = read_prompts(self.network, params, cond, self.prompt_length, columns)
+        read = self.network.read(params, cond)
+        caches = read_prompts(self.network, params, cond, self.prompt_length, columns, read)
         copies = lambda leaf: jnp.repeat(leaf, self.beams, axis=0)  # noqa: E731
         tokens = jnp.pad(copies(prompt), ((0, 0), (0, self.tokens)))
         tokens = tokens.reshape(batch, self.beams, -1)
@@ -103,6 +107,7 @@ class BeamSearchSampler:
             ended_scores=none,
             caches=jax.tree.map(copies, caches),
             first=None if first is None else copies(first),
+            read=jax.tree.map(copies, read),
         )
 
     def step(self, params: PreparedParams, state: BeamState, i) -> BeamState:
@@ -111,7 +116,7 @@ class BeamSearchSampler:
         batch, beams, _ = state.tokens.shape
         last = jax.lax.dynamic_slice_in_dim(state.tokens, place, 1, axis=2)
         hidden, caches = self.network.extend(
-            params, last.reshape(-1, 1), state.caches, place, state.first
+            params, last.reshape(-1, 1), state.caches, place, state.first, **state.read
         )
         log_prob = jax.nn.log_softmax(self.network.logits(params, hidden[:, 0])).reshape(
             batch, beams, -1

@@ -93,3 +93,12 @@ class TokenChoice:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}; 1 keeps all tokens")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p must be in [0, 1], got {self.min_p}; 0 keeps all tokens")
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskConfig:
+    """How a masked model is trained."""
+
+    counts: Literal["uniform", "cosine"] = "uniform"
+    """How many of L tokens are hidden: uniform over 1 .. L (Mask-Predict; the loss is then the
+    bound of absorbing diffusion), or L cos(pi u / 2), rounded up, u uniform (MaskGIT)."""

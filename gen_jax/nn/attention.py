@@ -39,10 +39,15 @@ def attention(q, k, v, *, mask=None, causal: bool = False) -> jax.Array:
     Returns:
       [B, S, H, W].
     """
+    k, v = rearrange(k, "b m k w -> b k w m"), rearrange(v, "b m k w -> b k m w")
+    return attend(q, k, v, mask=mask, causal=causal)
+
+
+def attend(q, k, v, *, mask=None, causal: bool = False) -> jax.Array:
+    """`attention` of keys [B, K, W, M] and values [B, K, M, W], as its products read them."""
     steps, width = q.shape[1], q.shape[-1]
-    q = rearrange(q / width**0.5, "b s (k g) w -> b k (g s) w", k=k.shape[2])
-    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-    scores = jnp.einsum("bkqw,bkmw->bkqm", q, k, preferred_element_type=jnp.float32)
+    q = rearrange(q / width**0.5, "b s (k g) w -> b k (g s) w", k=k.shape[1])
+    scores = jnp.einsum("bkqw,bkwm->bkqm", q, k, preferred_element_type=jnp.float32)
     seen = None
     if causal:
         groups = q.shape[2] // steps

@@ -12,9 +12,10 @@ import flax.struct
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 import kernels
-from gen_jax.nn.attention import attention, local_attention, rotate
+from gen_jax.nn.attention import attend, attention, local_attention, rotate
 from gen_jax.nn.config import TransformerConfig
 from gen_jax.nn.layers import Dropout
 from kernels import KVCache
@@ -97,7 +98,10 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention to a memory, whose keys and values are computed once by `read`."""
+    """Multi-head attention to a memory, whose keys and values are computed once by `read`.
+
+    They are stored as the two products read them, so that a loop does not move them again.
+    """
 
     config: TransformerConfig
 
@@ -107,13 +111,14 @@ class CrossAttention(nn.Module):
         self.key_value = Linear(config, 2 * config.key_heads * config.head_size)
         self.out = Linear(config, config.width, residual=True)
 
-    def read(self, memory):  # [B, M, D] -> 2 x [B, M, K, W]
+    def read(self, memory):  # [B, M, D] -> [B, K, W, M], [B, K, M, W]
         kv = self.key_value(memory).reshape(*memory.shape[:2], -1, self.config.head_size)
-        return tuple(jnp.split(kv, 2, axis=2))
+        k, v = jnp.split(kv, 2, axis=2)
+        return rearrange(k, "b m k w -> b k w m"), rearrange(v, "b m k w -> b k m w")
 
     def __call__(self, x, read, mask):  # mask: bool [B, M] or None
         q = self.query(x).reshape(*x.shape[:2], self.config.heads, self.config.head_size)
-        out = attention(q, *read, mask=mask)
+        out = attend(q, *read, mask=mask)
         return self.out(out.reshape(*x.shape[:2], -1))
 
 
@@ -193,14 +198,16 @@ class Transformer(nn.Module):
         if not config.tied:
             self.head = self.param("head", init, (config.width, config.vocabulary))
 
-    def __call__(self, tokens, *, mask=None, memory=None, memory_mask=None, keys=None):
+    def __call__(self, tokens, **options):
         """Logits at every input.
 
         Args:
           tokens: int [B, L] in [0, V + extra_inputs); an id out of range is not detected.
           mask: bool [B, L] of the inputs that exist; None for all.
           memory: [B, M, D] for a network with cross-attention, else None.
+          read: of `read_memory`, in place of the memory.
           memory_mask: bool [B, M]; None for all.
+          added: [B, D], added to the embedding of every input; None for nothing.
           keys: [B] keys for dropout; None for none.
 
         Returns:
@@ -209,12 +216,13 @@ class Transformer(nn.Module):
         Raises:
           ValueError: the sequence is longer than the context, or memory and config disagree.
         """
-        hidden = self.hidden(tokens, mask=mask, memory=memory, memory_mask=memory_mask, keys=keys)
-        return self.logits(hidden)
+        return self.logits(self.hidden(tokens, **options))
 
-    def hidden(self, tokens, *, mask=None, memory=None, memory_mask=None, keys=None):
+    def hidden(
+        self, tokens, *, mask=None, memory=None, read=None, memory_mask=None, added=None, keys=None
+    ):
         """[B, L, D] float32, of which the logits are a linear function; arguments as above."""
-        if (memory is not None) != self.config.memory:
+        if (memory is not None or read is not None) != self.config.memory:
             raise ValueError("memory and config.memory go together: give both or neither")
         length = tokens.shape[1]
         if length > self.config.context:
@@ -222,10 +230,12 @@ class Transformer(nn.Module):
                 f"a sequence of {length} inputs is longer than the context of {self.config.context}"
             )
         positions = jnp.arange(length)
-        x = self.dropout(self._embed(tokens, positions), keys)
-        for block in self.block:
-            read = None if memory is None else block.cross.read(memory)
-            x = block(x, positions, mask, read, memory_mask, keys)
+        x = self._embed(tokens, positions)
+        x = self.dropout(x if added is None else x + added[:, None], keys)
+        if read is None:
+            read = [None] * len(self.block) if memory is None else self.read_memory(memory)
+        for block, entry in zip(self.block, read, strict=True):
+            x = block(x, positions, mask, entry, memory_mask, keys)
         return self.norm(x)
 
     def extend(self, tokens, caches, column, first=None, *, read=None, memory_mask=None):
@@ -261,7 +271,7 @@ class Transformer(nn.Module):
         return self.norm(x), tuple(grown)
 
     def read_memory(self, memory):
-        """Keys and values of the memory [B, M, D] for every block."""
+        """Keys and values of the memory [B, M, D] for every block, as `CrossAttention.read`."""
         return [block.cross.read(memory) for block in self.block]
 
     def logits(self, hidden):
@@ -290,6 +300,16 @@ class PreparedParams:
     head: jax.Array
 
 
+def cast(params: dict, config: TransformerConfig) -> dict:
+    """Parameters in the type that is computed with, but for normalisation, which stays as it is."""
+    dtype = jnp.dtype(config.compute)
+    flat = flax.traverse_util.flatten_dict(params)
+    for path, leaf in flat.items():
+        if not path[-2:-1] or not path[-2].startswith("norm"):
+            flat[path] = leaf.astype(dtype)
+    return flax.traverse_util.unflatten_dict(flat)
+
+
 @dataclasses.dataclass(frozen=True)
 class TokenNetwork:
     """The transformer as pure functions of a tree of parameters; hashable by its sizes."""
@@ -304,19 +324,29 @@ class TokenNetwork:
 
     def prepare(self, params) -> PreparedParams:
         """What depends on the parameters alone, computed once before many evaluations."""
-        dtype = jnp.dtype(self.config.compute)
-        flat = flax.traverse_util.flatten_dict(params)
-        for path, leaf in flat.items():
-            if not path[-2:-1] or not path[-2].startswith("norm"):  # those stay in float32
-                flat[path] = leaf.astype(dtype)
-        head = flat.pop(("head",), None)
+        params = cast(params, self.config)
+        head = params.pop("head", None)
         if head is None:
-            head = flat[("token",)][: self.config.vocabulary].T
-        return PreparedParams(flax.traverse_util.unflatten_dict(flat), head)
+            head = params["token"][: self.config.vocabulary].T
+        return PreparedParams(params, head)
 
     def __call__(self, params, tokens, **options) -> jax.Array:
         """Logits [B, L, V]; see `Transformer.__call__`. Takes parameters, not prepared ones."""
         return Transformer(self.config).apply({"params": params}, tokens, **options)
+
+    def condition(self, params, batch: dict, keys=None) -> dict:
+        """Options of `__call__` that follow from what a batch conditions on: here none."""
+        return {}
+
+    def read(self, prepared: PreparedParams, cond: dict | None) -> dict:
+        """Options of `extend` and `evaluate` that follow from a sampler's condition: here none."""
+        return {}
+
+    def evaluate(self, prepared: PreparedParams, tokens, **options) -> jax.Array:
+        """As `__call__`, of prepared parameters, inside a loop of evaluations."""
+        hidden = self._apply(prepared, tokens, method="hidden", **options)
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        return self.logits(prepared, rows).reshape(*hidden.shape[:2], -1)
 
     def make_caches(self, batch: int, length: int) -> tuple[KVCache, ...]:
         """Empty caches for sequences of up to `length` inputs."""
@@ -326,12 +356,13 @@ class TokenNetwork:
 
     def extend(self, prepared: PreparedParams, tokens, caches, column, first=None, **options):
         """Hidden values [B, S, D] of new inputs, and the caches; see `Transformer.extend`."""
-        params = prepared.params if self.config.tied else prepared.params | {"head": prepared.head}
-        return Transformer(self.config).apply(
-            {"params": params}, tokens, caches, column, first, method="extend", **options
-        )
+        return self._apply(prepared, tokens, caches, column, first, method="extend", **options)
 
     def logits(self, prepared: PreparedParams, hidden: jax.Array) -> jax.Array:
-        """[..., D] -> [..., V] float32, for few rows (else the whole network is called)."""
+        """[..., D] -> [..., V] float32."""
         hidden = hidden.astype(prepared.head.dtype)
         return jnp.matmul(hidden, prepared.head, preferred_element_type=jnp.float32)
+
+    def _apply(self, prepared, *arguments, **options):
+        params = prepared.params if self.config.tied else prepared.params | {"head": prepared.head}
+        return Transformer(self.config).apply({"params": params}, *arguments, **options)
