@@ -139,7 +139,12 @@ class Run:
         return jax.device_put(restored.trees["ema"])
 
     def draw(
-        self, sampler, params, cond: Callable[[int], object], micro_batch: int | None = None
+        self,
+        sampler,
+        params,
+        cond: Callable[[int], object],
+        micro_batch: int | None = None,
+        number: int | None = None,
     ) -> tuple[np.ndarray, dict]:
         """The samples of config.sample, and their figures.
 
@@ -148,25 +153,26 @@ class Run:
           params: what its networks need.
           cond: cond(n) conditions the first n samples.
           micro_batch: samples at a time; None for config.sample.micro_batch.
+          number: how many, at least 3; None for config.sample.number.
         """
         from gen_jax import parallel, sampling
 
         choice, mesh = self.config.sample, parallel.local_mesh()
-        size = micro_batch or choice.micro_batch
+        size, number = micro_batch or choice.micro_batch, number or choice.number
         generate = functools.partial(sampling.generate_many, sampler, params, choice.seed)
         chunks = list(
             generate(
-                choice.number, cond=cond(choice.number), micro_batch=size,
+                number, cond=cond(number), micro_batch=size,
                 mesh=mesh if mesh.size > 1 else None,
             )
         )  # fmt: skip
         one = list(generate(3, cond=cond(3), micro_batch=1, progress=False))
         return np.concatenate([chunk.samples for chunk in chunks]), {
             "nfe": sampler.nfe,
-            "samples": choice.number,
+            "samples": number,
             "sample_compile_seconds": sum(chunk.compile_seconds for chunk in chunks + one),
             "sampling_latency_seconds": float(np.median([chunk.seconds for chunk in one])),
-            "samples_per_second": choice.number / sum(chunk.seconds for chunk in chunks),
+            "samples_per_second": number / sum(chunk.seconds for chunk in chunks),
         }
 
     def keep_samples(self, **arrays) -> None:
@@ -189,12 +195,12 @@ class Run:
 
 
 def commands(name: str, run_class: type[Run], phases: tuple[str, ...] = PHASES) -> dict:
-    """The commands of an experiment: `all`, which leaves out export, and one for each phase."""
+    """The commands of an experiment: `all`, which is those of PHASES but export, and each phase."""
 
     def command(*phases):
         return lambda config: _run(name, run_class, config, phases)
 
-    whole = command(*(phase for phase in phases if phase != "export"))
+    whole = command(*(phase for phase in phases if phase in PHASES[:-1]))
     return {"all": whole} | {phase: command(phase) for phase in phases}
 
 

@@ -86,18 +86,23 @@ class NetworkDenoiser:
 
     def read(self, params: PreparedParams, cond: dict) -> dict:
         """See `Denoiser.read`."""
-        own = {name: cond[name] for name in ("label", "added") if name in cond}
-        return own | self.network.read(params, cond)
+        return _own(cond) | self.network.read(params, cond)
 
     def __call__(self, params: PreparedParams, tokens, exists, context: dict) -> jax.Array:
         """See `Denoiser.__call__`."""
         return _labelled(self.network.evaluate, self.mask, params, tokens, exists, **context)
 
-    def train(self, params: dict, tokens, exists, batch: dict, keys=None) -> jax.Array:
+    def condition(self, params: dict, batch: dict, keys=None) -> dict:
+        """As `read`, of parameters that are not prepared, with dropout where there are keys."""
+        return _own(batch) | self.network.condition(params, batch, keys)
+
+    def train(self, params: dict, tokens, exists, context: dict, keys=None) -> jax.Array:
         """As `__call__`, of parameters that are not prepared, with dropout where there are keys."""
-        context = {name: batch[name] for name in ("label", "added") if name in batch}
-        context |= self.network.condition(params, batch, keys)
         return _labelled(self.network, self.mask, params, tokens, exists, keys=keys, **context)
+
+
+def _own(cond):
+    return {name: cond[name] for name in ("label", "added") if name in cond}
 
 
 def _labelled(call, mask, params, tokens, exists, label=None, **context):
@@ -173,7 +178,14 @@ def existing(tokens, length=None) -> jax.Array:
 
 
 def loss(
-    network, params, batch: dict, keys: jax.Array, *, config: MaskConfig, smoothing: float = 0.0
+    network,
+    params,
+    batch: dict,
+    keys: jax.Array,
+    *,
+    config: MaskConfig,
+    smoothing: float = 0.0,
+    context: dict | None = None,
 ):
     """Mean cross-entropy of the hidden tokens of each sequence, in nats, and no further metrics.
 
@@ -186,14 +198,18 @@ def loss(
       keys: [B].
       config: how many tokens are hidden.
       smoothing: of labels, see `autoregressive.loss`.
+      context: of `NetworkDenoiser.condition`, where it is known already.
     """
-    denoiser, dropout = NetworkDenoiser(network), network.config.dropout > 0
+    denoiser = NetworkDenoiser(network)
     parts = jax.vmap(lambda key: jax.random.split(key, 3))(keys)
+    dropout = parts[:, 2] if network.config.dropout else None
     exists = existing(batch["tokens"], batch.get("length"))
     uniform = jax.vmap(jax.random.uniform)(parts[:, 0])
     count = _count(config, uniform, exists.sum(-1))
     tokens, hidden = hide(parts[:, 1], batch["tokens"], exists, count, denoiser.mask)
-    logits = denoiser.train(params, tokens, exists, batch, parts[:, 2] if dropout else None)
+    if context is None:
+        context = denoiser.condition(params, batch, dropout)
+    logits = denoiser.train(params, tokens, exists, context, dropout)
     values = cross_entropy(logits, batch["tokens"], smoothing)
     return (jnp.where(hidden, values, 0).sum(-1) / jnp.maximum(count, 1)).mean(), {}
 

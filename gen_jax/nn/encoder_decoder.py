@@ -89,7 +89,10 @@ class EncoderDecoder:
 
     def read(self, prepared: PreparedParams, cond: dict) -> dict:
         """Options of `extend` and `evaluate`: keys and values of the source for every block."""
-        read = self.encode(prepared.params, cond)
+        return self.read_encoded(prepared, self.encode(prepared.params, cond))
+
+    def read_encoded(self, prepared: PreparedParams, read: dict) -> dict:
+        """As `read`, of what `encode` gave."""
         decoder = {"params": prepared.params["decoder"]}
         apply = Transformer(dataclasses.replace(self.config, tied=True)).apply
         entries = apply(decoder, read["memory"], method="read_memory")
