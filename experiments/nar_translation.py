@@ -103,6 +103,8 @@ class Config:
     """Of the decoder; the encoder has its sizes. Vocabulary and context come from the data."""
     encoder_layers: int = 3
     """Blocks of the encoder."""
+    copies: bool = True
+    """Parallel decoders: their inputs are the encoder's outputs, stretched (Gu et al. 2018)."""
     latent: LatentConfig = LatentConfig()
     mask: MaskConfig = MaskConfig()
     smoothing: float = 0.1

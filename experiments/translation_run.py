@@ -84,7 +84,9 @@ class Run(run.Run):
         """Encoder and decoder, as pure functions."""
         from gen_jax.nn.encoder_decoder import EncoderDecoder
 
-        return EncoderDecoder(self.model, self.config.encoder_layers)
+        config = self.config
+        copies = config.copies and config.strategy != "ar"
+        return EncoderDecoder(self.model, config.encoder_layers, copies)
 
     @functools.cached_property
     def decoder(self):
@@ -188,7 +190,10 @@ class Run(run.Run):
         return {name: float(np.mean([some[name] for some in totals])) for name in totals[0]}
 
     def sampler(self, columns: int):
-        """The strategy as a `Sampler` of targets of at most `columns` tokens."""
+        """The strategy as a `Sampler` of targets of at most `columns` tokens.
+
+        CTC has columns by the source instead.
+        """
         from gen_jax.models import masked_samplers, nonautoregressive
         from gen_jax.models.autoregressive import AutoregressiveSampler
         from gen_jax.models.beam_search import BeamSearchSampler
@@ -206,10 +211,11 @@ class Run(run.Run):
             return AutoregressiveSampler(
                 self.network, 1, columns, TokenChoice(choice.temperature), end
             )
-        denoiser, sizes = self.decoder.denoiser, (self.columns, choice.rounds)
+        decoder = dataclasses.replace(self.decoder, columns=columns)
+        denoiser, sizes = decoder.denoiser, (columns, min(choice.rounds, columns))
         schedule = SCHEDULES[choice.schedule]
         if config.strategy == "one_shot":
-            rounds = nonautoregressive.one_shot(self.decoder, choice.temperature)
+            rounds = nonautoregressive.one_shot(decoder, choice.temperature)
         elif choice.decoder == "mask_predict":
             rounds = masked_samplers.MaskPredict(denoiser, *sizes, schedule)
         elif choice.decoder == "maskgit":
@@ -223,7 +229,7 @@ class Run(run.Run):
                 denoiser, *sizes, schedule, choice.temperature
             )
         return nonautoregressive.ParallelSampler(
-            self.decoder, rounds, choice.lengths, end, choice.latent_temperature
+            decoder, rounds, min(choice.lengths, columns), end, choice.latent_temperature
         )
 
     def condition(self, sources: dict, number: int) -> dict:
@@ -243,7 +249,7 @@ class Run(run.Run):
         cond = functools.partial(self.condition, sources)
         tokens, report = self.draw(sampler, params, cond, number=number)
         self.keep_samples(tokens=tokens, split=choice.split, nfe=sampler.nfe)
-        hypotheses = self._texts_of(tokens)
+        hypotheses = self.texts_of(tokens)
         lines = [
             f"source      {source}\nreference   {target}\ntranslation {hypothesis}\n"
             for source, target, hypothesis in zip(
@@ -260,7 +266,7 @@ class Run(run.Run):
 
         kept = self.kept_samples()
         tokens, split = kept["tokens"], str(kept["split"])
-        hypotheses, end = self._texts_of(tokens), self.tokenizer.end
+        hypotheses, end = self.texts_of(tokens), self.tokenizer.end
         sources, targets = (side[: len(tokens)] for side in self.texts(split))
         lengths = np.where((tokens == end).any(1), (tokens == end).argmax(1) + 1, tokens.shape[1])
         report = self.validate(params)
@@ -297,14 +303,15 @@ class Run(run.Run):
             cond=cond, micro_batch=self.config.sample.micro_batch,
         )  # fmt: skip
         tokens = np.concatenate([chunk.samples for chunk in chunks])
-        texts = self._texts_of(tokens)
+        texts = self.texts_of(tokens)
         lines = [""] * len(texts)
         for place, text in zip(order, texts, strict=True):
             lines[place] = text
         self._write(DISTILLED, "\n".join(lines) + "\n")
         return {"distilled": len(lines)}
 
-    def _texts_of(self, tokens):
+    def texts_of(self, tokens: np.ndarray) -> list[str]:
+        """Translations int32 [B, L] as texts, up to END."""
         whole = np.full(len(tokens), tokens.shape[1])
         return translation.texts_of(self.tokenizer, tokens, whole)
 

@@ -8,15 +8,13 @@ KL(p || q), in nats, the sum over groups of the total correlation given the grou
 from collections.abc import Callable
 from functools import partial
 from itertools import combinations
-from math import factorial, prod
+from math import comb, prod
 
 import numpy as np
 
 from gen_jax.data.exact import Enumerated
 
 Groups = tuple[tuple[int, ...], ...]
-
-_MOST_ORDERS = 10_000
 
 
 def kl_of_groups(dist: Enumerated, groups: Groups) -> float:
@@ -76,14 +74,22 @@ def law_of_rounds(dist: Enumerated, sizes: tuple[int, ...]) -> np.ndarray:
         `random_order_gap`, the mean of their KL, because the order is not seen in the sample.
 
     Raises:
-        ValueError: the sizes are no composition of L, or they allow more than 10,000 orders.
+        ValueError: the sizes are no composition of L.
     """
     _check_sizes(sizes, dist.length)
-    number = factorial(dist.length) // prod(factorial(size) for size in sizes)
-    if number > _MOST_ORDERS:
-        raise ValueError(f"sizes {sizes} allow {number} orders; at most {_MOST_ORDERS} are listed")
-    every = list(_partitions(frozenset(range(dist.length)), sizes))
-    return sum(law_of_groups(dist, groups) for groups in every) / len(every)
+    everything, known = frozenset(range(dist.length)), 0
+    laws = {frozenset(): np.ones_like(dist.dense())}  # by the set of positions that are known
+    for size in sizes:
+        chance, known, longer = 1 / comb(dist.length - known, size), known + size, {}
+        for earlier, law in laws.items():
+            rest = everything - earlier
+            tables = {i: dist.conditional_table(i, set(earlier)) for i in rest}
+            for group in combinations(sorted(rest), size):
+                drawn = prod((tables[i] for i in group), start=law * chance)
+                later = earlier | set(group)
+                longer[later] = longer[later] + drawn if later in longer else drawn
+        laws = longer
+    return laws[everything]
 
 
 def kl(p: np.ndarray, q: np.ndarray) -> float:
@@ -279,15 +285,6 @@ def _round_costs(profile: np.ndarray) -> np.ndarray:
     gain = np.append(np.diff(profile), 0)
     joint = profile - profile[:, None]
     return (known - known[:, None]) * gain[:, None] - joint
-
-
-def _partitions(left: frozenset[int], sizes: tuple[int, ...]):
-    if not sizes:
-        yield ()
-        return
-    for group in combinations(sorted(left), sizes[0]):
-        for others in _partitions(left - set(group), sizes[1:]):
-            yield (group, *others)
 
 
 def _check_partition(groups: Groups, length: int) -> None:

@@ -1,6 +1,7 @@
 """Erase-and-repair with a perfect network: its Markov kernels and the laws that they pass."""
 
 from itertools import combinations
+from math import prod
 from typing import Literal
 
 import numpy as np
@@ -35,12 +36,40 @@ def repair_kernel(dist: Enumerated, rule: Rule) -> np.ndarray:
     if states > _MOST_STATES:
         raise ValueError(f"{states} sequences are too many for a kernel; at most {_MOST_STATES}")
     if rule == "confidence_one":
-        return _confidence_kernel(dist)
+        sites = set(range(length))
+        own = [dist.conditional_table(i, sites - {i}).reshape(-1) for i in range(length)]
+        return kernel_of_conditionals(np.stack(own), dist.vocabulary, rule)
     if rule not in ("random_one", "random_half"):
         raise ValueError(f"rule is {rule!r}; choose random_one, random_half or confidence_one")
     number = 1 if rule == "random_one" else max(length // 2, 1)
     erased = list(combinations(range(length), number))
-    return sum(_erase(dist, positions) for positions in erased) / len(erased)
+    return sum(_erase(_together(dist, some), some) for some in erased) / len(erased)
+
+
+def kernel_of_conditionals(own: np.ndarray, vocabulary: int, rule: Rule) -> np.ndarray:
+    """One round of erasing one position and drawing it again from given conditionals.
+
+    Args:
+        own: float64 [L, M], M = V**L: of each sequence, in lexicographic order, the probability of
+            its token at each position given all its others, by any model.
+        vocabulary: V.
+        rule: "random_one" or "confidence_one".
+
+    Returns:
+        float64 [M, M], as `repair_kernel`.
+
+    Raises:
+        ValueError: the rule is another.
+    """
+    if rule not in ("random_one", "confidence_one"):
+        raise ValueError(f"rule is {rule!r}; choose random_one or confidence_one")
+    shape = (vocabulary,) * len(own)
+    kernels = [_erase(table.reshape(shape), (i,)) for i, table in enumerate(own)]
+    if rule == "random_one":
+        return sum(kernels) / len(kernels)
+    # Rounding must not order tokens that are equally probable.
+    erased = (own <= own.min(axis=0) * (1 + 1e-9)).argmax(axis=0)
+    return sum((erased == i)[:, None] * kernel for i, kernel in enumerate(kernels))
 
 
 def repair_curve(dist: Enumerated, rule: Rule, rounds: tuple[int, ...]) -> list[np.ndarray]:
@@ -83,23 +112,23 @@ def mode_agreement(centres: np.ndarray, law: np.ndarray) -> float:
     return float(law.reshape(-1) @ agreement)
 
 
-def _erase(dist: Enumerated, positions: tuple[int, ...]) -> np.ndarray:
-    """float64 [M, M]: the kernel that draws these positions again in parallel."""
-    shape = (dist.vocabulary,) * dist.length
-    kept = set(range(dist.length)) - set(positions)
-    drawn = np.ones(shape)
-    for position in positions:
-        drawn = drawn * dist.conditional_table(position, kept)
+def _erase(drawn: np.ndarray, positions: tuple[int, ...]) -> np.ndarray:
+    """float64 [M, M]: the kernel that draws these positions again.
+
+    Args:
+        drawn: float64 [V, ..., V], the probability of their tokens given the other positions.
+        positions: those that are erased.
+    """
+    shape = drawn.shape
     index = np.arange(drawn.size).reshape(shape)
     # Sequences share a context where they are equal once the erased tokens are set to 0.
-    first = tuple(slice(0, 1) if i in positions else slice(None) for i in range(dist.length))
+    first = tuple(slice(0, 1) if i in positions else slice(None) for i in range(len(shape)))
     context = np.broadcast_to(index[first], shape).reshape(-1)
     return (context[:, None] == context) * drawn.reshape(-1)
 
 
-def _confidence_kernel(dist: Enumerated) -> np.ndarray:
-    positions = range(dist.length)
-    own = np.stack([dist.conditional_table(i, set(positions) - {i}).reshape(-1) for i in positions])
-    # Rounding must not order tokens that are equally probable.
-    erased = (own <= own.min(axis=0) * (1 + 1e-9)).argmax(axis=0)
-    return sum((erased == i)[:, None] * _erase(dist, (i,)) for i in positions)
+def _together(dist: Enumerated, positions: tuple[int, ...]) -> np.ndarray:
+    """float64 [V, ..., V]: the probability of these tokens, each given the other positions."""
+    kept = set(range(dist.length)) - set(positions)
+    tables = (dist.conditional_table(position, kept) for position in positions)
+    return prod(tables, start=np.ones((dist.vocabulary,) * dist.length))

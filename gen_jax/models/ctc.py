@@ -40,10 +40,18 @@ def ctc_loss(network, params, batch: dict, keys: jax.Array, *, factor: int):
     denoiser, tokens = NetworkDenoiser(network), batch["tokens"]
     blank, exists = _columns(network, batch, factor)
     context = denoiser.condition(params, batch, dropout)
+    context |= _copied(network, params, context["memory"], blank, factor)
     logits = denoiser.train(params, blank, exists, context, dropout)
     inside = existing(tokens, batch.get("length"))
+    # Of the logits, so that the scan of optax begins with what varies over devices as they do.
+    low = jax.lax.stop_gradient(logits[0, 0, 0]) * 0 - 1e5
     values = optax.ctc_loss(
-        logits, 1.0 - exists, tokens, 1.0 - inside, blank_id=network.config.vocabulary - 1
+        logits,
+        1.0 - exists,
+        tokens,
+        1.0 - inside,
+        blank_id=network.config.vocabulary - 1,
+        log_epsilon=low,
     )
     repeats = ((tokens[:, 1:] == tokens[:, :-1]) & inside[:, 1:]).sum(-1)
     fits = inside.sum(-1) + repeats <= exists.sum(-1)
@@ -57,6 +65,14 @@ def _columns(network, batch, factor):
     length = source_lengths(batch, len(source)) * factor
     blank = jnp.full((len(source), source.shape[1] * factor), network.config.vocabulary, jnp.int32)
     return blank, existing(blank, length)
+
+
+def _copied(network, params, memory, blank, factor):
+    """What the columns copy of the source, where the network copies at all."""
+    if not network.copies:
+        return {}
+    place = jnp.broadcast_to(jnp.arange(blank.shape[1]) // factor, blank.shape)
+    return {"added": network.copy(params, memory, place)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,12 +96,12 @@ class CTCSampler:
 
     def init(self, params, keys, cond):
         """Reads the source."""
-        blank, exists = _columns(self.network, cond, self.factor)
-        return {
-            "tokens": blank,
-            "exists": exists,
-            "context": NetworkDenoiser(self.network).read(params, cond),
-        }
+        network = self.network
+        blank, exists = _columns(network, cond, self.factor)
+        read = network.encode(params.params, cond)
+        context = network.read_encoded(params, read)
+        context |= _copied(network, params.params, read["memory"], blank, self.factor)
+        return {"tokens": blank, "exists": exists, "context": context}
 
     def step(self, params, state, i):
         """Predicts all columns."""

@@ -306,3 +306,32 @@ def blanks(
             tokens[row, place] = token
     given = {} if all(length == columns for length in lengths) else {"length": lengths}
     return {"tokens": tokens} | {name: np.array(v, np.int32) for name, v in given.items()}
+
+
+def log_prob_in_order(denoiser: Denoiser, params, tokens, order, sizes, cond=None) -> jax.Array:
+    """Log-probability of sequences whose positions are drawn in groups, in a given order.
+
+    It is that of `masked_samplers.InOrder`, exactly, given the order.
+
+    Args:
+      denoiser: of sequences of L tokens.
+      params: what it needs.
+      tokens: int32 [B, L].
+      order: int32 [L] or [B, L], all positions, first to last.
+      sizes: positions of each group, S of them.
+      cond: what the denoiser conditions on, or None.
+
+    Returns:
+      float32 [B], in nats.
+    """
+    prepared = denoiser.prepare(params)
+    context, exists = denoiser.read(prepared, cond or {}), existing(tokens)
+    rank = jnp.broadcast_to(jnp.argsort(order, axis=-1), tokens.shape)
+    ends = np.cumsum(sizes)
+
+    def group(bounds):
+        seen = jnp.where(rank >= bounds[0], denoiser.mask, tokens)
+        values = cross_entropy(denoiser(prepared, seen, exists, context), tokens)
+        return jnp.where((rank >= bounds[0]) & (rank < bounds[1]), -values, 0).sum(-1)
+
+    return jax.lax.map(group, jnp.stack([ends - np.array(sizes), ends], axis=1)).sum(0)

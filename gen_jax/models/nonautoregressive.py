@@ -86,9 +86,10 @@ class ParallelDecoder:
             }
         if latent.kind != "none":
             size = latent.size * (2 if latent.kind == "gaussian" else 1)
+            scale = 2 / config.width**0.5  # codes of random meaning, which the decoder can learn
             params["latent"] = {
                 "posterior": TokenNetwork(self._posterior).init(keys[1]),
-                "posterior_kernel": 0.02 * jax.random.normal(keys[2], (config.width, size)),
+                "posterior_kernel": jax.random.normal(keys[2], (config.width, size)) * scale,
                 "prior_kernel": jnp.zeros((config.width, size)),
                 "prior_bias": jnp.zeros(size),
                 "table": jax.random.normal(keys[3], (latent.size, config.width)) * 0.2,
@@ -96,9 +97,12 @@ class ParallelDecoder:
         return params
 
     def length_logits(self, params: dict, summary, source_length) -> jax.Array:
-        """Of the lengths 1 to L, [B, L], from `summarise` and the length of the source."""
-        head = params["length"]
-        return summary @ head["kernel"] + head["table"][source_length]
+        """Of the lengths 1 to L, [B, L], from `summarise` and the length of the source.
+
+        The table may have been trained for longer sequences; those are then left out.
+        """
+        kernel, table = (params["length"][name][:, : self.columns] for name in ("kernel", "table"))
+        return summary @ kernel + table[source_length]
 
     def prior(self, params: dict, summary) -> jax.Array:
         """Parameters of p(z | c): [B, 2 Z], means and log-variances, or logits [B, K]."""
@@ -121,6 +125,26 @@ class ParallelDecoder:
         if "label" in context:
             return params["token"][self.denoiser.mask + 1 + context["label"]]
         return jnp.zeros((batch, self.network.config.width))
+
+    def stretched(self, params: dict, context: dict, batch: dict, length, columns: int) -> dict:
+        """The context, with the source stretched to the target where the network copies it.
+
+        Args:
+          params: of the network.
+          context: with "memory" float32 [B, M, D].
+          batch: with "source".
+          length: int32 [B], of the targets.
+          columns: positions L of a target.
+
+        Returns:
+          With "added" [B, L, D], see `EncoderDecoder.copy`.
+        """
+        if not getattr(self.network, "copies", False):
+            return context
+        ours = source_lengths(batch, len(length))[:, None]
+        middle = (jnp.arange(columns) + 0.5) / jnp.maximum(length, 1)[:, None]
+        place = jnp.minimum((middle * ours).astype(jnp.int32), ours - 1)
+        return context | {"added": self.network.copy(params, context["memory"], place)}
 
 
 def _mean(hidden, exists):  # [B, L, D], bool [B, L] or None -> [B, D]
@@ -151,14 +175,13 @@ def one_shot_loss(model: ParallelDecoder, params, batch: dict, keys, *, smoothin
     exists = inside if model.ending == "length" else jnp.ones_like(inside)
     counted = exists if model.ending == "end" else inside
     context = denoiser.condition(params["network"], batch, dropout)
-    blank = jnp.full_like(tokens, denoiser.mask)
+    sizes = exists.sum(-1), tokens.shape[1]
+    context = model.stretched(params["network"], context, batch, *sizes)
 
     def sums(context, tokens, counted, exists, dropout):  # -> [B]
-        logits = denoiser.train(params["network"], blank_of(tokens), exists, context, dropout)
+        blank = jnp.full_like(tokens, denoiser.mask)
+        logits = denoiser.train(params["network"], blank, exists, context, dropout)
         return jnp.where(counted, cross_entropy(logits, tokens, smoothing), 0).sum(-1)
-
-    def blank_of(tokens):
-        return blank if tokens.shape == blank.shape else jnp.full_like(tokens, denoiser.mask)
 
     metrics = {}
     if model.latent.kind == "none":
@@ -169,14 +192,13 @@ def one_shot_loss(model: ParallelDecoder, params, batch: dict, keys, *, smoothin
         table = params["latent"]["table"]
         if model.latent.kind == "gaussian":
             z, divergence = _gaussian(posterior, prior, parts[:, 1])
-            added = {"added": z @ table}
-            values = sums(context | added, tokens, counted, exists, dropout)
+            values = sums(_joined(context, z @ table), tokens, counted, exists, dropout)
         else:
             codes = model.latent.size
             copies = lambda leaf: jnp.repeat(leaf, codes, axis=0)  # noqa: E731
             every = jax.tree.map(copies, (context, tokens, counted, exists, dropout))
-            added = {"added": jnp.tile(table, (len(tokens), 1))}
-            values = sums(every[0] | added, *every[1:]).reshape(-1, codes)
+            added = jnp.tile(table, (len(tokens), 1))
+            values = sums(_joined(every[0], added), *every[1:]).reshape(-1, codes)
             log_q, log_p = jax.nn.log_softmax(posterior), jax.nn.log_softmax(prior)
             values = (jnp.exp(log_q) * values).sum(-1)
             divergence = (jnp.exp(log_q) * (log_q - log_p)).sum(-1)
@@ -198,6 +220,9 @@ def masked_loss(
     parts = jax.vmap(lambda key: jax.random.split(key, 2))(keys)
     dropout = parts[:, 0] if model.network.config.dropout else None
     context = model.denoiser.condition(params["network"], batch, dropout)
+    inside = existing(batch["tokens"], batch.get("length"))
+    sizes = inside.sum(-1), inside.shape[1]
+    context = model.stretched(params["network"], context, batch, *sizes)
     value, metrics = masked.loss(
         model.network, params["network"], batch, parts[:, 1],
         config=config, smoothing=smoothing, context=context,
@@ -205,8 +230,14 @@ def masked_loss(
     if model.ending != "length":
         return value, metrics
     length_loss = _length_loss(model, params, batch, context).mean()
-    tokens = existing(batch["tokens"], batch.get("length")).sum() / len(batch["tokens"])
-    return value + length_loss / tokens, metrics | {"length_loss": length_loss}
+    return value + length_loss / inside.sum(-1).mean(), metrics | {"length_loss": length_loss}
+
+
+def _joined(context, latent):
+    """The context, with [B, D] of the latent added to all inputs."""
+    if "added" in context:
+        return context | {"added": context["added"] + latent[:, None]}
+    return context | {"added": latent}
 
 
 def _per_token(model, params, batch, context, values, counted, metrics):
@@ -312,34 +343,44 @@ class ParallelSampler:
 
     def init(self, params, keys, cond) -> ParallelState:
         """Reads the condition, draws latents, predicts lengths."""
-        cond, model = cond or {}, self.model
+        cond, model, network = cond or {}, self.model, self.model.network
         batch, several = len(keys), self.lengths
-        if "source" in cond:
-            read = model.network.encode(params["network"].params, cond)
-            context = model.network.read_encoded(params["network"], read)
-        else:
-            read, context = {}, {}
-        if "label" in cond:
-            context = context | {"label": cond["label"]}
+        source = {name: cond[name] for name in ("source", "source_length") if name in cond}
+        read = network.encode(params["network"].params, source) if source else {}
+        context = {"label": cond["label"]} if "label" in cond else {}
         summary = model.summarise(params["network"].params, read | context, batch)
-        if model.latent.kind != "none":
-            context = context | {"added": self._latent(params, summary, keys)}
-        log_prob = jnp.zeros((batch, several))
-        inner = {name: cond[name] for name in ("tokens", "length") if name in cond}
-        if model.ending == "length" and "length" not in cond:
-            logits = model.length_logits(params, summary, source_lengths(cond, batch))
-            log_prob, best = jax.lax.top_k(jax.nn.log_softmax(logits), several)
-            inner["length"] = best + 1
+        length, log_prob = self._lengths(params, summary, source, cond, batch)
         copies = lambda leaf: jnp.repeat(leaf, several, axis=0)  # noqa: E731
-        length = inner.pop("length", None)
-        inner, context = jax.tree.map(copies, (inner, context))
-        if length is not None:
-            inner["length"] = (copies(length) if length.ndim == 1 else length).reshape(-1)
+        tokens = {"tokens": copies(cond["tokens"])} if "tokens" in cond else {}
+        inner = tokens if length is None else tokens | {"length": length.reshape(-1)}
+        if source:
+            context |= network.read_encoded(params["network"], read)
+            whole = jnp.full(batch * several, model.columns)
+            stretched = jax.tree.map(copies, (read, source))
+            lengths = inner.get("length", whole), model.columns
+            stretched = model.stretched(params["network"].params, *stretched, *lengths)
+        context = jax.tree.map(copies, context)
+        if source and "added" in stretched:
+            context["added"] = stretched["added"]
+        if model.latent.kind != "none":
+            context = _joined(context, copies(self._latent(params, summary, keys)))
         if several > 1:
             fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
             keys = fold(keys, jnp.arange(several)).reshape(-1)
         state = self.rounds.init(params["network"], keys, inner | {"context": context})
         return ParallelState(inner=state, length_log_prob=log_prob)
+
+    def _lengths(self, params, summary, source, cond, batch):
+        """Lengths [B, K] or None, and their log-probabilities [B, K]."""
+        shape = (batch, self.lengths)
+        if "length" in cond:
+            length = jnp.asarray(cond["length"], jnp.int32)[:, None]
+            return jnp.broadcast_to(length, shape), jnp.zeros(shape)
+        if self.model.ending != "length":
+            return None, jnp.zeros(shape)
+        logits = self.model.length_logits(params, summary, source_lengths(source, batch))
+        log_prob, best = jax.lax.top_k(jax.nn.log_softmax(logits), self.lengths)
+        return best + 1, log_prob
 
     def step(self, params, state: ParallelState, i) -> ParallelState:
         """One round."""

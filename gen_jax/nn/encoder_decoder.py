@@ -23,10 +23,12 @@ class EncoderDecoder:
     Attributes:
       config: of the decoder, which has a memory; the encoder has its sizes.
       encoder_layers: blocks of the encoder.
+      copies: whether there is a matrix for `copy`.
     """
 
     config: TransformerConfig
     encoder_layers: int
+    copies: bool = False
 
     def __post_init__(self):
         if not self.config.memory:
@@ -46,16 +48,20 @@ class EncoderDecoder:
 
     def init(self, key: jax.Array) -> dict:
         """Fresh float32 parameters."""
-        first, second = jax.random.split(key)
+        first, second, third = jax.random.split(key, 3)
         encoder = TokenNetwork(self.encoder).init(first)
         del encoder["token"]
-        return {"encoder": encoder, "decoder": self.decoder.init(second)}
+        params = {"encoder": encoder, "decoder": self.decoder.init(second)}
+        if self.copies:
+            params["copy"] = 0.01 * jax.random.normal(third, (self.config.width,) * 2)
+        return params
 
     def prepare(self, params) -> PreparedParams:
         """What depends on the parameters alone, computed once before many evaluations."""
         decoder = self.decoder.prepare(params["decoder"])
         encoder = cast(params["encoder"], self.encoder)
-        return PreparedParams({"encoder": encoder, "decoder": decoder.params}, decoder.head)
+        both = {"encoder": encoder, "decoder": decoder.params}
+        return PreparedParams(params | both, decoder.head)
 
     def encode(self, params: dict, batch: dict, keys=None) -> dict:
         """The source, read.
@@ -78,6 +84,22 @@ class EncoderDecoder:
             {"params": encoder}, source, mask=mask, keys=keys, method="hidden"
         )
         return {"memory": memory, "memory_mask": mask}
+
+    def copy(self, params: dict, memory, place) -> jax.Array:
+        """What each target position adds to its input: the source at a place of its own.
+
+        A parallel decoder, whose inputs say nothing, finds out by it where in the source it is
+        (Gu et al. 2018, 1711.02281, section 3.1, with the encoder's outputs for its inputs).
+
+        Args:
+          params: of both sides, prepared or not.
+          memory: float32 [B, M, D].
+          place: int32 [B, L] in [0, M).
+
+        Returns:
+          float32 [B, L, D].
+        """
+        return jnp.take_along_axis(memory, place[..., None], axis=1) @ params["copy"]
 
     def __call__(self, params, tokens, **options) -> jax.Array:
         """Logits [B, S, V] of the decoder; see `TokenNetwork.__call__`."""

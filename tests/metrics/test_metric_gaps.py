@@ -370,7 +370,6 @@ def test_arguments_out_of_range_are_refused():
     for call in (
         lambda: kl_of_groups(dist, ((0, 1), (2,))),
         lambda: law_of_groups(dist, ((0, 1), (1, 2, 3))),
-        lambda: law_of_rounds(permutations(8), (1,) * 8),
         lambda: random_order_gap(dist.entropy_profile, (2, 0, 2)),
         lambda: random_order_gap(dist.entropy_profile, (2, 1)),
         lambda: optimal_sizes(dist.entropy_profile, 5),

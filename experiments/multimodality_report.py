@@ -1,0 +1,138 @@
+"""What `multimodality` prints and draws."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+
+_COLUMNS = (("KL", "kl", "drawn_kl", "network_kl"), ("TV", "tv", "drawn_tv", "network_tv"))
+
+
+def show(name: str, table: dict) -> None:
+    """Prints the gaps of all strategies on one set."""
+    print(
+        f"\n{name}: entropy {table['entropy']:.4f} nats, total correlation "
+        f"{table['total_correlation']:.4f} nats"
+    )
+    heads = [f"{kind} {what}" for kind, *_ in _COLUMNS for what in ("exact", "sampler", "network")]
+    print(f"  {'strategy':<34}{'NFE':>4}" + "".join(f"{head:>17}" for head in heads))
+    for row in table["rows"]:
+        cells = [_cell(row, key) for _, *keys in _COLUMNS for key in keys]
+        print(f"  {row['strategy']:<34}{row['nfe']:>4}" + "".join(f"{c:>17}" for c in cells))
+
+
+def _cell(row, key):
+    if key not in row:
+        return "-"
+    value = f"{row[key] + 0.0:.4f}"
+    error = row.get(f"{key}_error")
+    return value if error is None else f"{value} ± {error:.4f}"
+
+
+def show_facts(facts: list[dict]) -> None:
+    """Prints what is known exactly, and what was run beside it."""
+    print(f"\n  {'also known exactly':<72}{'exact':>12}{'run':>20}")
+    for fact in facts:
+        run = f"{fact['run']:.6f} ± {fact['error']:.6f}" if "run" in fact else "-"
+        print(f"  {fact['claim']:<72}{fact['exact']:>12.6f}{run:>20}")
+
+
+def findings(tables: dict, facts: list[dict]) -> list[str]:
+    """What the numbers say, one line each."""
+    lines = []
+    for name, table in tables.items():
+        rows = {row["strategy"]: row for row in table["rows"]}
+        whole, gap = rows["all at once"], table["total_correlation"]
+        lines.append(
+            f"{name}: all at once loses {gap:.4f} nats, its total correlation; the trained "
+            f"decoder {whole['network_kl']:.4f}."
+        )
+        for strategy in ("one by one", "shared latent"):
+            left = rows[strategy]["network_kl"]
+            lines.append(
+                f"{name}: {strategy} leaves {left:.4f} nats when trained, {left / gap:.1%} of it, "
+                f"with {rows[strategy]['nfe']} evaluations."
+            )
+        lines += _schedules(name, table["rows"])
+    lines += _repairs(tables)
+    return lines
+
+
+def _schedules(name, rows):
+    found = []
+    for rounds in sorted({row["nfe"] for row in rows if row["family"].startswith("random, ")}):
+        gaps = {row["family"].split(", ")[1]: row["kl"] for row in rows
+                if row["family"].startswith("random, ") and row["nfe"] == rounds}  # fmt: skip
+        ranks = sorted(gaps, key=lambda schedule: round(gaps[schedule], 9))
+        steps = [ranks[0]]
+        for before, after in itertools.pairwise(ranks):
+            equal = abs(gaps[before] - gaps[after]) < 1e-9
+            steps.append(f"{'=' if equal else '<'} {after}")
+        found.append(f"{name}, {rounds} rounds in a random order: {' '.join(steps)}.")
+    return found
+
+
+def _repairs(tables):
+    lines = []
+    for name, table in tables.items():
+        curves = {family: [row["tv"] for row in table["rows"] if row["family"] == family]
+                  for family in ("repair at random", "repair of the least likely")}  # fmt: skip
+        random, sure = curves.values()
+        lines.append(
+            f"{name}: repair at random, one position a round, tends to the data (total variation "
+            f"{', '.join(f'{tv:.3f}' for tv in random)}); repair of the least likely stops at a "
+            f"floor of its own ({', '.join(f'{tv:.3f}' for tv in sure)})."
+        )
+    return lines
+
+
+def figure(tables: dict, path: Path) -> None:
+    """Draws gap against NFE, a column per set: KL above, total variation below.
+
+    Lines are exact, crosses are samplers with exact conditionals, circles trained networks.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    families = list(dict.fromkeys(row["family"] for t in tables.values() for row in t["rows"]))
+    colours = dict(zip(families, pyplot.get_cmap("tab20")(np.linspace(0, 1, 20)), strict=False))
+    fig, axes = pyplot.subplots(2, len(tables), figsize=(4.6 * len(tables), 9), sharex=True)
+    for column, (name, table) in enumerate(tables.items()):
+        for axis, (kind, exact, drawn, network) in zip(axes[:, column], _COLUMNS, strict=True):
+            for family in families:
+                rows = [row for row in table["rows"] if row["family"] == family]
+                _curve(axis, rows, exact, "-", 1.0, colours[family], family)
+                _points(axis, rows, drawn, "x", colours[family])
+                _points(axis, rows, network, "o", colours[family])
+            axis.set_xscale("log", base=2)
+            axis.set_yscale("symlog", linthresh=1e-2)
+            axis.set_ylim(bottom=0)
+            axis.grid(alpha=0.3)
+            axis.set_ylabel(f"{kind} to the data" + (", nats" if kind == "KL" else ""))
+        axes[0, column].set_title(name)
+        axes[1, column].set_xlabel("sequential evaluations (NFE)")
+    handles = [pyplot.Line2D([], [], color=colours[f], marker="s", label=f) for f in families]
+    handles += [pyplot.Line2D([], [], color="black", linestyle="-", label="exact")]
+    handles += [pyplot.Line2D([], [], color="black", linestyle="", marker="x", label="sampler")]
+    handles += [pyplot.Line2D([], [], color="black", linestyle="", marker="o",
+                              markerfacecolor="none", label="trained network")]  # fmt: skip
+    fig.legend(handles=handles, loc="lower center", ncols=6, frameon=False)
+    fig.tight_layout(rect=(0, 0.12, 1, 1))
+    fig.savefig(path, dpi=100)
+    pyplot.close(fig)
+
+
+def _curve(axis, rows, key, style, width, colour, label):
+    known = sorted((row["nfe"], row[key]) for row in rows if key in row)
+    if known:
+        axis.plot(*zip(*known, strict=True), style, lw=width, color=colour, marker=".", label=label)
+
+
+def _points(axis, rows, key, marker, colour):
+    known = [(r["nfe"], max(r[key], 0), r.get(f"{key}_error", 0)) for r in rows if key in r]
+    if known:
+        nfe, value, error = zip(*known, strict=True)
+        axis.errorbar(nfe, value, error, linestyle="", marker=marker, color=colour,
+                      markerfacecolor="none", capsize=2, lw=0.8)  # fmt: skip

@@ -1,0 +1,293 @@
+"""The strategies, and their three gaps on each set: exact, of the sampler, of a trained network.
+
+jax is imported by the functions, not by this module.
+"""
+
+import dataclasses
+import functools
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments import common
+from gen_jax.config import to_dict
+from gen_jax.data.exact import Enumerated
+from gen_jax.data.exact_sets import NoisyMixture, binary_chain, even_parity, modes
+from gen_jax.metrics import gaps, repair
+from gen_jax.models.schedules import SCHEDULES, Fixed, Optimal, Schedule
+from gen_jax.workdir import Workdir
+
+_SCHEDULES = ("cosine", "linear", "square_root")
+_ROUNDS = (2, 3, 4)
+_REPAIRS = {"random": "random_one", "least_likely": "confidence_one"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Strategy:
+    """A way to spend sequential evaluations.
+
+    Attributes:
+      name: for the table.
+      family: for the figure.
+      nfe: sequential evaluations for one sample.
+      groups: positions of each round, where the order is fixed.
+      sizes: positions of each round, where the order is random.
+      sampler: of a denoiser and a length, where neither of them says it.
+      erase: what is erased, for rounds of repair.
+    """
+
+    name: str
+    family: str
+    nfe: int
+    groups: gaps.Groups | None = None
+    sizes: tuple[int, ...] | None = None
+    sampler: Any = None
+    erase: str = ""
+
+    def make(self, denoiser, length: int):
+        """The sampler with this denoiser."""
+        from gen_jax.models import masked_samplers
+
+        if self.groups is not None:
+            return masked_samplers.InOrder.of_groups(denoiser, self.groups)
+        if self.sizes is not None:
+            return masked_samplers.InOrder(denoiser, length, self.nfe, Fixed(self.sizes))
+        if self.erase:
+            return masked_samplers.Repair(denoiser, length, self.nfe - 1, self.erase)
+        return self.sampler(denoiser, length, self.nfe)
+
+    def law(self, dist: Enumerated) -> np.ndarray | None:
+        """The law [V, ..., V] with exact conditionals, where it is known."""
+        if self.groups is not None:
+            return gaps.law_of_groups(dist, self.groups)
+        if self.sizes is not None:
+            return gaps.law_of_rounds(dist, self.sizes)
+        if self.erase:
+            return repair.repair_curve(dist, _REPAIRS[self.erase], (self.nfe - 1,))[0]
+        return None
+
+    def gap(self, dist: Enumerated) -> float | None:
+        """KL(p || q) in nats, given the order, where it is known."""
+        if self.groups is not None:
+            return gaps.kl_of_groups(dist, self.groups)
+        if self.sizes is not None:
+            return gaps.random_order_gap(dist.entropy_profile, self.sizes)
+        return gaps.kl(dist.dense(), self.law(dist)) if self.erase else None
+
+
+def known_sets(config) -> dict[str, Enumerated]:
+    """The distributions, by name."""
+    length = config.length
+    return {
+        "two modes": modes((0.5, 0.5), length),
+        "modes behind noise": NoisyMixture(2, length, 2, config.noise).data,
+        "Markov chain": binary_chain(length, config.stay),
+        "even parity": even_parity(length),
+    }
+
+
+def strategies(length: int, schedules: dict[str, Schedule]) -> list[Strategy]:
+    """All strategies over `length` = 2**m + 1 positions.
+
+    Args:
+      length: L.
+      schedules: of the random orders, by name.
+    """
+    from gen_jax.models import masked_samplers as samplers
+
+    whole = tuple(range(length))
+    orders = {
+        "all at once": (whole,),
+        "one by one": tuple((i,) for i in whole),
+        "halves": gaps.half_groups(length),
+        "every other one": gaps.checkerboard_groups(length),
+        "small to large": gaps.dyadic_groups(length),
+        "small to large, ends together": gaps.dyadic_groups(length, ends_together=True),
+        "code of every 2nd, then the rest": gaps.code_groups(length, 2),
+        "code of every 4th, then the rest": gaps.code_groups(length, 4),
+    }
+    family = lambda name: name.split(",")[0].split(" of ")[0]  # noqa: E731
+    every = [Strategy(n, family(n), len(g), groups=g) for n, g in orders.items()]
+    for name, schedule in schedules.items():
+        for rounds in (r for r in _ROUNDS if r <= length):
+            label = name.replace("_", " ")
+            sizes = schedule.sizes(length, rounds)
+            every.append(
+                Strategy(f"random order, {label}", f"random, {label}", rounds, sizes=sizes)
+            )
+    every += [Strategy("repair at random", "repair at random", 1 + r, erase="random")
+              for r in (4, 16, 64)]  # fmt: skip
+    every += [Strategy("repair of the least likely", "repair of the least likely", 1 + r,
+                       erase="least_likely") for r in (1, 4, 16)]  # fmt: skip
+    every += [Strategy("MaskGIT", "MaskGIT", r, sampler=samplers.MaskGIT) for r in (2, 4)]
+    every += [Strategy(name, "absorbing diffusion", 4, sampler=functools.partial(
+                       samplers.AbsorbingDiffusion, remask=remask))
+              for name, remask in (("absorbing diffusion", 0.0),
+                                   ("absorbing diffusion, remasking", 1.0))]  # fmt: skip
+    return every
+
+
+class Measure:
+    """The three gaps of strategies on one set.
+
+    Args:
+      config: of the experiment.
+      dist: the set.
+      networks: trained ones, see `multimodality_networks.Networks`; its parameters for this set.
+    """
+
+    def __init__(self, config, dist: Enumerated, networks):
+        self.config, self.dist, self.networks = config, dist, networks
+        self.dense = dist.dense()
+        shape = self.dense.shape
+        self.every = np.array(list(np.ndindex(*shape)), np.int32)  # all sequences
+
+    def row(self, strategy: Strategy) -> dict:
+        """The gaps of a strategy: KL and total variation, each exact, drawn, and of a network."""
+        row = {"strategy": strategy.name, "family": strategy.family, "nfe": strategy.nfe}
+        law, gap = strategy.law(self.dist), strategy.gap(self.dist)
+        if law is not None:
+            row |= {"kl": max(gap, 0.0), "tv": gaps.total_variation(self.dense, law)}
+            row["valid"] = gaps.valid_mass(self.dist, law)
+        return row | self.drawn(strategy, law) | self._trained(strategy)
+
+    def drawn(self, strategy: Strategy, law: np.ndarray | None) -> dict:
+        """The gaps with exact conditionals, by Monte Carlo, with standard errors.
+
+        Total variation is that of samples. KL is the mean of log p - log q over data in the order
+        of the strategy; over samples its weights p / q would have a tail too heavy to average.
+        """
+        from gen_jax import sampling
+        from gen_jax.models.masked import ExactDenoiser
+
+        dist, number, seed = self.dist, self.config.samples, self.config.seed
+        denoiser = ExactDenoiser(dist.vocabulary)
+        params = {"support": self.every, "prob": self.dense.reshape(-1)}
+        keys = sampling.sample_keys(seed, 0, number)
+        sampler = strategy.make(denoiser, dist.length)
+        tokens = np.asarray(sampling.generate(sampler, params, keys))
+        found = {"drawn_valid": float(np.isfinite(dist.log_prob(tokens)).mean())}
+        found["drawn_tv"], found["drawn_tv_error"] = self._variation(tokens, law)
+        if strategy.groups is None and strategy.sizes is None:
+            return found
+        random = np.random.default_rng(seed)
+        data = dist.sample(seed, number)
+        if strategy.groups is not None:
+            order = np.array([i for group in strategy.groups for i in group])
+            sizes = tuple(len(group) for group in strategy.groups)
+        else:
+            order = random.permuted(np.tile(np.arange(dist.length), (number, 1)), axis=1)
+            sizes = strategy.sizes
+        log_q = np.asarray(self._in_order(denoiser, params, data, order, sizes), np.float64)
+        terms = dist.log_prob(data) - log_q
+        found["drawn_kl"] = float(terms.mean())
+        found["drawn_kl_error"] = float(terms.std() / number**0.5)
+        return found
+
+    @functools.cached_property
+    def _in_order(self):
+        import jax
+
+        from gen_jax.models import masked
+
+        return jax.jit(masked.log_prob_in_order, static_argnums=(0, 4))
+
+    def _variation(self, tokens, law):
+        """Total variation from samples, and its standard error.
+
+        It is q(A) - p(A) for the A where q > p: that of the law where it is known; else that of one
+        half of the samples, which gives a lower bound, measured on the other half.
+        """
+        place = np.ravel_multi_index(tuple(tokens.T), self.dense.shape)
+        p = self.dense.reshape(-1)
+        if law is None:
+            half = len(place) // 2
+            counts = np.bincount(place[:half], minlength=len(p))
+            inside, place = counts / half > p, place[half:]
+        else:
+            inside = law.reshape(-1) > p + 1e-12
+        hits = inside[place]
+        return float(hits.mean() - p[inside].sum()), float(hits.std() / len(hits) ** 0.5)
+
+    def _trained(self, strategy):
+        """Of a trained network: exact where its law can be summed up, else from samples."""
+        networks, config = self.networks, self.config
+        if strategy.name in ("all at once", "one by one"):
+            family = "one_shot" if strategy.name == "all at once" else "ar"
+            return self._of_law(networks.log_prob(family, self.every))
+        if strategy.groups is not None:
+            order = [i for group in strategy.groups for i in group]
+            sizes = [len(group) for group in strategy.groups]
+            return self._of_law(networks.log_prob_in_order(self.every, np.array(order), sizes))
+        if strategy.sizes is not None:
+            random = np.random.default_rng(config.seed)
+            orders = [random.permutation(self.dist.length) for _ in range(config.orders)]
+            laws = [networks.log_prob_in_order(self.every, order, strategy.sizes)
+                    for order in orders]  # fmt: skip
+            kls = [self._of_law(law)["network_kl"] for law in laws]
+            error = np.std(kls) / len(kls) ** 0.5
+            return {"network_kl": float(np.mean(kls)), "network_kl_error": float(error)}
+        if strategy.erase:
+            rule, rounds = _REPAIRS[strategy.erase], strategy.nfe - 1
+            law = networks.law_of_repair(self.every, rule, rounds)
+            return self._of_law(np.log(np.maximum(law, 1e-300)))
+        tokens = networks.sample(strategy, config.network_samples, config.seed)
+        tv, error = self._variation(tokens, None)
+        return {"network_tv": tv, "network_tv_error": error}
+
+    def latent(self, exact: bool) -> dict:
+        """The row of the shared latent; its gap is zero for an exact mixture of two products."""
+        log_q = self.networks.log_prob("latent", self.every)
+        row = {"strategy": "shared latent", "family": "shared latent", "nfe": 2}
+        if exact:
+            row |= {"kl": 0.0, "tv": 0.0, "valid": 1.0}
+        return row | self._of_law(log_q)
+
+    def _of_law(self, log_q):
+        p = self.dense.reshape(-1)
+        seen = p > 0
+        kl = (p[seen] * (np.log(p[seen]) - log_q[seen])).sum()
+        tv = 0.5 * np.abs(np.exp(log_q) - p).sum()
+        return {"network_kl": float(kl), "network_tv": float(tv),
+                "network_valid": float(np.exp(log_q[seen]).sum())}  # fmt: skip
+
+
+def run_all(config) -> None:
+    """Trains, measures, prints, draws the figure; leaves gaps.json and gaps.png."""
+    from experiments import multimodality_facts, multimodality_networks, multimodality_report
+    from gen_jax import parallel
+
+    workdir, began = Workdir(Path(config.workdir).expanduser()), time.perf_counter()
+    with workdir.lock():
+        free = ("workdir", "samples", "network_samples", "orders", "seed", "train.log_every")
+        workdir.write_config(to_dict(config), free)
+        print(f"multimodality: {parallel.device_banner()}; {workdir.path}")
+        sets = known_sets(config)
+        networks = multimodality_networks.Networks(config, sets, workdir)
+        trained = time.perf_counter() - began
+        tables = {}
+        for name, dist in sets.items():
+            schedules = {name: SCHEDULES[name] for name in _SCHEDULES}
+            schedules["optimal"] = Optimal(tuple(map(float, dist.entropy_profile)))
+            measure = Measure(config, dist, networks.of(name))
+            rows = [measure.row(strategy) for strategy in strategies(config.length, schedules)]
+            rows.insert(1, measure.latent(exact="modes" in name))
+            tables[name] = {
+                "entropy": dist.entropy,
+                "total_correlation": dist.total_correlation(),
+                "rows": rows,
+            }
+            multimodality_report.show(name, tables[name])
+        facts = multimodality_facts.facts(config)
+        multimodality_report.show_facts(facts)
+        findings = multimodality_report.findings(tables, facts)
+        print("\n" + "\n".join(findings))
+        multimodality_report.figure(tables, workdir.path / "gaps.png")
+        report = {"tables": tables, "facts": facts, "findings": findings}
+        workdir.write_json("gaps.json", report)
+        seconds = {"train_seconds": trained, "wall_seconds": time.perf_counter() - began}
+        workdir.write_json("summary.json", seconds)
+        common.print_summary("multimodality", seconds)
+        print(f"\nin {workdir.path}: gaps.png, gaps.json, summary.json")

@@ -1,0 +1,311 @@
+"""Masked models: the bound, its exact value, what is hidden, and what the loss does not see."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from gen_jax import sampling
+from gen_jax.data.exact_sets import NoisyMixture, even_parity
+from gen_jax.metrics.gaps import any_order_bound
+from gen_jax.models import masked
+from gen_jax.models.autoregressive import cross_entropy
+from gen_jax.models.config import MaskConfig
+from gen_jax.models.masked import ExactDenoiser, NetworkDenoiser, blanks, bound_terms
+from gen_jax.nn.config import TransformerConfig
+from gen_jax.nn.encoder_decoder import EncoderDecoder
+from gen_jax.nn.transformer import TokenNetwork
+
+MIXTURE = NoisyMixture(3, 4, 3, 0.2, (0.5, 0.3, 0.2)).data
+OTHER = NoisyMixture(3, 4, 3, 0.5).data
+PARITY = even_parity(5)
+SMALL = TransformerConfig(
+    vocabulary=3, context=6, layers=1, width=16, heads=2, causal=False, extra_inputs=2
+)
+NETWORK = TokenNetwork(SMALL)
+UNIFORM, COSINE = MaskConfig(), MaskConfig("cosine")
+NUMBER = 8_000
+
+terms_of = jax.jit(bound_terms, static_argnums=0)
+loss_of = jax.jit(masked.loss, static_argnames=("network", "config", "smoothing"))
+
+
+@functools.cache
+def random_params(network, seed=1):
+    """Parameters with nothing at zero or one, so large that distributions are far from flat."""
+    shapes = jax.eval_shape(network.init, jax.random.key(0))
+    leaves, tree = jax.tree_util.tree_flatten_with_path(shapes)
+    generator = np.random.default_rng(seed)
+    values = []
+    for path, leaf in leaves:
+        mean, deviation = (2.5, 0.1) if path[-1].key == "scale" else (0, 0.13)
+        values.append(generator.normal(mean, deviation, leaf.shape).astype(np.float32))
+    return jax.tree.unflatten(tree, values)
+
+
+PARAMS = jax.tree.map(jnp.asarray, random_params(NETWORK))
+
+
+def exact(dist):
+    return {"support": dist.support, "prob": dist.prob}
+
+
+def within(values, wanted, errors=4):
+    values = np.asarray(values, np.float64)
+    error = values.std(axis=0) / len(values) ** 0.5
+    assert (np.abs(values.mean(axis=0) - wanted) <= errors * error + 1e-5).all()
+
+
+@functools.cache
+def exact_terms(dist):
+    keys = sampling.sample_keys(0, 0, NUMBER)
+    return np.asarray(
+        terms_of(ExactDenoiser(dist.vocabulary), exact(dist), dist.sample(0, NUMBER), keys)
+    )
+
+
+@pytest.mark.parametrize("dist", [MIXTURE, PARITY])
+def test_the_exact_bound_is_the_entropy(dist):
+    terms = exact_terms(dist)
+    assert terms.shape == (NUMBER, dist.length)
+    within(terms.sum(axis=1), dist.entropy)
+
+
+@pytest.mark.parametrize("dist", [MIXTURE, PARITY])
+def test_exact_terms_are_the_steps_of_the_entropy_profile(dist):
+    terms = exact_terms(dist)
+    within(terms[:, ::-1], np.diff(dist.entropy_profile))
+    profile = masked.entropy_profile(terms)
+    assert len(profile) == dist.length + 1
+    assert profile[0] == 0
+    assert profile[-1] == pytest.approx(terms.sum(axis=1, dtype=np.float64).mean())
+    np.testing.assert_allclose(profile, dist.entropy_profile, atol=0.05)
+
+
+def test_a_wrong_denoiser_has_a_larger_bound():
+    keys, tokens = sampling.sample_keys(0, 0, NUMBER), MIXTURE.sample(0, NUMBER)
+    terms = np.asarray(terms_of(ExactDenoiser(3), exact(OTHER), tokens, keys))
+    wanted = any_order_bound(MIXTURE, functools.partial(OTHER.conditionals, mask_id=3))
+    assert wanted > MIXTURE.entropy + 0.2
+    within(terms.sum(axis=1), wanted)
+
+
+@functools.cache
+def network_bound():
+    """The bound of the random network over all masks, in nats."""
+    denoiser = NetworkDenoiser(NETWORK)
+
+    @jax.jit
+    def softmax(tokens):
+        prepared = denoiser.prepare(PARAMS)
+        return jax.nn.softmax(denoiser(prepared, tokens, jnp.ones(tokens.shape, bool), {}))
+
+    def denoise(contexts):
+        tokens = np.zeros((128, 4), np.int32)
+        tokens[: len(contexts)] = contexts
+        return np.asarray(softmax(tokens), np.float64)[: len(contexts)]
+
+    return any_order_bound(MIXTURE, denoise)
+
+
+def test_the_bound_of_a_network():
+    keys, tokens = sampling.sample_keys(0, 0, NUMBER), MIXTURE.sample(0, NUMBER)
+    terms = np.asarray(terms_of(NetworkDenoiser(NETWORK), PARAMS, tokens, keys))
+    assert network_bound() > MIXTURE.entropy + 0.1
+    within(terms.sum(axis=1), network_bound())
+
+
+def test_the_loss_is_the_bound_per_position():
+    keys, tokens = sampling.sample_keys(1, 0, NUMBER), MIXTURE.sample(1, NUMBER)
+
+    @jax.jit
+    @jax.vmap
+    def each(row, key):
+        return masked.loss(NETWORK, PARAMS, {"tokens": row[None]}, key[None], config=UNIFORM)[0]
+
+    values = each(tokens, keys)
+    within(values, network_bound() / 4)
+    whole, metrics = loss_of(NETWORK, PARAMS, {"tokens": tokens}, keys, config=UNIFORM)
+    np.testing.assert_allclose(whole, np.mean(values), rtol=1e-4)
+    assert metrics == {}
+
+
+def test_terms_end_at_the_length():
+    tokens, keys = MIXTURE.sample(0, 4), sampling.sample_keys(0, 0, 4)
+    length = np.array([1, 2, 3, 4], np.int32)
+    terms = terms_of(NetworkDenoiser(NETWORK), PARAMS, tokens, keys, {"length": length})
+    np.testing.assert_array_equal(np.asarray(terms) > 0, np.arange(4) < length[:, None])
+    changed = np.where(np.arange(4) < length[:, None], tokens, 2 - tokens)
+    same = terms_of(NetworkDenoiser(NETWORK), PARAMS, changed, keys, {"length": length})
+    np.testing.assert_allclose(terms, same, atol=1e-6)
+
+
+def pearson(values, probability):
+    observed = np.bincount(values, minlength=len(probability))
+    assert len(observed) == len(probability)
+    kept = probability > 0
+    assert not observed[~kept].any()
+    return stats.chisquare(observed[kept], probability[kept] * len(values)).pvalue
+
+
+@pytest.mark.parametrize("length", [2, 7])
+@pytest.mark.parametrize("config", [UNIFORM, COSINE])
+def test_how_many_tokens_are_hidden(config, length):
+    uniform = jax.random.uniform(jax.random.key(length), (20_000,))
+    count = masked._count(config, uniform, jnp.full(20_000, length))
+    number = np.arange(1, length + 1)
+    if config.counts == "uniform":
+        probability = np.full(length, 1 / length)
+    else:
+        probability = 2 / np.pi * (np.arccos((number - 1) / length) - np.arccos(number / length))
+    assert pearson(np.asarray(count), np.append(0, probability)) > 1e-4
+    ends = masked._count(config, jnp.array([0.0, 1 - 2.0**-24]), jnp.full(2, length))
+    assert sorted(np.asarray(ends).tolist()) == [1, length]
+
+
+def test_hidden_positions_are_random_and_exist():
+    keys = sampling.sample_keys(0, 0, 12_000)
+    length = jnp.tile(jnp.array([3, 4, 6]), 4_000)
+    count = jnp.tile(jnp.array([2, 4, 2]), 4_000)
+    tokens = jnp.broadcast_to(jnp.arange(6) % 3, (12_000, 6))
+    exists = masked.existing(tokens, length)
+    seen, hidden = (np.asarray(x) for x in jax.jit(masked.hide)(keys, tokens, exists, count, 3))
+    np.testing.assert_array_equal(hidden.sum(-1), count)
+    assert not (hidden & ~np.asarray(exists)).any()
+    np.testing.assert_array_equal(seen, np.where(hidden, 3, tokens))
+    for row, pairs in ((0, 3), (2, 15)):
+        sets = np.unique(hidden[row::3] @ (1 << np.arange(6)), return_counts=True)[1]
+        assert len(sets) == pairs
+        assert stats.chisquare(sets).pvalue > 1e-4
+    alone, _ = masked.hide(keys[:2], tokens[:2], exists[:2], count[:2], 3)
+    np.testing.assert_array_equal(alone, seen[:2])
+
+
+def test_what_is_beyond_the_length_does_not_count():
+    tokens, keys = MIXTURE.sample(0, 32), sampling.sample_keys(0, 0, 32)
+    length = np.arange(32, dtype=np.int32) % 4 + 1
+    exists = np.arange(4) < length[:, None]
+    first, second, third = (
+        loss_of(NETWORK, PARAMS, {"tokens": some, "length": length}, keys, config=UNIFORM)[0]
+        for some in (
+            tokens,
+            np.where(exists, tokens, 2 - tokens),
+            np.pad(tokens, ((0, 0), (0, 2))),
+        )
+    )
+    assert first == second
+    assert abs(first - third) < 1e-5
+    all_of_it, _ = loss_of(NETWORK, PARAMS, {"tokens": tokens}, keys, config=UNIFORM)
+    assert abs(first - all_of_it) > 1e-3
+
+
+def test_gradients_reach_every_parameter():
+    batch = {"tokens": MIXTURE.sample(0, 32), "label": np.zeros(32, np.int32)}
+    keys = sampling.sample_keys(0, 0, 32)
+    gradient = jax.jit(
+        jax.grad(lambda params: masked.loss(NETWORK, params, batch, keys, config=COSINE)[0])
+    )(PARAMS)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
+        assert np.isfinite(leaf).all(), path
+        assert np.abs(leaf).max() > 1e-7, path
+    assert (np.abs(gradient["token"]).max(axis=1) > 0).all()  # the mask and the label are read
+    assert (np.asarray(gradient["position"])[5:] == 0).all()
+
+
+def test_label_smoothing_spreads_a_share_over_all_tokens():
+    logits = np.random.default_rng(0).normal(size=(5, 4, 3)).astype(np.float32)
+    targets = MIXTURE.sample(0, 5)
+    values = np.asarray(cross_entropy(jnp.asarray(logits), targets, 0.3))
+    log_prob = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    wanted = (np.eye(3)[targets] * 0.7 + 0.3 / 3) * -log_prob
+    np.testing.assert_allclose(values, wanted.sum(-1), rtol=1e-5)
+    batch, keys = {"tokens": MIXTURE.sample(0, 32)}, sampling.sample_keys(0, 0, 32)
+    smooth, _ = loss_of(NETWORK, PARAMS, batch, keys, config=UNIFORM, smoothing=0.2)
+    plain, _ = loss_of(NETWORK, PARAMS, batch, keys, config=UNIFORM)
+    assert abs(smooth - plain) > 1e-3
+
+
+def test_dropout_hangs_on_the_keys():
+    network = TokenNetwork(dataclasses.replace(SMALL, dropout=0.5))
+    batch, keys = {"tokens": MIXTURE.sample(0, 32)}, sampling.sample_keys(0, 0, 32)
+    dropped = loss_of(network, PARAMS, batch, keys, config=UNIFORM)[0]
+    assert dropped == loss_of(network, PARAMS, batch, keys, config=UNIFORM)[0]
+    assert abs(dropped - loss_of(NETWORK, PARAMS, batch, keys, config=UNIFORM)[0]) > 1e-3
+
+
+def test_a_loss_with_a_source_and_with_a_context_that_is_known():
+    network = EncoderDecoder(dataclasses.replace(SMALL, memory=True), 1)
+    params, keys = random_params(network), sampling.sample_keys(0, 0, 8)
+    source = OTHER.sample(0, 8)
+    batch = {"tokens": MIXTURE.sample(0, 8), "source": source, "label": np.zeros(8, np.int32)}
+    value, _ = loss_of(network, params, batch, keys, config=UNIFORM)
+    context = jax.jit(NetworkDenoiser(network).condition)(params, batch)
+    assert set(context) == {"label", "memory", "memory_mask"}
+    known, _ = loss_of(
+        network, params, {"tokens": batch["tokens"]}, keys, config=UNIFORM, context=context
+    )
+    assert abs(value - known) < 1e-5
+    other, _ = loss_of(network, params, batch | {"source": 2 - source}, keys, config=UNIFORM)
+    assert abs(value - other) > 1e-3
+
+
+@pytest.mark.parametrize("dist", [MIXTURE, PARITY])
+def test_the_exact_denoiser_has_the_exact_conditionals(dist):
+    size, generator = dist.vocabulary, np.random.default_rng(0)
+    tokens = generator.integers(0, size + 1, (200, dist.length)).astype(np.int32)
+    hidden = tokens == size
+    denoiser = ExactDenoiser(size)
+    prepared = denoiser.prepare(exact(dist))
+    assert denoiser.mask == size
+    assert denoiser.read(prepared, {"label": None}) == {}
+    logits = denoiser(prepared, tokens, jnp.ones(tokens.shape, bool), {})
+    wanted = dist.conditionals(tokens, size)
+    assert (dist.vocabulary == 3) or (np.abs(wanted[hidden] - 0.5) < 1e-9).any()
+    np.testing.assert_allclose(jax.nn.softmax(logits)[hidden], wanted[hidden], atol=1e-5)
+
+
+def test_holes_and_lengths():
+    denoiser = NetworkDenoiser(NETWORK)
+    assert denoiser.vocabulary == denoiser.mask == 3
+    cond = blanks(denoiser, 4, [[None, 2], [], [0, 1, None]], [2, 4, 3])
+    np.testing.assert_array_equal(cond["tokens"], [[3, 2, 3, 3], [3, 3, 3, 3], [0, 1, 3, 3]])
+    np.testing.assert_array_equal(cond["length"], [2, 4, 3])
+    assert cond["tokens"].dtype == cond["length"].dtype == np.int32
+    assert set(blanks(denoiser, 4, [[1]], [4])) == {"tokens"}
+    np.testing.assert_array_equal(blanks(denoiser, 2, number=3)["tokens"], np.full((3, 2), 3))
+    np.testing.assert_array_equal(blanks(denoiser, 2, lengths=[1])["length"], [1])
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"lengths": [4, 0]}, r"^a length of 0 is outside the table: it has 1 to 4$"),
+        ({"lengths": [5]}, r"^a length of 5 is outside the table: it has 1 to 4$"),
+        (
+            {"templates": [[None, 1, 2]], "lengths": [2]},
+            r"^position 2 is given, but the length is 2: give fewer tokens or a larger length$",
+        ),
+        ({"templates": [[0] * 5]}, r"^position 4 is given, but the length is 4"),
+        ({"templates": [[0, 3]]}, r"^the token 3 is given; the model knows 0 to 2$"),
+        ({"templates": [[-1]]}, r"^the token -1 is given; the model knows 0 to 2$"),
+        ({"templates": [[0], []], "lengths": [4]}, r"^templates and lengths must be of as many"),
+        ({}, r"^templates and lengths must be of as many samples"),
+    ],
+)
+def test_blanks_that_are_refused(options, text):
+    with pytest.raises(ValueError, match=text) as caught:
+        blanks(NetworkDenoiser(NETWORK), 4, **options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("change", [{"causal": True}, {"extra_inputs": 0}])
+@pytest.mark.parametrize("pair", [False, True])
+def test_a_denoiser_sees_all_and_reads_a_mask(change, pair):
+    config = dataclasses.replace(SMALL, memory=pair, **change)
+    network = EncoderDecoder(config, 1) if pair else TokenNetwork(config)
+    with pytest.raises(ValueError, match="set causal to false and extra_inputs to at least 1"):
+        NetworkDenoiser(network)
