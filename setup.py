@@ -27,6 +27,7 @@ setuptools.setup(
         "tensorflow-datasets>=4.9.10",
         "importlib_resources",  # needed by tensorflow-datasets, which does not declare it
         "requests",  # one request that tells whether there is a network; tensorflow-datasets has it
+        "matplotlib",  # curves and figures of experiments
         "pillow",  # PNG and GIF, and image decoding in tensorflow-datasets
         "safetensors",  # the weight format that diffusers and transformers exchange
         "tqdm",

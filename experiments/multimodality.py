@@ -65,9 +65,9 @@ class Config:
 TINY = Config(
     workdir="runs/multimodality",
     train=TrainConfig(
-        steps=1500, batch=64, learning_rate=3e-3, warmup=100, decay="cosine", final_rate=0.01,
-        beta2=0.99, clip_norm=0.0, ema=0.99, ema_warmup=True, log_every=200,
-        checkpoint_every=1500, keep=1,
+        steps=600, batch=64, learning_rate=3e-3, warmup=50, decay="cosine", final_rate=0.01,
+        beta2=0.99, clip_norm=0.0, ema=0.99, ema_warmup=True, log_every=100,
+        checkpoint_every=600, keep=1,
     ),
 )  # fmt: skip
 

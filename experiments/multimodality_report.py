@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 
 _COLUMNS = (("KL", "kl", "drawn_kl", "network_kl"), ("TV", "tv", "drawn_tv", "network_tv"))
+LIMIT = 4096  # rounds of repair that stand for infinitely many
+_VALID = ("valid", "drawn_valid", "network_valid")
 
 
 def show(name: str, table: dict) -> None:
@@ -14,11 +16,12 @@ def show(name: str, table: dict) -> None:
         f"\n{name}: entropy {table['entropy']:.4f} nats, total correlation "
         f"{table['total_correlation']:.4f} nats"
     )
-    heads = [f"{kind} {what}" for kind, *_ in _COLUMNS for what in ("exact", "sampler", "network")]
-    print(f"  {'strategy':<34}{'NFE':>4}" + "".join(f"{head:>17}" for head in heads))
+    kinds = [*_COLUMNS, *([("valid", *_VALID)] if table["valid"] else [])]
+    heads = [f"{kind} {what}" for kind, *_ in kinds for what in ("exact", "sampler", "network")]
+    print(f"  {'strategy':<33}{'NFE':>4}" + "".join(f"{head:>16}" for head in heads))
     for row in table["rows"]:
-        cells = [_cell(row, key) for _, *keys in _COLUMNS for key in keys]
-        print(f"  {row['strategy']:<34}{row['nfe']:>4}" + "".join(f"{c:>17}" for c in cells))
+        cells = [_cell(row, key) for _, *keys in kinds for key in keys]
+        print(f"  {row['strategy']:<33}{row['nfe']:>4}" + "".join(f"{c:>16}" for c in cells))
 
 
 def _cell(row, key):
@@ -37,7 +40,7 @@ def show_facts(facts: list[dict]) -> None:
         print(f"  {fact['claim']:<72}{fact['exact']:>12.6f}{run:>20}")
 
 
-def findings(tables: dict, facts: list[dict]) -> list[str]:
+def findings(tables: dict) -> list[str]:
     """What the numbers say, one line each."""
     lines = []
     for name, table in tables.items():
@@ -75,14 +78,12 @@ def _schedules(name, rows):
 def _repairs(tables):
     lines = []
     for name, table in tables.items():
-        curves = {family: [row["tv"] for row in table["rows"] if row["family"] == family]
-                  for family in ("repair at random", "repair of the least likely")}  # fmt: skip
-        random, sure = curves.values()
-        lines.append(
-            f"{name}: repair at random, one position a round, tends to the data (total variation "
-            f"{', '.join(f'{tv:.3f}' for tv in random)}); repair of the least likely stops at a "
-            f"floor of its own ({', '.join(f'{tv:.3f}' for tv in sure)})."
-        )
+        limits = table["repair_limits"]
+        kinds = {"reaches the data": 1e-3, "stops at a floor of its own": 1.0}
+        for rule, tv in limits.items():
+            what = next(words for words, bound in kinds.items() if tv < bound)
+            lines.append(f"{name}: {rule}, one position a round, {what}: total variation "
+                         f"{tv:.4f} after {LIMIT} rounds.")  # fmt: skip
     return lines
 
 

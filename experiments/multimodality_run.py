@@ -245,6 +245,13 @@ class Measure:
             row |= {"kl": 0.0, "tv": 0.0, "valid": 1.0}
         return row | self._of_law(log_q)
 
+    def limits(self, rounds: int) -> dict[str, float]:
+        """Total variation after many rounds of each repair, with exact conditionals."""
+        laws = {name: repair.repair_curve(self.dist, rule, (rounds,))[0]
+                for name, rule in _REPAIRS.items()}  # fmt: skip
+        words = {"random": "repair at random", "least_likely": "repair of the least likely"}
+        return {words[name]: gaps.total_variation(self.dense, law) for name, law in laws.items()}
+
     def _of_law(self, log_q):
         p = self.dense.reshape(-1)
         seen = p > 0
@@ -277,12 +284,14 @@ def run_all(config) -> None:
             tables[name] = {
                 "entropy": dist.entropy,
                 "total_correlation": dist.total_correlation(),
+                "valid": len(dist.support) < measure.dense.size,
+                "repair_limits": measure.limits(multimodality_report.LIMIT),
                 "rows": rows,
             }
             multimodality_report.show(name, tables[name])
         facts = multimodality_facts.facts(config)
         multimodality_report.show_facts(facts)
-        findings = multimodality_report.findings(tables, facts)
+        findings = multimodality_report.findings(tables)
         print("\n" + "\n".join(findings))
         multimodality_report.figure(tables, workdir.path / "gaps.png")
         report = {"tables": tables, "facts": facts, "findings": findings}

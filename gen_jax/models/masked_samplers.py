@@ -39,7 +39,7 @@ class MaskedState:
       log_prob: float32 [B, L], of each token when it was chosen; 0 where it was given.
       free: bool [B, L], positions to fill.
       exists: bool [B, L], positions of the sequence.
-      order: float32 [B, L], larger is earlier, where the sampler fixes an order; else None.
+      order: float32 [B, L], larger is earlier, where the sampler draws an order; else None.
       context: what the denoiser has read.
     """
 
@@ -214,14 +214,18 @@ class InOrder(_Rounds):
     def init(self, params, keys, cond) -> MaskedState:
         """Draws the order, where it is random."""
         state = super().init(params, keys, cond)
-        if self.order is None:
-            return state.replace(order=_uniform(state.keys[-1, 1], self.length))
-        order = -np.argsort(self.order).astype(np.float32)
-        return state.replace(order=jnp.broadcast_to(order, state.tokens.shape))
+        if self.order is not None:
+            return state
+        return state.replace(order=_uniform(state.keys[-1, 1], self.length))
 
     def step(self, params, state: MaskedState, i) -> MaskedState:
         """Draws the next group."""
         tokens, log_prob, _ = self._fill(params, state, i, self.temperature)
+        if self.order is not None:  # the positions of a group are its own, whatever is given
+            ends = np.cumsum(self.schedule.sizes(self.length, self.rounds))
+            return self._reveal(
+                state, tokens, log_prob, np.argsort(self.order) < jnp.array(ends)[i]
+            )
         order = jnp.where(state.free, state.order, jnp.inf)
         keep = kernels.keep_most_confident(order, self.length - _left(self, state, i))
         return self._reveal(state, tokens, log_prob, keep)
@@ -298,6 +302,8 @@ class Repair(_Rounds):
     temperature: float = 1.0
 
     def __post_init__(self):
+        if self.erase not in ("random", "least_likely"):
+            raise ValueError(f"erase is {self.erase!r}; choose random or least_likely")
         if self.rounds < 0:
             raise ValueError(f"the number of rounds must not be negative, got {self.rounds}")
         if not 1 <= self.count <= self.length:

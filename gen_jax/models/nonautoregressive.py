@@ -77,7 +77,7 @@ class ParallelDecoder:
     def init(self, key: jax.Array) -> dict:
         """Fresh float32 parameters."""
         config, latent = self.network.config, self.latent
-        keys = jax.random.split(key, 4)
+        keys = jax.random.split(key, 5)
         params = {"network": self.network.init(keys[0])}
         if self.ending == "length":
             params["length"] = {
@@ -89,10 +89,12 @@ class ParallelDecoder:
             scale = 2 / config.width**0.5  # codes of random meaning, which the decoder can learn
             params["latent"] = {
                 "posterior": TokenNetwork(self._posterior).init(keys[1]),
+                "pool": jax.random.normal(keys[4], (self.columns, config.width)),
                 "posterior_kernel": jax.random.normal(keys[2], (config.width, size)) * scale,
                 "prior_kernel": jnp.zeros((config.width, size)),
                 "prior_bias": jnp.zeros(size),
-                "table": jax.random.normal(keys[3], (latent.size, config.width)) * 0.2,
+                "table": 0.2
+                * jax.random.normal(keys[3], (latent.size, self.columns, config.width)),
             }
         return params
 
@@ -115,6 +117,8 @@ class ParallelDecoder:
             {"params": params["latent"]["posterior"]},
             tokens, mask=exists, keys=keys, method="hidden", **options,
         )  # fmt: skip
+        # A plain mean would be the same for sequences that differ in order alone.
+        hidden = hidden * params["latent"]["pool"][: tokens.shape[1]]
         prior = self.prior(params, self.summarise(params["network"], context, len(tokens)))
         return prior + _mean(hidden, exists) @ params["latent"]["posterior_kernel"]
 
@@ -189,15 +193,16 @@ def one_shot_loss(model: ParallelDecoder, params, batch: dict, keys, *, smoothin
     else:
         prior = model.prior(params, model.summarise(params["network"], context, len(tokens)))
         posterior = model.posterior(params, tokens, exists, context, dropout)
-        table = params["latent"]["table"]
+        table = params["latent"]["table"][:, : tokens.shape[1]]  # each position reads z its own way
         if model.latent.kind == "gaussian":
             z, divergence = _gaussian(posterior, prior, parts[:, 1])
-            values = sums(_joined(context, z @ table), tokens, counted, exists, dropout)
+            added = jnp.einsum("bz,zld->bld", z, table)
+            values = sums(_joined(context, added), tokens, counted, exists, dropout)
         else:
             codes = model.latent.size
             copies = lambda leaf: jnp.repeat(leaf, codes, axis=0)  # noqa: E731
             every = jax.tree.map(copies, (context, tokens, counted, exists, dropout))
-            added = jnp.tile(table, (len(tokens), 1))
+            added = jnp.tile(table, (len(tokens), 1, 1))
             values = sums(_joined(every[0], added), *every[1:]).reshape(-1, codes)
             log_q, log_p = jax.nn.log_softmax(posterior), jax.nn.log_softmax(prior)
             values = (jnp.exp(log_q) * values).sum(-1)
@@ -234,10 +239,8 @@ def masked_loss(
 
 
 def _joined(context, latent):
-    """The context, with [B, D] of the latent added to all inputs."""
-    if "added" in context:
-        return context | {"added": context["added"] + latent[:, None]}
-    return context | {"added": latent}
+    """The context, with what the latent adds to the inputs, [B, L, D]."""
+    return context | {"added": latent + context.get("added", 0.0)}
 
 
 def _per_token(model, params, batch, context, values, counted, metrics):
@@ -402,13 +405,15 @@ class ParallelSampler:
         return jnp.take_along_axis(tokens, best[:, None, None], axis=1)[:, 0]
 
     def _latent(self, params, summary, keys):
-        """What the latent adds to every input, [B, D]."""
-        prior, table = self.model.prior(params, summary), params["latent"]["table"]
+        """What the latent adds to the inputs, [B, L, D]."""
+        prior = self.model.prior(params, summary)
+        table = params["latent"]["table"][:, : self.model.columns]
         keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 2**31)
         if self.model.latent.kind == "gaussian":
             mean, log_var = jnp.split(prior, 2, axis=-1)
             noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(keys)
-            return (mean + self.latent_temperature * jnp.exp(0.5 * log_var) * noise) @ table
+            z = mean + self.latent_temperature * jnp.exp(0.5 * log_var) * noise
+            return jnp.einsum("bz,zld->bld", z, table)
         noise = jax.vmap(lambda key: jax.random.gumbel(key, prior.shape[1:]))(keys)
         return table[(prior + self.latent_temperature * noise).argmax(-1)]
 
@@ -443,6 +448,7 @@ def log_prob(model: ParallelDecoder, params, tokens, cond: dict | None = None) -
     prior = jax.nn.log_softmax(
         model.prior(params, model.summarise(params["network"], context, len(tokens)))
     )
-    table = params["latent"]["table"][:, None].repeat(len(tokens), axis=1)  # [K, B, D]
-    values = jax.lax.map(lambda added: given({"added": added}), table)
+    table = params["latent"]["table"]  # [K, L, D]
+    copies = lambda code: jnp.broadcast_to(code, (len(tokens), *code.shape))  # noqa: E731
+    values = jax.lax.map(lambda code: given({"added": copies(code)}), table)
     return jax.nn.logsumexp(values + prior.T, axis=0)

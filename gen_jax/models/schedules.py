@@ -180,7 +180,9 @@ SCHEDULES: dict[str, Schedule] = {
 def masked_after(schedule: Schedule, length: int, rounds: int) -> np.ndarray:
     """Positions still masked after each round, for every number of positions up to `length`.
 
-    Fewer positions than rounds are revealed one a round, and the rounds that are left do nothing.
+    A curve is followed anew for each number of positions; where they are fewer than the rounds, one
+    is revealed a round, and the rounds that are left do nothing. Sizes that are written out are
+    those of the largest number; of fewer positions the first ones count as revealed already.
 
     Args:
       schedule: gives the sizes.
@@ -194,9 +196,11 @@ def masked_after(schedule: Schedule, length: int, rounds: int) -> np.ndarray:
       ValueError: there are no rounds, or more than positions.
     """
     check_rounds(length, rounds)
+    if isinstance(schedule, Fixed | Optimal):
+        left = length - np.cumsum(schedule.sizes(length, rounds))
+        return np.minimum(np.arange(length + 1)[:, None], left).astype(np.int32)
     table = np.zeros((length + 1, rounds), np.int32)
-    lengths = (length,) if isinstance(schedule, Fixed | Optimal) else range(1, length + 1)
-    for number in lengths:
+    for number in range(1, length + 1):
         sizes = schedule.sizes(number, min(rounds, number))
         table[number, : len(sizes)] = number - np.cumsum(sizes)
     return table
