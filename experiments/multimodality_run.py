@@ -117,15 +117,16 @@ def strategies(length: int, schedules: dict[str, Schedule]) -> list[Strategy]:
             every.append(
                 Strategy(f"random order, {label}", f"random, {label}", rounds, sizes=sizes)
             )
-    every += [Strategy("repair at random", "repair at random", 1 + r, erase="random")
-              for r in (4, 16, 64)]  # fmt: skip
-    every += [Strategy("repair of the least likely", "repair of the least likely", 1 + r,
-                       erase="least_likely") for r in (1, 4, 16)]  # fmt: skip
-    every += [Strategy("MaskGIT", "MaskGIT", r, sampler=samplers.MaskGIT) for r in (2, 4)]
-    every += [Strategy(name, "absorbing diffusion", 4, sampler=functools.partial(
-                       samplers.AbsorbingDiffusion, remask=remask))
-              for name, remask in (("absorbing diffusion", 0.0),
-                                   ("absorbing diffusion, remasking", 1.0))]  # fmt: skip
+    for erase, name, rounds in (
+        ("random", "repair at random", (4, 16, 64)),
+        ("least_likely", "repair of the least likely", (1, 4, 16)),
+    ):
+        every += [Strategy(name, name, 1 + r, erase=erase) for r in rounds]
+    few = [rounds for rounds in (2, 4) if rounds <= length]
+    every += [Strategy("MaskGIT", "MaskGIT", r, sampler=samplers.MaskGIT) for r in few]
+    for name, remask in (("absorbing diffusion", 0.0), ("absorbing diffusion, remasking", 1.0)):
+        sampler = functools.partial(samplers.AbsorbingDiffusion, remask=remask)
+        every.append(Strategy(name, "absorbing diffusion", few[-1], sampler=sampler))
     return every
 
 
@@ -209,7 +210,9 @@ class Measure:
         else:
             inside = law.reshape(-1) > p + 1e-12
         hits = inside[place]
-        return float(hits.mean() - p[inside].sum()), float(hits.std() / len(hits) ** 0.5)
+        chance = hits.mean() if law is None else np.clip(law.reshape(-1)[inside].sum(), 0, 1)
+        error = (chance * (1 - chance) / len(hits)) ** 0.5
+        return float(hits.mean() - p[inside].sum()), float(error)
 
     def _trained(self, strategy):
         """Of a trained network: exact where its law can be summed up, else from samples."""
