@@ -146,7 +146,7 @@ class Config:
 TINY = Config(
     workdir="runs/nar_translation_tiny",
     data=TranslationConfig(max_length=20, pairs=50_000),
-    model=TransformerConfig(layers=2, width=128, heads=4, hidden=256),
+    model=TransformerConfig(layers=2, width=128, heads=4, hidden=256, position="both"),
     encoder_layers=2,
     smoothing=0.0,
     train=TrainConfig(
@@ -160,7 +160,9 @@ TINY = Config(
 MULTI30K = Config(
     workdir="runs/nar_translation_multi30k",
     data=TranslationConfig(name="files", dir="multi30k"),
-    model=TransformerConfig(layers=3, width=128, heads=4, hidden=512, dropout=0.1),
+    model=TransformerConfig(
+        layers=3, width=128, heads=4, hidden=512, position="both", dropout=0.1
+    ),
     encoder_layers=2,
     train=TrainConfig(
         steps=4000, batch=64, learning_rate=2e-3, warmup=400, decay="cosine", final_rate=0.02,

@@ -79,7 +79,7 @@ def law_of(log_prob):
     return law
 
 
-@pytest.mark.parametrize(("length", "factor"), [(2, 2), (1, 5), (1, 3)])
+@pytest.mark.parametrize(("length", "factor"), [(2, 2), (1, 5)])
 def test_the_loss_sums_over_all_alignments(length, factor):
     one = {"source": SOURCE[:1, :length], "source_length": np.array([length], np.int32)}
     logits = logits_of(NETWORK, PARAMS, one, factor)[0, : length * factor]
