@@ -40,7 +40,6 @@ def ctc_loss(network, params, batch: dict, keys: jax.Array, *, factor: int):
     denoiser, tokens = NetworkDenoiser(network), batch["tokens"]
     blank, exists = _columns(network, batch, factor)
     context = denoiser.condition(params, batch, dropout)
-    context |= _copied(network, params, context["memory"], blank, factor)
     logits = denoiser.train(params, blank, exists, context, dropout)
     inside = existing(tokens, batch.get("length"))
     # Of the logits, so that the scan of optax begins with what varies over devices as they do.
@@ -67,14 +66,6 @@ def _columns(network, batch, factor):
     return blank, existing(blank, length)
 
 
-def _copied(network, params, memory, blank, factor):
-    """What the columns copy of the source, where the network copies at all."""
-    if not network.copies:
-        return {}
-    place = jnp.broadcast_to(jnp.arange(blank.shape[1]) // factor, blank.shape)
-    return {"added": network.copy(params, memory, place)}
-
-
 @dataclasses.dataclass(frozen=True)
 class CTCSampler:
     """The most probable alignment, without repetitions and blanks; the keys are not used.
@@ -96,11 +87,8 @@ class CTCSampler:
 
     def init(self, params, keys, cond):
         """Reads the source."""
-        network = self.network
-        blank, exists = _columns(network, cond, self.factor)
-        read = network.encode(params.params, cond)
-        context = network.read_encoded(params, read)
-        context |= _copied(network, params.params, read["memory"], blank, self.factor)
+        blank, exists = _columns(self.network, cond, self.factor)
+        context = NetworkDenoiser(self.network).read(params, cond)
         return {"tokens": blank, "exists": exists, "context": context}
 
     def step(self, params, state, i):

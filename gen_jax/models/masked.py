@@ -54,8 +54,8 @@ class NetworkDenoiser:
     """A trained network as a `Denoiser`.
 
     The condition may have "label" int32 [B] in [0, extra_inputs - 1), which is read as a token of
-    its own before the sequence, "added" [B, D], which joins every input, and what the network
-    itself conditions on.
+    its own before the sequence, "added" [B, D] or [B, L, D], which joins the inputs, and what the
+    network itself conditions on.
 
     Attributes:
       network: one that is not causal, with an extra input for the mask (and one for each class).
@@ -105,13 +105,31 @@ def _own(cond):
     return {name: cond[name] for name in ("label", "added") if name in cond}
 
 
-def _labelled(call, mask, params, tokens, exists, label=None, **context):
-    """Logits of the sequence, with the token of its class before it."""
+def _labelled(call, mask, params, tokens, exists, label=None, added=None, copied=None, **context):
+    """Logits of the sequence, with its source added to it, and the token of its class before it."""
+    if added is not None and added.ndim == 2:
+        added = added[:, None]
+    if copied is not None:
+        source = _stretched(copied, context["memory_mask"], exists)
+        added = source if added is None else added + source
     if label is None:
-        return call(params, tokens, mask=exists, **context)
+        return call(params, tokens, mask=exists, added=added, **context)
     token = (mask + 1 + label).astype(tokens.dtype)[:, None]
     exists = jnp.pad(exists, ((0, 0), (1, 0)), constant_values=True)
-    return call(params, jnp.concatenate([token, tokens], axis=1), mask=exists, **context)[:, 1:]
+    if added is not None and added.shape[1] > 1:  # nothing to the class
+        added = jnp.pad(added, ((0, 0), (1, 0), (0, 0)))
+    tokens = jnp.concatenate([token, tokens], axis=1)
+    return call(params, tokens, mask=exists, added=added, **context)[:, 1:]
+
+
+def _stretched(copied, mask, exists):
+    """A source [B, M, D] of which bool [B, M] exists, drawn out to the positions that exist."""
+    batch, columns = copied.shape[:2]
+    source = jnp.full(batch, columns) if mask is None else mask.sum(-1)
+    middle = (jnp.arange(exists.shape[1]) + 0.5) / jnp.maximum(exists.sum(-1), 1)[:, None]
+    place = (middle * source[:, None]).astype(jnp.int32)
+    place = jnp.clip(place, 0, source[:, None] - 1)
+    return jnp.take_along_axis(copied, place[..., None], axis=1)
 
 
 @dataclasses.dataclass(frozen=True)

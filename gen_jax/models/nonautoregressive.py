@@ -130,26 +130,6 @@ class ParallelDecoder:
             return params["token"][self.denoiser.mask + 1 + context["label"]]
         return jnp.zeros((batch, self.network.config.width))
 
-    def stretched(self, params: dict, context: dict, batch: dict, length, columns: int) -> dict:
-        """The context, with the source stretched to the target where the network copies it.
-
-        Args:
-          params: of the network.
-          context: with "memory" float32 [B, M, D].
-          batch: with "source".
-          length: int32 [B], of the targets.
-          columns: positions L of a target.
-
-        Returns:
-          With "added" [B, L, D], see `EncoderDecoder.copy`.
-        """
-        if not getattr(self.network, "copies", False):
-            return context
-        ours = source_lengths(batch, len(length))[:, None]
-        middle = (jnp.arange(columns) + 0.5) / jnp.maximum(length, 1)[:, None]
-        place = jnp.minimum((middle * ours).astype(jnp.int32), ours - 1)
-        return context | {"added": self.network.copy(params, context["memory"], place)}
-
 
 def _mean(hidden, exists):  # [B, L, D], bool [B, L] or None -> [B, D]
     if exists is None:
@@ -179,8 +159,6 @@ def one_shot_loss(model: ParallelDecoder, params, batch: dict, keys, *, smoothin
     exists = inside if model.ending == "length" else jnp.ones_like(inside)
     counted = exists if model.ending == "end" else inside
     context = denoiser.condition(params["network"], batch, dropout)
-    sizes = exists.sum(-1), tokens.shape[1]
-    context = model.stretched(params["network"], context, batch, *sizes)
 
     def sums(context, tokens, counted, exists, dropout):  # -> [B]
         blank = jnp.full_like(tokens, denoiser.mask)
@@ -192,18 +170,18 @@ def one_shot_loss(model: ParallelDecoder, params, batch: dict, keys, *, smoothin
         values = sums(context, tokens, counted, exists, dropout)
     else:
         prior = model.prior(params, model.summarise(params["network"], context, len(tokens)))
-        posterior = model.posterior(params, tokens, exists, context, dropout)
+        posterior = model.posterior(params, tokens, counted, context, dropout)
         table = params["latent"]["table"][:, : tokens.shape[1]]  # each position reads z its own way
         if model.latent.kind == "gaussian":
             z, divergence = _gaussian(posterior, prior, parts[:, 1])
             added = jnp.einsum("bz,zld->bld", z, table)
-            values = sums(_joined(context, added), tokens, counted, exists, dropout)
+            values = sums(context | {"added": added}, tokens, counted, exists, dropout)
         else:
             codes = model.latent.size
             copies = lambda leaf: jnp.repeat(leaf, codes, axis=0)  # noqa: E731
             every = jax.tree.map(copies, (context, tokens, counted, exists, dropout))
             added = jnp.tile(table, (len(tokens), 1, 1))
-            values = sums(_joined(every[0], added), *every[1:]).reshape(-1, codes)
+            values = sums(every[0] | {"added": added}, *every[1:]).reshape(-1, codes)
             log_q, log_p = jax.nn.log_softmax(posterior), jax.nn.log_softmax(prior)
             values = (jnp.exp(log_q) * values).sum(-1)
             divergence = (jnp.exp(log_q) * (log_q - log_p)).sum(-1)
@@ -218,16 +196,18 @@ def masked_loss(
     """`masked.loss`, with that of the length; arguments as of `one_shot_loss`.
 
     Raises:
-      ValueError: the model has a latent.
+      ValueError: the model has a latent, or its ending is "end_masked".
     """
     if model.latent.kind != "none":
         raise ValueError("a masked model has no latent: set latent.kind to none")
+    if model.ending == "end_masked":
+        raise ValueError("a masked model reads what is behind END: set ending to length or end")
     parts = jax.vmap(lambda key: jax.random.split(key, 2))(keys)
     dropout = parts[:, 0] if model.network.config.dropout else None
     context = model.denoiser.condition(params["network"], batch, dropout)
     inside = existing(batch["tokens"], batch.get("length"))
-    sizes = inside.sum(-1), inside.shape[1]
-    context = model.stretched(params["network"], context, batch, *sizes)
+    if model.ending == "end":  # what is behind END is read, hidden and learned like the rest
+        batch = {name: leaf for name, leaf in batch.items() if name != "length"}
     value, metrics = masked.loss(
         model.network, params["network"], batch, parts[:, 1],
         config=config, smoothing=smoothing, context=context,
@@ -236,11 +216,6 @@ def masked_loss(
         return value, metrics
     length_loss = _length_loss(model, params, batch, context).mean()
     return value + length_loss / inside.sum(-1).mean(), metrics | {"length_loss": length_loss}
-
-
-def _joined(context, latent):
-    """The context, with what the latent adds to the inputs, [B, L, D]."""
-    return context | {"added": latent + context.get("added", 0.0)}
 
 
 def _per_token(model, params, batch, context, values, counted, metrics):
@@ -254,7 +229,7 @@ def _per_token(model, params, batch, context, values, counted, metrics):
 
 def _length_loss(model, params, batch, context):  # -> [B]
     tokens = batch["tokens"]
-    length = batch.get("length", jnp.full(len(tokens), tokens.shape[1]))
+    length = existing(tokens, batch.get("length")).sum(-1)
     summary = model.summarise(params["network"], context, len(tokens))
     summary = jax.lax.stop_gradient(summary)
     logits = model.length_logits(params, summary, source_lengths(batch, len(tokens)))
@@ -358,15 +333,9 @@ class ParallelSampler:
         inner = tokens if length is None else tokens | {"length": length.reshape(-1)}
         if source:
             context |= network.read_encoded(params["network"], read)
-            whole = jnp.full(batch * several, model.columns)
-            stretched = jax.tree.map(copies, (read, source))
-            lengths = inner.get("length", whole), model.columns
-            stretched = model.stretched(params["network"].params, *stretched, *lengths)
-        context = jax.tree.map(copies, context)
-        if source and "added" in stretched:
-            context["added"] = stretched["added"]
         if model.latent.kind != "none":
-            context = _joined(context, copies(self._latent(params, summary, keys)))
+            context["added"] = self._latent(params, summary, keys)
+        context = jax.tree.map(copies, context)
         if several > 1:
             fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
             keys = fold(keys, jnp.arange(several)).reshape(-1)
@@ -438,17 +407,17 @@ def log_prob(model: ParallelDecoder, params, tokens, cond: dict | None = None) -
     exists = jnp.ones(tokens.shape, bool)
     blank = jnp.full_like(tokens, denoiser.mask)
 
+    read = denoiser.read(prepared, cond)
+
     def given(added):
-        context = denoiser.read(prepared, cond | added)
-        return -cross_entropy(denoiser(prepared, blank, exists, context), tokens).sum(-1)
+        return -cross_entropy(denoiser(prepared, blank, exists, read | added), tokens).sum(-1)
 
     if model.latent.kind == "none":
         return given({})
     context = denoiser.condition(params["network"], cond)
-    prior = jax.nn.log_softmax(
-        model.prior(params, model.summarise(params["network"], context, len(tokens)))
-    )
-    table = params["latent"]["table"]  # [K, L, D]
+    summary = model.summarise(params["network"], context, len(tokens))
+    prior = jax.nn.log_softmax(model.prior(params, summary))
+    table = params["latent"]["table"][:, : tokens.shape[1]]  # [K, L, D]
     copies = lambda code: jnp.broadcast_to(code, (len(tokens), *code.shape))  # noqa: E731
     values = jax.lax.map(lambda code: given({"added": copies(code)}), table)
     return jax.nn.logsumexp(values + prior.T, axis=0)

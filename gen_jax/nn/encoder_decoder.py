@@ -23,7 +23,9 @@ class EncoderDecoder:
     Attributes:
       config: of the decoder, which has a memory; the encoder has its sizes.
       encoder_layers: blocks of the encoder.
-      copies: whether there is a matrix for `copy`.
+      copies: whether what was read also has "copied", the source by a matrix of its own, which a
+        parallel decoder adds to its inputs: they say nothing else (Gu et al. 2018, 1711.02281,
+        section 3.1, with the outputs of the encoder for its inputs).
     """
 
     config: TransformerConfig
@@ -33,6 +35,8 @@ class EncoderDecoder:
     def __post_init__(self):
         if not self.config.memory:
             raise ValueError("the decoder reads the encoder: set memory")
+        if self.copies and self.config.causal:
+            raise ValueError("only a decoder that is not causal copies the source")
 
     @property
     def encoder(self) -> TransformerConfig:
@@ -85,29 +89,13 @@ class EncoderDecoder:
         )
         return {"memory": memory, "memory_mask": mask}
 
-    def copy(self, params: dict, memory, place) -> jax.Array:
-        """What each target position adds to its input: the source at a place of its own.
-
-        A parallel decoder, whose inputs say nothing, finds out by it where in the source it is
-        (Gu et al. 2018, 1711.02281, section 3.1, with the encoder's outputs for its inputs).
-
-        Args:
-          params: of both sides, prepared or not.
-          memory: float32 [B, M, D].
-          place: int32 [B, L] in [0, M).
-
-        Returns:
-          float32 [B, L, D].
-        """
-        return jnp.take_along_axis(memory, place[..., None], axis=1) @ params["copy"]
-
     def __call__(self, params, tokens, **options) -> jax.Array:
         """Logits [B, S, V] of the decoder; see `TokenNetwork.__call__`."""
         return self.decoder(params["decoder"], tokens, **options)
 
     def condition(self, params, batch: dict, keys=None) -> dict:
         """Options of `__call__`: the source of the batch, read."""
-        return self.encode(params, batch, keys)
+        return self._with_copies(params, self.encode(params, batch, keys))
 
     def read(self, prepared: PreparedParams, cond: dict) -> dict:
         """Options of `extend` and `evaluate`: keys and values of the source for every block."""
@@ -115,10 +103,14 @@ class EncoderDecoder:
 
     def read_encoded(self, prepared: PreparedParams, read: dict) -> dict:
         """As `read`, of what `encode` gave."""
+        read = self._with_copies(prepared.params, read)
+        memory = read.pop("memory")
         decoder = {"params": prepared.params["decoder"]}
         apply = Transformer(dataclasses.replace(self.config, tied=True)).apply
-        entries = apply(decoder, read["memory"], method="read_memory")
-        return {"read": entries, "memory_mask": read["memory_mask"]}
+        return read | {"read": apply(decoder, memory, method="read_memory")}
+
+    def _with_copies(self, params, read):
+        return read | ({"copied": read["memory"] @ params["copy"]} if self.copies else {})
 
     def evaluate(self, prepared: PreparedParams, tokens, **options) -> jax.Array:
         """As `__call__`, of prepared parameters, inside a loop of evaluations."""

@@ -207,7 +207,7 @@ class Transformer(nn.Module):
           memory: [B, M, D] for a network with cross-attention, else None.
           read: of `read_memory`, in place of the memory.
           memory_mask: bool [B, M]; None for all.
-          added: [B, D] or [B, L, D], added to the embedding of every input; None for nothing.
+          added: [B, L, D] or [B, 1, D], added to the embedding of the inputs; None for nothing.
           keys: [B] keys for dropout; None for none.
 
         Returns:
@@ -231,9 +231,7 @@ class Transformer(nn.Module):
             )
         positions = jnp.arange(length)
         x = self._embed(tokens, positions)
-        if added is not None:
-            x = x + (added[:, None] if added.ndim == 2 else added)
-        x = self.dropout(x, keys)
+        x = self.dropout(x if added is None else x + added, keys)
         if read is None:
             read = [None] * len(self.block) if memory is None else self.read_memory(memory)
         for block, entry in zip(self.block, read, strict=True):
