@@ -1,7 +1,6 @@
 import dataclasses
 import json
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -9,9 +8,10 @@ from PIL import Image
 from experiments import common, multimodality, multimodality_facts, multimodality_report
 from experiments import multimodality_run as runs
 from experiments.multimodality import EXPERIMENT, TINY
-from gen_jax import parallel
 from gen_jax.metrics import gaps
 from gen_jax.models.schedules import SCHEDULES, Optimal
+
+pytestmark = pytest.mark.usefixtures("quick_compile", "one_device")
 
 MINUTE = dataclasses.replace(
     TINY,
@@ -25,7 +25,7 @@ MINUTE = dataclasses.replace(
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, quick_compile, one_device):
     """The report of a run that is as short as can be."""
     path = tmp_path_factory.mktemp("multimodality") / "my run"
     patch = pytest.MonkeyPatch()
@@ -33,8 +33,6 @@ def finished(tmp_path_factory):
         context.setattr(runs, "_SCHEDULES", ("cosine",))
         context.setattr(runs, "_ROUNDS", (2,))
         context.setattr(multimodality_facts, "facts", lambda config: [])
-        one = jax.sharding.Mesh(jax.devices()[:1], ("data",))  # eight would compile for a minute
-        context.setattr(parallel, "data_mesh", lambda: one)
         experiment = dataclasses.replace(EXPERIMENT, presets={"minute": MINUTE})
         assert common.main(experiment, ["--workdir", str(path)]) == 0
     return path, json.loads((path / "gaps.json").read_text())

@@ -13,6 +13,8 @@ from gen_jax.data.config import TranslationConfig
 from gen_jax.data.synonyms import Synonyms
 from gen_jax.nn.config import TransformerConfig
 
+pytestmark = pytest.mark.usefixtures("quick_compile", "one_device")
+
 # The least that the experiment can be asked for on eight devices.
 MINUTE = Config(
     workdir="",
@@ -34,7 +36,7 @@ def main(*argv):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(tmp_path_factory, quick_compile, one_device):
     """A folder with the runs "masked" and "ar"."""
     path = tmp_path_factory.mktemp("translation") / "my runs"
     path.mkdir()

@@ -19,6 +19,8 @@ from gen_jax.models.masked import NetworkDenoiser
 from gen_jax.nn.config import TransformerConfig
 from gen_jax.nn.encoder_decoder import EncoderDecoder
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 CONFIG = TransformerConfig(
     vocabulary=3, context=12, layers=1, width=16, heads=2,
     causal=False, extra_inputs=1, memory=True,

@@ -20,6 +20,8 @@ from gen_jax.nn.config import TransformerConfig
 from gen_jax.nn.encoder_decoder import EncoderDecoder
 from gen_jax.nn.transformer import TokenNetwork
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 MIXTURE = NoisyMixture(3, 4, 3, 0.2, (0.5, 0.3, 0.2)).data
 OTHER = NoisyMixture(3, 4, 3, 0.5).data
 PARITY = even_parity(5)

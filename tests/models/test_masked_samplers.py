@@ -35,6 +35,8 @@ from gen_jax.nn.config import TransformerConfig
 from gen_jax.nn.encoder_decoder import EncoderDecoder
 from gen_jax.nn.transformer import TokenNetwork
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 DRAWS = 20_000
 CHAIN = binary_chain(5, 0.85)
 SHORT_CHAIN = binary_chain(4, 0.85)

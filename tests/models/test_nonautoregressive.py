@@ -28,6 +28,8 @@ from gen_jax.nn.config import TransformerConfig
 from gen_jax.nn.encoder_decoder import EncoderDecoder
 from gen_jax.nn.transformer import TokenNetwork
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 DRAWS = 20_000
 NONE, CODES, GAUSSIAN = (
     LatentConfig(),
