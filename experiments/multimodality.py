@@ -33,11 +33,11 @@ class Config:
     """Of the modes behind noise."""
     stay: float = 0.9
     """Probability that the Markov chain keeps its state."""
-    samples: int = 20_000
+    samples: int = 10_000
     """Samples of each sampler, with exact conditionals."""
-    network_samples: int = 8000
+    network_samples: int = 4000
     """Samples of each sampler, with a trained network."""
-    orders: int = 16
+    orders: int = 8
     """Random orders that the gap of a trained network is averaged over."""
     codes: int = 2
     """Codes of the latent of the trained decoder."""

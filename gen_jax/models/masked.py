@@ -106,11 +106,12 @@ def _own(cond):
 
 
 def _labelled(call, mask, params, tokens, exists, label=None, added=None, copied=None, **context):
-    """Logits of the sequence, with its source added to it, and the token of its class before it."""
+    """Logits of the sequence, its masks with the source, and the token of its class before it."""
     if added is not None and added.ndim == 2:
         added = added[:, None]
-    if copied is not None:
+    if copied is not None:  # to masks alone: it would drown the tokens that are known
         source = _stretched(copied, context["memory_mask"], exists)
+        source = jnp.where((tokens == mask)[..., None], source, 0)
         added = source if added is None else added + source
     if label is None:
         return call(params, tokens, mask=exists, added=added, **context)

@@ -85,16 +85,19 @@ class ParallelDecoder:
                 "table": jnp.zeros((config.context + 1, self.columns)),
             }
         if latent.kind != "none":
-            size = latent.size * (2 if latent.kind == "gaussian" else 1)
-            scale = 2 / config.width**0.5  # codes of random meaning, which the decoder can learn
+            # Means and codes begin with a random meaning, which the decoder learns; variances at 1.
+            shape = (config.width, latent.size)
+            kernel = jax.random.normal(keys[2], shape) * 2 / config.width**0.5
+            if latent.kind == "gaussian":
+                kernel = jnp.concatenate([kernel, jnp.zeros(shape)], axis=1)
+            table = jax.random.normal(keys[3], (latent.size, self.columns, config.width))
             params["latent"] = {
                 "posterior": TokenNetwork(self._posterior).init(keys[1]),
                 "pool": jax.random.normal(keys[4], (self.columns, config.width)),
-                "posterior_kernel": jax.random.normal(keys[2], (config.width, size)) * scale,
-                "prior_kernel": jnp.zeros((config.width, size)),
-                "prior_bias": jnp.zeros(size),
-                "table": 0.2
-                * jax.random.normal(keys[3], (latent.size, self.columns, config.width)),
+                "posterior_kernel": kernel,
+                "prior_kernel": jnp.zeros_like(kernel),
+                "prior_bias": jnp.zeros(kernel.shape[1]),
+                "table": 0.2 * table,
             }
         return params
 

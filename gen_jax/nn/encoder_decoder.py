@@ -24,7 +24,7 @@ class EncoderDecoder:
       config: of the decoder, which has a memory; the encoder has its sizes.
       encoder_layers: blocks of the encoder.
       copies: whether what was read also has "copied", the source by a matrix of its own, which a
-        parallel decoder adds to its inputs: they say nothing else (Gu et al. 2018, 1711.02281,
+        parallel decoder adds to its masks: they say nothing else (Gu et al. 2018, 1711.02281,
         section 3.1, with the outputs of the encoder for its inputs).
     """
 
