@@ -166,28 +166,56 @@ class Run(run.Run):
             )
         return functools.partial(nonautoregressive.one_shot_loss, decoder, smoothing=smoothing)
 
-    @functools.cached_property
-    def _validate(self):
-        import jax
-
-        return jax.jit(self._loss(0.0, 0.0))
-
     def validate(self, params) -> dict:
         """The loss of the validation pairs, without dropout and smoothing, in nats per token."""
         import jax
 
+        loss = jax.jit(self._loss(0.0, 0.0))
+        totals, tokens = {}, 0
+        for part, keys in self._validation():
+            value, metrics = jax.device_get(loss(params, part, keys))
+            counted = int(part["length"].sum())
+            for name, one in ({"nats_per_token": value} | metrics).items():
+                totals[name] = totals.get(name, 0.0) + float(one) * counted
+            tokens += counted
+        return {name: total / tokens for name, total in totals.items()}
+
+    def _validation(self):
+        """The validation pairs, a batch at a time, each with its keys."""
         from gen_jax import keys
 
         arrays = _named(self.pairs("validation").all(self.columns))
-        number = len(arrays["tokens"])
-        size, totals = min(self.config.evaluate.batch, number), []
+        number, size = len(arrays["tokens"]), self.config.evaluate.batch
         ours, hidden = keys.stream(0, "evaluate", 0, number), not sys.stderr.isatty()
         for first in tqdm(range(0, number, size), "evaluating", unit="batch", disable=hidden):
-            rows = np.minimum(np.arange(first, first + size), number - 1)
-            part = {name: leaf[rows] for name, leaf in arrays.items()}
-            value, metrics = jax.device_get(self._validate(params, part, ours[rows]))
-            totals.append({"nats_per_token": value} | metrics)
-        return {name: float(np.mean([some[name] for some in totals])) for name in totals[0]}
+            rows = slice(first, first + size)
+            yield {name: leaf[rows] for name, leaf in arrays.items()}, ours[rows]
+
+    def nats_per_pair(self, params) -> float:
+        """Minus the log-probability of a validation target, length included, or a bound on it.
+
+        Of a masked model it is the bound of drawing its tokens one by one in a random order.
+        """
+        import jax
+
+        from gen_jax.models import masked, nonautoregressive
+
+        pairs = len(self.pairs("validation"))
+        if self.config.strategy != "masked":
+            tokens = int(self.pairs("validation").length.sum())
+            return self.validate(params)["nats_per_token"] * tokens / pairs
+        names = ("source", "source_length", "length")
+
+        @jax.jit
+        def nats(params, part, keys):
+            cond = {name: part[name] for name in names}
+            denoiser = self.decoder.denoiser
+            terms = masked.bound_terms(denoiser, params["network"], part["tokens"], keys, cond)
+            lengths = nonautoregressive.length_nats(self.decoder, params, part)
+            return (terms.sum(-1) + lengths).sum()
+
+        total = sum(float(nats(params, part, keys)) for part, keys in self._validation())
+        return total / pairs
 
     def sampler(self, columns: int):
         """The strategy as a `Sampler` of targets of at most `columns` tokens.
@@ -269,14 +297,9 @@ class Run(run.Run):
         hypotheses, end = self.texts_of(tokens), self.tokenizer.end
         sources, targets = (side[: len(tokens)] for side in self.texts(split))
         lengths = np.where((tokens == end).any(1), (tokens == end).argmax(1) + 1, tokens.shape[1])
-        report = self.validate(params)
+        report = self.validate(params) | {"nats_per_pair": self.nats_per_pair(params)}
         if self.config.data.name == "synonyms":
-            from gen_jax.data.synonyms import Synonyms
-
-            task = Synonyms.of(self.config.data)
-            report["exact_accuracy"] = task.accuracy(sources, hypotheses)
-            mass = np.mean([task.one_shot_valid_mass(source) for source in sources])
-            report["one_shot_valid_mass"] = float(mass)
+            report |= self._exactly(report["nats_per_pair"], sources, hypotheses)
         else:
             report["bleu"] = metrics.bleu(hypotheses, targets)
             report["bleu_signature"] = metrics.bleu_signature()
@@ -286,6 +309,24 @@ class Run(run.Run):
         )
         found = metrics.length_accuracy(lengths, true)
         return report | {f"length_{name}": value for name, value in found.items()}
+
+    def _exactly(self, nats, sources, hypotheses):
+        """What is known of the procedural task, beside what the model does."""
+        from gen_jax.data.synonyms import Synonyms
+        from gen_jax.metrics import translation as metrics
+
+        task, (ours, targets) = Synonyms.of(self.config.data), self.texts("validation")
+        entropy = -np.mean([task.log_prob(*pair) for pair in zip(ours, targets, strict=True)])
+        correlation = np.mean([task.conditional_total_correlation(source) for source in ours])
+        mass = np.mean([task.one_shot_valid_mass(source) for source in sources])
+        left = metrics.conditional_total_correlation_left(nats, entropy)
+        return {
+            "exact_accuracy": task.accuracy(sources, hypotheses),
+            "one_shot_valid_mass": float(mass),
+            "conditional_entropy": float(entropy),
+            "conditional_total_correlation": float(correlation),
+            "conditional_total_correlation_left": float(left),
+        }
 
     def distill(self, params) -> dict:
         """Translates all training sources, one line each: targets for another run."""

@@ -92,6 +92,23 @@ def length_accuracy(lengths: np.ndarray, true_lengths: np.ndarray) -> dict[str, 
     }
 
 
+def conditional_total_correlation_left(nats: float, conditional_entropy: float) -> float:
+    """What a model still loses of the dependence between target tokens (Huang et al. 2206.05975).
+
+    A perfect model that draws all tokens at once loses the conditional total correlation of the
+    data; one that draws them one by one, nothing. What a trained model fails to learn counts too.
+
+    Args:
+        nats: minus its log-probability of a target, or a bound on it, on average.
+        conditional_entropy: of a target given its source: exact, or by an autoregressive model,
+            whose nats are above it.
+
+    Returns:
+        in nats per target.
+    """
+    return nats - conditional_entropy
+
+
 def _metric() -> Any:
     try:
         from sacrebleu.metrics import BLEU

@@ -239,6 +239,12 @@ def _length_loss(model, params, batch, context):  # -> [B]
     return optax.softmax_cross_entropy_with_integer_labels(logits, length - 1)
 
 
+def length_nats(model: ParallelDecoder, params, batch: dict) -> jax.Array:
+    """Minus the log-probability of the lengths of a batch given its sources, [B], in nats."""
+    context = model.denoiser.condition(params["network"], batch)
+    return _length_loss(model, params, batch, context)
+
+
 def source_lengths(batch: dict, number: int) -> jax.Array:
     """Int32 [B], how long each source is; 0 where there is none."""
     if "source" not in batch:

@@ -26,7 +26,7 @@ MINUTE = Config(
         evaluate_every=2, ema=0.5,
     ),
     sample=SampleConfig(number=5, micro_batch=8, rounds=2, lengths=2),
-    evaluate=EvaluateConfig(batch=512),
+    evaluate=EvaluateConfig(batch=1000),
 )  # fmt: skip
 MINIATURE = dataclasses.replace(EXPERIMENT, presets={"minute": MINUTE})
 
@@ -57,7 +57,8 @@ def test_the_command_all_leaves_everything(runs):
     }  # fmt: skip
     wanted = {
         "exact_accuracy", "one_shot_valid_mass", "repeated_token_rate", "length_exact", "nfe",
-        "nats_per_token", "length_loss", "pairs_per_second", "sampling_latency_seconds",
+        "nats_per_pair", "conditional_total_correlation_left", "nats_per_token",
+        "length_loss", "pairs_per_second", "sampling_latency_seconds",
     }  # fmt: skip
     assert wanted <= summary(runs / "masked").keys()
     assert summary(runs / "masked")["nfe"] == 2

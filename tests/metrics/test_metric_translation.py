@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import sacrebleu
 
+from gen_jax.data.synonyms import Synonyms
 from gen_jax.metrics.translation import (
     bleu,
     bleu_signature,
+    conditional_total_correlation_left,
     length_accuracy,
     repeated_token_rate,
 )
@@ -85,3 +87,20 @@ def test_bad_lengths_are_refused():
     for lengths, true in (([], []), ([1], [1, 2]), ([1.0], [1]), ([[1]], [[1]])):
         with pytest.raises(ValueError, match="must be integers"):
             length_accuracy(lengths, true)
+
+
+def test_what_is_left_of_the_dependence_is_the_gap_to_the_entropy():
+    task = Synonyms(words=8, max_words=3)
+    sources, _ = task.pairs("test", 20)
+    for source in sources:
+        modes = [(target.split(), prob) for target, prob in task.modes(source)]
+        joint = -sum(prob * np.log(prob) for _, prob in modes)
+        apart = 0.0  # nats of the best model that draws all tokens at once
+        for words in zip(*(target for target, _ in modes), strict=True):
+            marginal = [
+                sum(p for w, (_, p) in zip(words, modes, strict=True) if w == word)
+                for word in set(words)
+            ]
+            apart -= sum(p * np.log(p) for p in marginal)
+        left = conditional_total_correlation_left(apart, joint)
+        np.testing.assert_allclose(left, task.conditional_total_correlation(source), atol=1e-12)
