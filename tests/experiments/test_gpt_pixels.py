@@ -18,6 +18,8 @@ from gen_jax.models import autoregressive
 from gen_jax.nn.config import TransformerConfig
 from gen_jax.nn.transformer import TokenNetwork
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 # The least that the experiment can be asked for on eight devices.
 MINUTE = Config(
     workdir="",

@@ -24,6 +24,8 @@ from gen_jax.models.config import TokenChoice
 from gen_jax.nn.config import TransformerConfig
 from gen_jax.nn.transformer import TokenNetwork
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 GPT = TransformerConfig(vocabulary=9, context=16, layers=1, width=16, heads=2)
 LLAMA = dataclasses.replace(
     GPT,

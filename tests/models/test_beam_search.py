@@ -16,6 +16,8 @@ from gen_jax.models.config import TokenChoice
 from gen_jax.nn.config import TransformerConfig
 from gen_jax.nn.transformer import TokenNetwork
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 THREE = TransformerConfig(vocabulary=3, context=8, layers=1, width=16, heads=2)
 NINE = TransformerConfig(
     vocabulary=9,

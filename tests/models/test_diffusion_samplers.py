@@ -23,6 +23,8 @@ from gen_jax.models.diffusion_samplers import (
 from gen_jax.nn.config import UNetConfig
 from gen_jax.nn.unet import Denoiser
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 LINEAR = DiffusionConfig()
 
 

@@ -18,6 +18,8 @@ from gen_jax.models.speculative import SpeculativeSampler
 from gen_jax.nn.config import TransformerConfig
 from gen_jax.nn.transformer import TokenNetwork
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 FOUR = TransformerConfig(vocabulary=4, context=24, layers=1, width=16, heads=2)
 NINE = dataclasses.replace(FOUR, vocabulary=9)
 MODERN = {"position": "rotary", "norm": "rms", "activation": "swiglu", "bias": False}

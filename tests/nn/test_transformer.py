@@ -12,6 +12,8 @@ from gen_jax.models import autoregressive
 from gen_jax.nn.config import TransformerConfig
 from gen_jax.nn.transformer import TokenNetwork, Transformer, attention, rotate
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 GPT = TransformerConfig(vocabulary=12, context=10, layers=2, width=16, heads=4)
 LLAMA = dataclasses.replace(
     GPT,

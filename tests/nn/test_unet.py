@@ -12,6 +12,8 @@ from gen_jax.nn.config import UNetConfig
 from gen_jax.nn.layers import sinusoidal_embedding
 from gen_jax.nn.unet import Denoiser, UNet
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 # A bound method would compile anew in every test; equal networks share this one's programs.
 apply = jax.jit(lambda network, *arguments: network(*arguments), static_argnums=0)
 SMALL = UNetConfig(widths=(8, 16), blocks=1, attention=(4,), groups=4, dropout=0.5)
