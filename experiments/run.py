@@ -181,6 +181,12 @@ class Run:
         np.savez(temporary, **arrays, step=self.step, seed=self.config.sample.seed)
         temporary.replace(self.workdir.path / "samples.npz")
 
+    def keep_text(self, name: str, content: str) -> None:
+        """Writes a UTF-8 file of the work directory whole."""
+        temporary = self.workdir.path / f".{name}"
+        temporary.write_text(content, encoding="utf-8", newline="")
+        temporary.replace(self.workdir.path / name)
+
     def kept_samples(self) -> dict[str, np.ndarray]:
         """The arrays in samples.npz, which must be of the restored checkpoint."""
         path = self.workdir.path / "samples.npz"

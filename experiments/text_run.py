@@ -231,7 +231,7 @@ class Run(autoregressive.Run):
         self.keep_samples(tokens=tokens, prompt=self.prompt, nfe=sampler.nfe)
         texts = [self._decode(self.prompt, row) for row in tokens]
         whole = "".join(f"{_title(number)}\n{text}\n" for number, text in enumerate(texts))
-        self._write("samples.txt", whole)
+        self.keep_text("samples.txt", whole)
         for number, sample in enumerate([] if streamed else texts[:_SHOWN]):
             cut = "..." if len(sample) > _SHOWN_CHARACTERS else ""
             _show(f"{_title(number)}\n{sample[:_SHOWN_CHARACTERS]}{cut}\n")
@@ -297,11 +297,6 @@ class Run(autoregressive.Run):
         if tokens.max(initial=0) < self.tokenizer.vocabulary:
             return self.tokenizer.decode(np.concatenate([prompt, tokens]))
         return "".join(self._pieces(prompt, tokens))
-
-    def _write(self, name, content):
-        temporary = self.workdir.path / f".{name}"
-        temporary.write_text(content, encoding="utf-8", newline="")
-        temporary.replace(self.workdir.path / name)
 
 
 def score(texts: list[str], known: str) -> dict[str, float]:

@@ -49,7 +49,7 @@ class Run(run.Run):
 
     @functools.cache  # noqa: B019
     def texts(self, split: str) -> tuple[list[str], list[str]]:
-        """Sources and targets of a split; for decoding, at most config.sample.number of them."""
+        """Sources and targets of a split."""
         return translation.load_pairs(self.config.data, split)
 
     @functools.cache  # noqa: B019
@@ -191,10 +191,14 @@ class Run(run.Run):
             rows = slice(first, first + size)
             yield {name: leaf[rows] for name, leaf in arrays.items()}, ours[rows]
 
-    def nats_per_pair(self, params) -> float:
+    def nats_per_pair(self, params, nats_per_token: float) -> float:
         """Minus the log-probability of a validation target, length included, or a bound on it.
 
         Of a masked model it is the bound of drawing its tokens one by one in a random order.
+
+        Args:
+          params: of the model.
+          nats_per_token: of `validate`.
         """
         import jax
 
@@ -203,7 +207,7 @@ class Run(run.Run):
         pairs = len(self.pairs("validation"))
         if self.config.strategy != "masked":
             tokens = int(self.pairs("validation").length.sum())
-            return self.validate(params)["nats_per_token"] * tokens / pairs
+            return nats_per_token * tokens / pairs
         names = ("source", "source_length", "length")
 
         @jax.jit
@@ -284,7 +288,7 @@ class Run(run.Run):
                 *(side[:number] for side in self.texts(choice.split)), hypotheses, strict=True
             )
         ]
-        self._write("translations.txt", "\n".join(lines))
+        self.keep_text("translations.txt", "\n".join(lines))
         print("\n".join(lines[:_SHOWN]))
         return report
 
@@ -297,7 +301,8 @@ class Run(run.Run):
         hypotheses, end = self.texts_of(tokens), self.tokenizer.end
         sources, targets = (side[: len(tokens)] for side in self.texts(split))
         lengths = np.where((tokens == end).any(1), (tokens == end).argmax(1) + 1, tokens.shape[1])
-        report = self.validate(params) | {"nats_per_pair": self.nats_per_pair(params)}
+        report = self.validate(params)
+        report["nats_per_pair"] = self.nats_per_pair(params, report["nats_per_token"])
         if self.config.data.name == "synonyms":
             report |= self._exactly(report["nats_per_pair"], sources, hypotheses)
         else:
@@ -348,18 +353,13 @@ class Run(run.Run):
         lines = [""] * len(texts)
         for place, text in zip(order, texts, strict=True):
             lines[place] = text
-        self._write(DISTILLED, "\n".join(lines) + "\n")
+        self.keep_text(DISTILLED, "\n".join(lines) + "\n")
         return {"distilled": len(lines)}
 
     def texts_of(self, tokens: np.ndarray) -> list[str]:
         """Translations int32 [B, L] as texts, up to END."""
         whole = np.full(len(tokens), tokens.shape[1])
         return translation.texts_of(self.tokenizer, tokens, whole)
-
-    def _write(self, name, content):
-        temporary = self.workdir.path / f".{name}"
-        temporary.write_text(content, encoding="utf-8", newline="")
-        temporary.replace(self.workdir.path / name)
 
 
 def _named(batch: dict) -> dict:
