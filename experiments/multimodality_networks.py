@@ -14,7 +14,7 @@ import numpy as np
 from gen_jax import keys as key_streams
 from gen_jax import parallel, sampling, training
 from gen_jax.metrics import repair
-from gen_jax.models import autoregressive, masked, nonautoregressive
+from gen_jax.models import autoregressive, masked, nonautoregressive, sequences
 from gen_jax.models.config import LatentConfig, MaskConfig
 from gen_jax.models.masked import NetworkDenoiser
 from gen_jax.models.nonautoregressive import ParallelDecoder
@@ -155,11 +155,11 @@ def _log_prob(model, params, tokens):
 @functools.partial(jax.jit, static_argnums=0)
 def _leave_one_out(denoiser, params, tokens):
     """Log-probability [L, B] of each token given all others."""
-    prepared, exists = denoiser.prepare(params), masked.existing(tokens)
+    prepared, exists = denoiser.prepare(params), sequences.existing(tokens)
 
     def place(i):
         logits = denoiser(prepared, tokens.at[:, i].set(denoiser.mask), exists, {})[:, i]
-        return -autoregressive.cross_entropy(logits, tokens[:, i])
+        return -sequences.cross_entropy(logits, tokens[:, i])
 
     return jax.lax.map(place, jnp.arange(tokens.shape[1]))
 

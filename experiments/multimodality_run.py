@@ -58,6 +58,12 @@ class Strategy:
             return masked_samplers.Repair(denoiser, length, self.nfe - 1, self.erase)
         return self.sampler(denoiser, length, self.nfe)
 
+    @property
+    def order_and_sizes(self) -> tuple[np.ndarray, tuple[int, ...]]:
+        """All positions, first to last, and how many each group has."""
+        order = np.array([position for group in self.groups for position in group])
+        return order, tuple(len(group) for group in self.groups)
+
     def law(self, dist: Enumerated) -> np.ndarray | None:
         """The law [V, ..., V] with exact conditionals, where it is known."""
         if self.groups is not None:
@@ -176,8 +182,7 @@ class Measure:
         random = np.random.default_rng(seed)
         data = dist.sample(seed, number)
         if strategy.groups is not None:
-            order = np.array([i for group in strategy.groups for i in group])
-            sizes = tuple(len(group) for group in strategy.groups)
+            order, sizes = strategy.order_and_sizes
         else:
             order = random.permuted(np.tile(np.arange(dist.length), (number, 1)), axis=1)
             sizes = strategy.sizes
@@ -221,9 +226,7 @@ class Measure:
             family = "one_shot" if strategy.name == "all at once" else "ar"
             return self._of_law(networks.log_prob(family, self.every))
         if strategy.groups is not None:
-            order = [i for group in strategy.groups for i in group]
-            sizes = [len(group) for group in strategy.groups]
-            return self._of_law(networks.log_prob_in_order(self.every, np.array(order), sizes))
+            return self._of_law(networks.log_prob_in_order(self.every, *strategy.order_and_sizes))
         if strategy.sizes is not None:
             random = np.random.default_rng(config.seed)
             orders = [random.permutation(self.dist.length) for _ in range(config.orders)]

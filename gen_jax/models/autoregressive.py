@@ -17,11 +17,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 import kernels
 from gen_jax import keys as key_streams
 from gen_jax.models.config import TokenChoice
+from gen_jax.models.sequences import cross_entropy, ended, mean_of_first
 from gen_jax.nn.encoder_decoder import EncoderDecoder
 from gen_jax.nn.transformer import PreparedParams, TokenNetwork
 from kernels import KVCache
@@ -65,23 +65,6 @@ def loss(network, params, batch: dict, keys: jax.Array, *, smoothing: float = 0.
     return mean_of_first(values, batch.get("length")), {}
 
 
-def cross_entropy(logits, targets, smoothing: float = 0.0) -> jax.Array:
-    """[..., V] float32, int [...] -> nats [...], with label smoothing."""
-    values = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-    if smoothing:
-        uniform = jax.nn.logsumexp(logits, axis=-1) - logits.mean(axis=-1)
-        values = (1 - smoothing) * values + smoothing * uniform
-    return values
-
-
-def mean_of_first(values, length=None) -> jax.Array:
-    """The mean of [B, L] over all, or over the first `length` int [B] of each row."""
-    if length is None:
-        return values.mean()
-    counts = jnp.arange(values.shape[1]) < length[:, None]
-    return jnp.where(counts, values, 0).sum() / jnp.maximum(counts.sum(), 1)
-
-
 def log_prob(network, params, tokens, label=None, cond: dict | None = None) -> jax.Array:
     """Exact log-probability of each predicted token given all before it, in nats.
 
@@ -97,7 +80,7 @@ def log_prob(network, params, tokens, label=None, cond: dict | None = None) -> j
     """
     inputs, targets = inputs_and_targets(network, tokens, label)
     logits = network(params, inputs, **network.condition(params, cond or {}))
-    return -optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    return -cross_entropy(logits, targets)
 
 
 def pad_prompts(network: TokenNetwork, prompts, length: int | None = None) -> dict:
@@ -294,10 +277,8 @@ class AutoregressiveSampler:
     def finish(self, params: PreparedParams, state: DecodingState) -> jax.Array:
         """The new tokens, int32 [B, N]."""
         tokens = state.tokens[:, self.prompt_length :]
-        if self.stop is None:
-            return tokens
-        ended = jnp.cumsum(tokens == self.stop, axis=1) > 0  # the loop may have ended before
-        return jnp.where(ended, self.stop, tokens)
+        # The loop may have ended before it filled all columns.
+        return tokens if self.stop is None else ended(tokens, self.stop)
 
     def _slide(self, params, state):
         """Begins again with the last `_kept` tokens, when the caches are full."""

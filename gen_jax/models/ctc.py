@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gen_jax.models.masked import NetworkDenoiser, existing
+from gen_jax.models.masked import NetworkDenoiser
 from gen_jax.models.nonautoregressive import source_lengths
+from gen_jax.models.sequences import existing
 from gen_jax.nn.encoder_decoder import EncoderDecoder
 
 

@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import kernels
-from gen_jax.models.autoregressive import cross_entropy
 from gen_jax.models.config import MaskConfig
+from gen_jax.models.sequences import cross_entropy, existing
 from gen_jax.nn.encoder_decoder import EncoderDecoder
 from gen_jax.nn.transformer import PreparedParams, TokenNetwork
 
@@ -187,13 +187,6 @@ def hide(keys: jax.Array, tokens, exists, count, mask: int):
     order = jax.vmap(lambda key: jax.random.uniform(key, tokens.shape[1:]))(keys)
     hidden = kernels.keep_most_confident(jnp.where(exists, order, -jnp.inf), count) & exists
     return jnp.where(hidden, mask, tokens), hidden
-
-
-def existing(tokens, length=None) -> jax.Array:
-    """Bool [B, L]: the first `length` int [B] positions of each row, or all."""
-    if length is None:
-        return jnp.ones(tokens.shape, bool)
-    return jnp.arange(tokens.shape[1]) < length[:, None]
 
 
 def loss(

@@ -18,7 +18,7 @@ import numpy as np
 
 import kernels
 from gen_jax import keys as key_streams
-from gen_jax.models.masked import Denoiser, existing
+from gen_jax.models.masked import Denoiser
 from gen_jax.models.schedules import (
     Cosine,
     Fixed,
@@ -27,6 +27,7 @@ from gen_jax.models.schedules import (
     check_rounds,
     masked_after,
 )
+from gen_jax.models.sequences import existing
 
 
 @flax.struct.dataclass
@@ -53,8 +54,8 @@ class MaskedState:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Rounds:
-    """What the samplers share.
+class Rounds:
+    """What every sampler in rounds has; the subclasses say what a round does.
 
     Attributes:
       denoiser: fills masked positions.
@@ -130,7 +131,7 @@ class _Rounds:
 
 
 @dataclasses.dataclass(frozen=True)
-class MaskPredict(_Rounds):
+class MaskPredict(Rounds):
     """The likeliest tokens, the least sure masked again (Ghazvininejad et al. 2019, section 3.2).
 
     Round t predicts what is masked and then masks the n(t) tokens of the lowest probability, those
@@ -154,7 +155,7 @@ class MaskPredict(_Rounds):
 
 
 @dataclasses.dataclass(frozen=True)
-class MaskGIT(_Rounds):
+class MaskGIT(Rounds):
     """Chang et al. 2022, section 3.2: drawn tokens, of which the most confident stay for good.
 
     Confidence is the log-probability of the drawn token plus Gumbel noise, which falls linearly to
@@ -181,7 +182,7 @@ class MaskGIT(_Rounds):
 
 
 @dataclasses.dataclass(frozen=True)
-class InOrder(_Rounds):
+class InOrder(Rounds):
     """A group of positions at a time, in an order that does not hang on what was drawn.
 
     Each group is drawn from its conditionals in parallel. In a random order with an exact denoiser
@@ -232,7 +233,7 @@ class InOrder(_Rounds):
 
 
 @dataclasses.dataclass(frozen=True)
-class AbsorbingDiffusion(_Rounds):
+class AbsorbingDiffusion(Rounds):
     """Ancestral sampling of absorbing diffusion (Austin et al. 2021, 2107.03006).
 
     Each masked position is revealed on its own, so that the number of masks after a round is
@@ -283,7 +284,7 @@ class AbsorbingDiffusion(_Rounds):
 
 
 @dataclasses.dataclass(frozen=True)
-class Repair(_Rounds):
+class Repair(Rounds):
     """Erase and repair: a one-shot draft, then rounds that erase tokens and draw them anew.
 
     Random positions, one at a time, are Gibbs sampling: with an exact denoiser the law converges

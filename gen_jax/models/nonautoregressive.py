@@ -23,16 +23,15 @@ A Gaussian is drawn by reparametrisation; over few codes the expectation is a su
 import dataclasses
 from typing import Literal
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 
 from gen_jax.models import masked
-from gen_jax.models.autoregressive import cross_entropy
 from gen_jax.models.config import LatentConfig, MaskConfig
-from gen_jax.models.masked import NetworkDenoiser, existing
-from gen_jax.models.masked_samplers import InOrder, MaskedState, _Rounds
+from gen_jax.models.masked import NetworkDenoiser
+from gen_jax.models.masked_samplers import InOrder, MaskedState, Rounds
+from gen_jax.models.sequences import cross_entropy, ended, existing
 from gen_jax.nn.encoder_decoder import EncoderDecoder
 from gen_jax.nn.transformer import TokenNetwork, Transformer
 
@@ -234,7 +233,6 @@ def _length_loss(model, params, batch, context):  # -> [B]
     tokens = batch["tokens"]
     length = existing(tokens, batch.get("length")).sum(-1)
     summary = model.summarise(params["network"], context, len(tokens))
-    summary = jax.lax.stop_gradient(summary)
     logits = model.length_logits(params, summary, source_lengths(batch, len(tokens)))
     return optax.softmax_cross_entropy_with_integer_labels(logits, length - 1)
 
@@ -263,19 +261,6 @@ def _gaussian(posterior, prior, keys):
     return mean + jnp.exp(0.5 * log_var) * noise, divergence
 
 
-@flax.struct.dataclass
-class ParallelState:
-    """What parallel decoding carries.
-
-    Attributes:
-      inner: of the sampler in rounds, for B x K sequences.
-      length_log_prob: float32 [B, K], of each sequence's length.
-    """
-
-    inner: MaskedState
-    length_log_prob: jax.Array
-
-
 @dataclasses.dataclass(frozen=True)
 class ParallelSampler:
     """Draws the latent, predicts the lengths, and fills the positions in rounds.
@@ -297,7 +282,7 @@ class ParallelSampler:
     """
 
     model: ParallelDecoder
-    rounds: _Rounds
+    rounds: Rounds
     lengths: int = 1
     end: int | None = None
     latent_temperature: float = 1.0
@@ -328,15 +313,15 @@ class ParallelSampler:
         """The network's parameters prepared, the others as they are."""
         return params | {"network": self.rounds.prepare(params["network"])}
 
-    def init(self, params, keys, cond) -> ParallelState:
-        """Reads the condition, draws latents, predicts lengths."""
+    def init(self, params, keys, cond) -> MaskedState:
+        """Reads the condition, draws latents, predicts lengths: the state of B x K sequences."""
         cond, model, network = cond or {}, self.model, self.model.network
         batch, several = len(keys), self.lengths
         source = {name: cond[name] for name in ("source", "source_length") if name in cond}
         read = network.encode(params["network"].params, source) if source else {}
         context = {"label": cond["label"]} if "label" in cond else {}
         summary = model.summarise(params["network"].params, read | context, batch)
-        length, log_prob = self._lengths(params, summary, source, cond, batch)
+        length = self._lengths(params, summary, source, cond, batch)
         copies = lambda leaf: jnp.repeat(leaf, several, axis=0)  # noqa: E731
         tokens = {"tokens": copies(cond["tokens"])} if "tokens" in cond else {}
         inner = tokens if length is None else tokens | {"length": length.reshape(-1)}
@@ -348,36 +333,30 @@ class ParallelSampler:
         if several > 1:
             fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
             keys = fold(keys, jnp.arange(several)).reshape(-1)
-        state = self.rounds.init(params["network"], keys, inner | {"context": context})
-        return ParallelState(inner=state, length_log_prob=log_prob)
+        return self.rounds.init(params["network"], keys, inner | {"context": context})
 
     def _lengths(self, params, summary, source, cond, batch):
-        """Lengths [B, K] or None, and their log-probabilities [B, K]."""
-        shape = (batch, self.lengths)
+        """Lengths [B, K], the most probable first; None where they are not predicted."""
         if "length" in cond:
             length = jnp.asarray(cond["length"], jnp.int32)[:, None]
-            return jnp.broadcast_to(length, shape), jnp.zeros(shape)
+            return jnp.broadcast_to(length, (batch, self.lengths))
         if self.model.ending != "length":
-            return None, jnp.zeros(shape)
+            return None
         logits = self.model.length_logits(params, summary, source_lengths(source, batch))
-        log_prob, best = jax.lax.top_k(jax.nn.log_softmax(logits), self.lengths)
-        return best + 1, log_prob
+        return jax.lax.top_k(logits, self.lengths)[1] + 1
 
-    def step(self, params, state: ParallelState, i) -> ParallelState:
+    def step(self, params, state: MaskedState, i) -> MaskedState:
         """One round."""
-        return state.replace(inner=self.rounds.step(params["network"], state.inner, i))
+        return self.rounds.step(params["network"], state, i)
 
-    def finish(self, params, state: ParallelState) -> jax.Array:
+    def finish(self, params, state: MaskedState) -> jax.Array:
         """The tokens of the best length, int32 [B, L], `end` (or 0) behind a sequence."""
-        inner = state.inner
-        tokens = inner.tokens
+        tokens = state.tokens
         if self.end is not None:
-            tokens = jnp.where(inner.exists, tokens, self.end)
-            ended = jnp.cumsum(tokens == self.end, axis=1) > 0
-            tokens = jnp.where(ended, self.end, tokens)
+            tokens = ended(jnp.where(state.exists, tokens, self.end), self.end)
         if self.lengths == 1:
             return tokens
-        mean = inner.log_prob.sum(-1) / jnp.maximum(inner.exists.sum(-1), 1)
+        mean = state.log_prob.sum(-1) / jnp.maximum(state.exists.sum(-1), 1)
         best = mean.reshape(-1, self.lengths).argmax(-1)
         tokens = tokens.reshape(-1, self.lengths, tokens.shape[-1])
         return jnp.take_along_axis(tokens, best[:, None, None], axis=1)[:, 0]

@@ -12,8 +12,8 @@ from scipy import stats
 from gen_jax import sampling
 from gen_jax.data.exact_sets import NoisyMixture, even_parity
 from gen_jax.metrics.gaps import any_order_bound
-from gen_jax.models import masked
-from gen_jax.models.autoregressive import cross_entropy
+from gen_jax.models import masked, sequences
+from gen_jax.models.sequences import cross_entropy
 from gen_jax.models.config import MaskConfig
 from gen_jax.models.masked import ExactDenoiser, NetworkDenoiser, blanks, bound_terms
 from gen_jax.nn.config import TransformerConfig
@@ -174,7 +174,7 @@ def test_hidden_positions_are_random_and_exist():
     length = jnp.tile(jnp.array([3, 4, 6]), 4_000)
     count = jnp.tile(jnp.array([2, 4, 2]), 4_000)
     tokens = jnp.broadcast_to(jnp.arange(6) % 3, (12_000, 6))
-    exists = masked.existing(tokens, length)
+    exists = sequences.existing(tokens, length)
     seen, hidden = (np.asarray(x) for x in jax.jit(masked.hide)(keys, tokens, exists, count, 3))
     np.testing.assert_array_equal(hidden.sum(-1), count)
     assert not (hidden & ~np.asarray(exists)).any()
