@@ -13,9 +13,9 @@ from gen_jax import sampling
 from gen_jax.data.exact_sets import NoisyMixture, even_parity
 from gen_jax.metrics.gaps import any_order_bound
 from gen_jax.models import masked, sequences
-from gen_jax.models.sequences import cross_entropy
 from gen_jax.models.config import MaskConfig
 from gen_jax.models.masked import ExactDenoiser, NetworkDenoiser, blanks, bound_terms
+from gen_jax.models.sequences import cross_entropy
 from gen_jax.nn.config import TransformerConfig
 from gen_jax.nn.encoder_decoder import EncoderDecoder
 from gen_jax.nn.transformer import TokenNetwork

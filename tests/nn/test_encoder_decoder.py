@@ -12,9 +12,9 @@ import pytest
 from gen_jax import sampling
 from gen_jax.models import autoregressive
 from gen_jax.models.autoregressive import AutoregressiveSampler, pad_prompts
-from gen_jax.models.sequences import mean_of_first
 from gen_jax.models.beam_search import BeamSearchSampler
 from gen_jax.models.config import TokenChoice
+from gen_jax.models.sequences import mean_of_first
 from gen_jax.nn.config import TransformerConfig
 from gen_jax.nn.encoder_decoder import EncoderDecoder
 
