@@ -163,7 +163,7 @@ def _check_options(argv, config):
         names += [prefix + field] + ([f"{prefix}no-{field}"] if isinstance(value, bool) else [])
     for item in argv:
         option = item.split("=", 1)[0].replace("_", "-")
-        if option.startswith("--") and option != "--help" and option not in names:
+        if item.startswith("--") and option != "--help" and option not in names:
             close = [name for name in names if _acronym(name) == option]
             close += difflib.get_close_matches(option, names, n=1, cutoff=0.0)
             raise ValueError(f"unknown option {item}; did you mean {close[0]}? (--help lists all)")

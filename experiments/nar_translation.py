@@ -14,6 +14,10 @@
             --data.targets AR_RUN/distilled.txt --workdir RUN
         Sequence-level knowledge distillation (Kim & Rush 2016, 1606.07947).
 
+    python -m experiments.nar_translation complete --workdir RUN --complete.source "a man runs" \
+            --complete.target "ein _ läuft"
+        A masked model fills the holes of a translation, and goes on from a prefix ("ein mann...").
+
     python -m experiments.nar_translation sample --workdir RUN --sample.rounds 4
 
     python -m experiments.nar_translation --preset wmt16 --data.dir DIR
@@ -79,6 +83,17 @@ class SampleConfig(run.SampleConfig):
 
 
 @dataclasses.dataclass(frozen=True)
+class CompleteConfig:
+    """What to complete; for masked models."""
+
+    source: str = ""
+    """A sentence to translate."""
+    target: str = "..."
+    """Its translation as far as it is given: _ is one hidden token, ___ are three, and ... at the
+    end leaves open what follows and how long it is."""
+
+
+@dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
     """What to measure."""
 
@@ -114,6 +129,7 @@ class Config:
     train: TrainConfig = TrainConfig()
     sample: SampleConfig = SampleConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    complete: CompleteConfig = CompleteConfig()
     distributed: DistributedConfig = DistributedConfig()
     pretrained: str = ""
     """Must stay empty: no other project's weights are read."""
@@ -191,7 +207,9 @@ EXPERIMENT = common.Experiment(
     "procedural language.",
     presets={"tiny": TINY, "multi30k": MULTI30K, "wmt16": WMT16},
     commands=run.commands(
-        "nar_translation", translation_run.Run, ("train", "sample", "evaluate", "distill")
+        "nar_translation",
+        translation_run.Run,
+        ("train", "sample", "evaluate", "distill", "complete"),
     ),
 )
 

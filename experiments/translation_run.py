@@ -19,6 +19,7 @@ from gen_jax.nn.config import TransformerConfig
 
 TOKENIZER = "tokenizer.json"
 DISTILLED = "distilled.txt"
+COMPLETED = "completed.txt"
 _SHOWN = 4
 
 
@@ -26,8 +27,8 @@ class Run(run.Run):
     """One run of an experiment with translations."""
 
     unit = "pairs"
-    results = (TOKENIZER, "translations.txt", "samples.npz", DISTILLED)
-    free = (*run.FREE, "data.targets")
+    results = (TOKENIZER, "translations.txt", "samples.npz", DISTILLED, COMPLETED)
+    free = (*run.FREE, "data.targets", "complete.")
 
     def check(self) -> None:
         """Refuses pairs and vocabularies that do not fit."""
@@ -38,6 +39,24 @@ class Run(run.Run):
             _ = self.pairs("validation")
         if {"sample", "evaluate"} & set(self.phases):
             _ = self.pairs(self.config.sample.split)
+        if "complete" in self.phases:
+            if self.config.strategy != "masked":
+                raise ValueError("complete is for masked models: --strategy masked")
+            if not self.config.complete.source.strip():
+                raise ValueError("give the sentence to translate as --complete.source")
+            _ = self._completion
+
+    @functools.cached_property
+    def _completion(self):
+        """The source as a pair, and what is given of the target."""
+        choice, most = self.config.complete, self.columns
+        source = choice.source.strip()
+        pair = Pairs.encode(self.tokenizer, [source], [source], most, long="leave out")
+        given, is_open = translation.parse_template(self.tokenizer, choice.target)
+        if len(given) > most:
+            raise ValueError(f"complete.target has {len(given)} tokens, the model at most {most}: "
+                             "give fewer")  # fmt: skip
+        return pair, given, is_open
 
     @functools.cached_property
     def tokenizer(self) -> tokenizers.Tokenizer:
@@ -355,6 +374,23 @@ class Run(run.Run):
             lines[place] = text
         self.keep_text(DISTILLED, "\n".join(lines) + "\n")
         return {"distilled": len(lines)}
+
+    def complete(self, params) -> dict:
+        """Fills the holes of a target, or goes on from its beginning, in rounds."""
+        from gen_jax import sampling
+        from gen_jax.models.masked import blanks
+
+        pair, given, is_open = self._completion
+        sampler, seed = self.sampler(self.columns), self.config.sample.seed
+        lengths = None if is_open else [len(given)]
+        cond = self.condition(pair.all(self.columns), 1)
+        cond |= blanks(self.decoder.denoiser, self.columns, [given], lengths)
+        tokens = sampling.generate(sampler, params, sampling.sample_keys(seed, 0, 1), cond)
+        choice, (text,) = self.config.complete, self.texts_of(np.asarray(tokens))
+        shown = f"source      {choice.source}\ngiven       {choice.target}\ntranslation {text}\n"
+        self.keep_text(COMPLETED, shown)
+        print(shown)
+        return {"nfe": sampler.nfe}
 
     def texts_of(self, tokens: np.ndarray) -> list[str]:
         """Translations int32 [B, L] as texts, up to END."""

@@ -291,6 +291,29 @@ def texts_of(tokenizer: Tokenizer, tokens: np.ndarray, lengths: np.ndarray) -> l
     return texts
 
 
+def parse_template(tokenizer: Tokenizer, text: str) -> tuple[list[int | None], bool]:
+    """A sequence of which only some tokens are given.
+
+    Args:
+        tokenizer: one with an END.
+        text: what is given, with "_" for each hidden token (the space before it is part of it),
+            and "..." at the end where what follows is open.
+
+    Returns:
+        one id for each token, None for the hidden ones; and whether the end is open: else END is
+        the last id.
+
+    Raises:
+        ValueError: as `Pairs.encode`.
+    """
+    text, is_open = text.strip().removesuffix("..."), text.strip().endswith("...")
+    ids: list[int | None] = []
+    for part in re.split(r"\s*(_+)", text.rstrip()):
+        holes = bool(part) and not part.strip("_")
+        ids += [None] * len(part) if holes else _tokens(tokenizer, part).tolist() if part else []
+    return ids + [tokenizer.end] * (not is_open), is_open
+
+
 def _tokens(tokenizer: Tokenizer, text: str) -> np.ndarray:
     ids = tokenizer.encode(text)
     if np.isin(ids, (PAD, tokenizer.end)).any():

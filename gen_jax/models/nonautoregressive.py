@@ -269,15 +269,15 @@ class ParallelSampler:
     whose tokens have the highest mean log-probability is kept (Ghazvininejad et al. 2019, 3.3).
 
     The condition is what the network conditions on; it may have "length" int32 [B], which is then
-    not predicted, and "tokens" int32 [B, L] of `masked.blanks`.
+    not predicted, and "tokens" int32 [B, L] of `masked.blanks`, which a predicted length holds.
 
     Attributes:
       model: trained by `one_shot_loss` or `masked_loss`.
       rounds: a sampler of `masked_samplers` over the model's denoiser and columns; `one_shot` for
         all at once.
       lengths: K.
-      end: the token after which nothing counts, which fills what is behind the sequence. None
-        where sequences do not end.
+      end: the token after which nothing counts, given tokens included, which fills what is behind
+        the sequence. None where sequences do not end.
       latent_temperature: scales the noise of the latent; 0 takes the mean, or the likeliest code.
     """
 
@@ -343,7 +343,18 @@ class ParallelSampler:
         if self.model.ending != "length":
             return None
         logits = self.model.length_logits(params, summary, source_lengths(source, batch))
-        return jax.lax.top_k(logits, self.lengths)[1] + 1
+        least = self._given(cond, batch)  # a sequence has room for the tokens that are given
+        lengths = jnp.arange(1, self.model.columns + 1)
+        logits = jnp.where(lengths >= least[:, None], logits, -jnp.inf)
+        best = jax.lax.top_k(logits, self.lengths)[1] + 1
+        return jnp.maximum(best, least[:, None])
+
+    def _given(self, cond, batch):
+        """Positions [B] up to the last token that is given."""
+        if "tokens" not in cond:
+            return jnp.zeros(batch, jnp.int32)
+        given = jnp.asarray(cond["tokens"]) != self.model.denoiser.mask
+        return jnp.where(given, jnp.arange(1, self.model.columns + 1), 0).max(-1)
 
     def step(self, params, state: MaskedState, i) -> MaskedState:
         """One round."""

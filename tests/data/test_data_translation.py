@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from gen_jax.data.bpe import train_bpe
 from gen_jax.data.config import TranslationConfig
 from gen_jax.data.synonyms import Synonyms
 from gen_jax.data.tokenizers import Bytes
@@ -16,6 +17,7 @@ from gen_jax.data.translation import (
     default_buckets,
     load_pairs,
     make_tokenizer,
+    parse_template,
     texts_of,
 )
 from gen_jax.data.words import Words
@@ -234,6 +236,40 @@ def test_long_pairs_are_left_out_or_truncated():
 def test_texts_end_at_the_first_end_without_padding():
     tokens = np.array([[2, 3, 1, 4], [2, 0, 3, 4], [1, 2, 3, 4], [2, 3, 4, 5]])
     assert texts_of(TOKENIZER, tokens, np.array([4, 4, 3, 2])) == ["a b", "a b c", "", "a b"]
+
+
+WORDS = Words(("<pad>", "</s>", "a", "b", "c"))
+
+
+@pytest.mark.parametrize(
+    ("text", "ids", "is_open"),
+    [
+        ("a _ b", [2, None, 3, 1], False),
+        (" a ___ _ b c...", [2, None, None, None, None, 3, 4], True),
+        ("_", [None, 1], False),
+        ("...", [], True),
+        ("a b ...", [2, 3], True),
+    ],
+)
+def test_templates_give_some_tokens(text, ids, is_open):
+    assert parse_template(WORDS, text) == (ids, is_open)
+
+
+def test_the_space_before_a_hole_is_hidden_with_it():
+    tokenizer = train_bpe(["ein mann"] * 2, 258)
+    ids, is_open = parse_template(tokenizer, "ein __ mann")
+    assert not is_open
+    assert ids[3:5] == [None, None]
+    assert tokenizer.decode(np.array(ids[:3])) == "ein"
+    assert tokenizer.decode(np.array(ids[5:-1])) == " mann"
+    assert ids[-1] == tokenizer.end
+
+
+def test_templates_of_unknown_words_or_with_end_are_refused():
+    with pytest.raises(ValueError, match="not in the vocabulary: 'd'"):
+        parse_template(WORDS, "a _ d")
+    with pytest.raises(ValueError, match="spells the padding or the END token"):
+        parse_template(WORDS, "a </s> _")
 
 
 @settings(max_examples=30, deadline=None)

@@ -115,6 +115,41 @@ def test_a_student_learns_from_the_translations_of_a_teacher(runs, tmp_path, cap
     assert "3 lines for 40 training pairs" in capsys.readouterr().err
 
 
+def test_holes_are_filled_and_prefixes_are_gone_on_from(runs, tmp_path, capsys):
+    copy = shutil.copytree(runs / "masked", tmp_path / "copy")
+    source = ["--workdir", copy, "--complete.source", "s1 s2 s3"]
+    for template in ("i1 _ f3", "t0 u0 i1..."):
+        assert main("complete", *source, "--complete.target", template) == 0
+        text = (copy / "completed.txt").read_text()
+        lines = dict(line.split(maxsplit=1) for line in text.splitlines() if line.strip())
+        assert lines["source"] == "s1 s2 s3"
+        assert lines["given"] == template
+        assert text in capsys.readouterr().out
+        words = lines.get("translation", "").split()
+        kept = template.removesuffix("...").split()
+        # A model that knows nothing may end a sentence anywhere in a hole; what is left is ours.
+        assert len(words) == len(kept) or template.endswith("...") or len(words) == 1
+        for word, given in zip(words, kept, strict=False):
+            assert given in ("_", word)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("masked", [], "give the sentence to translate as --complete.source"),
+        ("ar", ["--complete.source", "s1"], "complete is for masked models"),
+        ("masked", ["--complete.source", "what"], "not in the vocabulary: 'what'"),
+        ("masked", ["--complete.source", "s1", "--complete.target", "t?"], "not in the vocab"),
+        ("masked", ["--complete.source", "s1", "--complete.target", "_" * 12],
+         "complete.target has 13 tokens, the model at most 12"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_completed_is_one_line(runs, capsys, name, options, message):
+    strategy = ["--strategy", "ar"] if name == "ar" else []
+    assert main("complete", "--workdir", runs / name, *strategy, *options) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_files_are_translated_with_byte_pairs_and_bleu(tmp_path):
     folder = tmp_path / "pairs of files"
     folder.mkdir()

@@ -481,6 +481,24 @@ def test_the_surest_of_several_lengths_is_kept():
     np.testing.assert_array_equal(samples, np.stack(tokens)[best, np.arange(ROWS)])
 
 
+@pytest.mark.parametrize("several", [1, 4])
+def test_predicted_lengths_hold_the_tokens_that_are_given(several):
+    params = random_params(FLAT)
+    likeliest = np.asarray(length_logits(FLAT, params, LABEL)).argmax(-1) + 1
+    place = 5
+    assert (likeliest <= place).any()
+    assert (likeliest > place).any()
+    tokens = np.full((ROWS, 7), FLAT.denoiser.mask, np.int32)
+    tokens[:, place] = 3
+    sampler = ParallelSampler(FLAT, MaskPredict(FLAT.denoiser, 7, 3), lengths=several)
+    samples, states = draw(sampler, params, KEYS, LABEL | {"tokens": tokens})
+    assert (np.asarray(samples)[:, place] == 3).all()
+    lengths = np.asarray(states.exists[0]).sum(-1).reshape(ROWS, several)
+    assert (lengths > place).all()
+    fits = likeliest > place
+    np.testing.assert_array_equal(lengths[fits, 0], likeliest[fits])
+
+
 @pytest.mark.parametrize("latent", [NONE, CODES, GAUSSIAN], ids=lambda latent: latent.kind)
 def test_evaluations(latent):
     model, more = bits_model(latent), latent.kind != "none"
