@@ -23,6 +23,7 @@ from gen_jax.models.autoregressive import AutoregressiveSampler, pad_prompts
 from gen_jax.models.config import TokenChoice
 from gen_jax.nn.config import TransformerConfig
 from gen_jax.nn.transformer import TokenNetwork
+from random_networks import random_params
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -47,19 +48,6 @@ PROMPTS = [[1, 2, 3, 4], [5], [8, 0], [7, 7, 2], [6, 1, 0, 3], [3], [2, 8, 8]]
 apply = jax.jit(lambda network, params, tokens: network(params, tokens), static_argnums=0)
 log_prob_of = jax.jit(autoregressive.log_prob, static_argnums=0)
 loss_of = jax.jit(autoregressive.loss, static_argnums=0)
-
-
-@functools.cache
-def random_params(config, seed=1):
-    """Parameters with nothing at zero or one, so large that distributions are far from flat."""
-    shapes = jax.eval_shape(TokenNetwork(config).init, jax.random.key(0))
-    leaves, tree = jax.tree_util.tree_flatten_with_path(shapes)
-    generator = np.random.default_rng(seed)
-    values = []
-    for path, leaf in leaves:
-        mean, deviation = (2.5, 0.1) if path[-1].key == "scale" else (0, 0.13)
-        values.append(generator.normal(mean, deviation, leaf.shape).astype(np.float32))
-    return jax.tree.unflatten(tree, values)
 
 
 def draw(sampler, prompts=PROMPTS, seed=0, params=None):

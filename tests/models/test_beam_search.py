@@ -1,7 +1,6 @@
 """Beam search: the exact argmax where the beam is wide enough, and that of transformers."""
 
 import dataclasses
-import functools
 import itertools
 
 import jax
@@ -15,6 +14,7 @@ from gen_jax.models.beam_search import BeamSearchSampler
 from gen_jax.models.config import TokenChoice
 from gen_jax.nn.config import TransformerConfig
 from gen_jax.nn.transformer import TokenNetwork
+from random_networks import random_params
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -42,19 +42,6 @@ generate = jax.jit(
     ),
     static_argnums=0,
 )
-
-
-@functools.cache
-def random_params(config, seed=1):
-    """Parameters with nothing at zero or one, so large that distributions are far from flat."""
-    shapes = jax.eval_shape(TokenNetwork(config).init, jax.random.key(0))
-    leaves, tree = jax.tree_util.tree_flatten_with_path(shapes)
-    generator = np.random.default_rng(seed)
-    values = []
-    for path, leaf in leaves:
-        mean, deviation = (2.5, 0.1) if path[-1].key == "scale" else (0, 0.13)
-        values.append(generator.normal(mean, deviation, leaf.shape).astype(np.float32))
-    return jax.tree.unflatten(tree, values)
 
 
 def search(sampler, prompts, seed=1):

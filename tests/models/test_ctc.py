@@ -18,6 +18,7 @@ from gen_jax.models.ctc import CTCSampler, collapse, ctc_loss
 from gen_jax.models.masked import NetworkDenoiser
 from gen_jax.nn.config import TransformerConfig
 from gen_jax.nn.encoder_decoder import EncoderDecoder
+from random_networks import random_params
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -38,19 +39,6 @@ BATCH = {
 KEYS = sampling.sample_keys(0, 0, 8)
 
 loss_of = jax.jit(ctc_loss, static_argnums=0, static_argnames="factor")
-
-
-@functools.cache
-def random_params(network, seed=1):
-    """Parameters with nothing at zero or one, so large that distributions are far from flat."""
-    shapes = jax.eval_shape(network.init, jax.random.key(0))
-    leaves, tree = jax.tree_util.tree_flatten_with_path(shapes)
-    generator = np.random.default_rng(seed)
-    values = []
-    for path, leaf in leaves:
-        mean, deviation = (2.5, 0.1) if path[-1].key == "scale" else (0, 0.13)
-        values.append(jnp.asarray(generator.normal(mean, deviation, leaf.shape), jnp.float32))
-    return jax.tree.unflatten(tree, values)
 
 
 PARAMS = random_params(NETWORK)

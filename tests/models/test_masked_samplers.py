@@ -34,6 +34,7 @@ from gen_jax.models.schedules import (
 from gen_jax.nn.config import TransformerConfig
 from gen_jax.nn.encoder_decoder import EncoderDecoder
 from gen_jax.nn.transformer import TokenNetwork
+from random_networks import random_params
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -97,19 +98,6 @@ class Counting:
     def __call__(self, params, tokens, exists, context):
         jax.debug.callback(lambda: CALLS.append(len(tokens)))
         return self.inner(params, tokens, exists, context)
-
-
-@functools.cache
-def random_params(network, seed=1):
-    """Parameters with nothing at zero or one, so large that distributions are far from flat."""
-    shapes = jax.eval_shape(network.init, jax.random.key(0))
-    leaves, tree = jax.tree_util.tree_flatten_with_path(shapes)
-    generator = np.random.default_rng(seed)
-    values = []
-    for path, leaf in leaves:
-        mean, deviation = (2.5, 0.1) if path[-1].key == "scale" else (0, 0.13)
-        values.append(generator.normal(mean, deviation, leaf.shape).astype(np.float32))
-    return jax.tree.unflatten(tree, values)
 
 
 PARAMS = random_params(NETWORK.network, 2)

@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import Mesh
 from scipy import stats
 
+import random_networks
 from gen_jax import sampling
 from gen_jax.data.exact_sets import NoisyMixture, even_parity, modes
 from gen_jax.models import autoregressive, masked, nonautoregressive
@@ -72,22 +73,17 @@ def every(length):
     return np.array(list(itertools.product(range(2), repeat=length)), np.int32)
 
 
-@functools.cache
+def _deviation(names):
+    if names[0] == "length" or (names[0] == "latent" and "posterior" not in names):
+        return 2.0 if names[-1] == "kernel" else 0.6
+    return None
+
+
 def random_params(model, seed=1):
-    """Parameters with nothing at zero or one, so large that distributions are far from flat."""
+    """Those of all parts at once, a latent of codes where the model has none."""
     if not isinstance(model, TokenNetwork) and model.latent == NONE:
-        model = dataclasses.replace(model, latent=CODES)  # the others are those of the codes
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    leaves, tree = jax.tree_util.tree_flatten_with_path(shapes)
-    generator = np.random.default_rng(seed)
-    values = []
-    for path, leaf in leaves:
-        names = [entry.key for entry in path]
-        mean, deviation = (2.5, 0.1) if names[-1] == "scale" else (0, 0.13)
-        if names[0] == "length" or (names[0] == "latent" and "posterior" not in names):
-            deviation = 2.0 if names[-1] == "kernel" else 0.6
-        values.append(jnp.asarray(generator.normal(mean, deviation, leaf.shape), jnp.float32))
-    return jax.tree.unflatten(tree, values)
+        model = dataclasses.replace(model, latent=CODES)
+    return random_networks.random_params(model, seed, _deviation)
 
 
 def without_latent(model):

@@ -17,6 +17,7 @@ from gen_jax.models.config import TokenChoice
 from gen_jax.models.speculative import SpeculativeSampler
 from gen_jax.nn.config import TransformerConfig
 from gen_jax.nn.transformer import TokenNetwork
+from random_networks import random_params
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -35,19 +36,6 @@ apply = jax.jit(lambda network, params, tokens: network(params, tokens), static_
 def small(config):
     """The configuration of a draft: another form, half as wide."""
     return dataclasses.replace(config, layers=1, width=8, tied=False, **MODERN)
-
-
-@functools.cache
-def random_params(config, seed=1):
-    """Parameters with nothing at zero or one, so large that distributions are far from flat."""
-    shapes = jax.eval_shape(TokenNetwork(config).init, jax.random.key(0))
-    leaves, tree = jax.tree_util.tree_flatten_with_path(shapes)
-    generator = np.random.default_rng(seed)
-    values = []
-    for path, leaf in leaves:
-        mean, deviation = (2.5, 0.1) if path[-1].key == "scale" else (0, 0.13)
-        values.append(generator.normal(mean, deviation, leaf.shape).astype(np.float32))
-    return jax.tree.unflatten(tree, values)
 
 
 def make(config, length, tokens, drafted, choice=PLAIN, kind=SpeculativeSampler, **rest):

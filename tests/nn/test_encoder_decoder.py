@@ -17,6 +17,7 @@ from gen_jax.models.config import TokenChoice
 from gen_jax.models.sequences import mean_of_first
 from gen_jax.nn.config import TransformerConfig
 from gen_jax.nn.encoder_decoder import EncoderDecoder
+from random_networks import random_params
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -53,19 +54,6 @@ class Counting(EncoderDecoder):
     def extend(self, prepared, tokens, caches, column, first=None, **options):
         jax.debug.callback(lambda: CALLS.append(column))
         return super().extend(prepared, tokens, caches, column, first, **options)
-
-
-@functools.cache
-def random_params(network, seed=1):
-    """Parameters with nothing at zero or one, so large that distributions are far from flat."""
-    shapes = jax.eval_shape(network.init, jax.random.key(0))
-    leaves, tree = jax.tree_util.tree_flatten_with_path(shapes)
-    rng = np.random.default_rng(seed)
-    values = []
-    for path, leaf in leaves:
-        mean, deviation = (2.5, 0.1) if path[-1].key == "scale" else (0, 0.13)
-        values.append(rng.normal(mean, deviation, leaf.shape).astype(np.float32))
-    return jax.tree.unflatten(tree, values)
 
 
 def make(config):

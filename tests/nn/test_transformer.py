@@ -11,6 +11,7 @@ import pytest
 from gen_jax.models import autoregressive
 from gen_jax.nn.config import TransformerConfig
 from gen_jax.nn.transformer import TokenNetwork, Transformer, attention, rotate
+from random_networks import random_params
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -39,19 +40,6 @@ extend = jax.jit(
     ),
     static_argnums=0,
 )
-
-
-@functools.cache
-def random_params(config, seed=1):
-    """Parameters with nothing at zero or one, so large that distributions are far from flat."""
-    shapes = jax.eval_shape(TokenNetwork(config).init, jax.random.key(0))
-    leaves, tree = jax.tree_util.tree_flatten_with_path(shapes)
-    generator = np.random.default_rng(seed)
-    values = []
-    for path, leaf in leaves:
-        mean, deviation = (2.5, 0.1) if path[-1].key == "scale" else (0, 0.13)
-        values.append(generator.normal(mean, deviation, leaf.shape).astype(np.float32))
-    return jax.tree.unflatten(tree, values)
 
 
 def apply(network, params, tokens, **rest):
