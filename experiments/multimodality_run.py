@@ -14,7 +14,7 @@ import numpy as np
 from experiments import common
 from gen_jax.config import to_dict
 from gen_jax.data.exact import Enumerated
-from gen_jax.data.exact_sets import NoisyMixture, binary_chain, even_parity, modes
+from gen_jax.data.exact_sets import NoisyMixture, binary_chain, even_parity
 from gen_jax.metrics import gaps, repair
 from gen_jax.models.schedules import SCHEDULES, Fixed, Optimal, Schedule
 from gen_jax.workdir import Workdir
@@ -83,12 +83,18 @@ class Strategy:
         return gaps.kl(dist.dense(), self.law(dist)) if self.erase else None
 
 
+def mixtures(config) -> dict[str, NoisyMixture]:
+    """The distributions that a latent of two codes can express, by name."""
+    return {
+        "two modes": NoisyMixture(2, config.length, 2, 0.0),
+        "modes behind noise": NoisyMixture(2, config.length, 2, config.noise),
+    }
+
+
 def known_sets(config) -> dict[str, Enumerated]:
     """The distributions, by name."""
     length = config.length
-    return {
-        "two modes": modes((0.5, 0.5), length),
-        "modes behind noise": NoisyMixture(2, length, 2, config.noise).data,
+    return {name: mixture.data for name, mixture in mixtures(config).items()} | {
         "Markov chain": binary_chain(length, config.stay),
         "even parity": even_parity(length),
     }
@@ -187,10 +193,7 @@ class Measure:
             order = random.permuted(np.tile(np.arange(dist.length), (number, 1)), axis=1)
             sizes = strategy.sizes
         log_q = np.asarray(self._in_order(denoiser, params, data, order, sizes), np.float64)
-        terms = dist.log_prob(data) - log_q
-        found["drawn_kl"] = float(terms.mean())
-        found["drawn_kl_error"] = float(terms.std() / number**0.5)
-        return found
+        return found | _mean_kl(dist.log_prob(data) - log_q)
 
     @functools.cached_property
     def _in_order(self):
@@ -243,13 +246,41 @@ class Measure:
         tv, error = self._variation(tokens, None)
         return {"network_tv": tv, "network_tv_error": error}
 
-    def latent(self, exact: bool) -> dict:
-        """The row of the shared latent; its gap is zero for an exact mixture of two products."""
+    def latent(self, mixture: NoisyMixture | None) -> dict:
+        """The row of the shared latent.
+
+        Args:
+          mixture: what the set is, where two codes can express it: the gap is then zero, and the
+            sampler draws the code and, given it, all positions at once.
+        """
         log_q = self.networks.log_prob("latent", self.every)
         row = {"strategy": "shared latent", "family": "shared latent", "nfe": 2}
-        if exact:
-            row |= {"kl": 0.0, "tv": 0.0, "valid": 1.0}
+        if mixture is not None:
+            row |= {"kl": 0.0, "tv": 0.0, "valid": 1.0} | self._drawn_by_code(mixture)
         return row | self._of_law(log_q)
+
+    def _drawn_by_code(self, mixture):
+        """As `drawn`, over the codes and the sequences behind them."""
+        from gen_jax import sampling
+        from gen_jax.models.masked import ExactDenoiser
+        from gen_jax.models.masked_samplers import InOrder
+
+        joint, number, seed = mixture.joint, self.config.samples, self.config.seed
+        denoiser = ExactDenoiser(joint.vocabulary)
+        params = {"support": joint.support, "prob": joint.prob}
+        sampler = InOrder.of_groups(denoiser, ((0,), tuple(range(1, joint.length))))
+        keys = sampling.sample_keys(seed, 0, number)
+        tokens = np.asarray(sampling.generate(sampler, params, keys))[:, 1:]
+        data = self.dist.sample(seed, number)
+        order, sizes = np.arange(joint.length), (1, joint.length - 1)
+        log_q = [
+            self._in_order(denoiser, params, np.insert(data, 0, code, axis=1), order, sizes)
+            for code in range(mixture.number)
+        ]
+        tv, error = self._variation(tokens, None)
+        valid = float(np.isfinite(self.dist.log_prob(tokens)).mean())
+        terms = self.dist.log_prob(data) - np.logaddexp.reduce(np.float64(log_q))
+        return {"drawn_valid": valid, "drawn_tv": tv, "drawn_tv_error": error} | _mean_kl(terms)
 
     def limits(self, rounds: int) -> dict[str, float]:
         """Total variation after many rounds of each repair, with exact conditionals."""
@@ -265,6 +296,12 @@ class Measure:
         tv = 0.5 * np.abs(np.exp(log_q) - p).sum()
         return {"network_kl": float(kl), "network_tv": float(tv),
                 "network_valid": float(np.exp(log_q[seen]).sum())}  # fmt: skip
+
+
+def _mean_kl(terms):
+    """The mean of log p - log q over data, with its standard error."""
+    return {"drawn_kl": float(terms.mean()),
+            "drawn_kl_error": float(terms.std() / len(terms) ** 0.5)}  # fmt: skip
 
 
 def run_all(config) -> None:
@@ -286,7 +323,7 @@ def run_all(config) -> None:
             schedules["optimal"] = Optimal(tuple(map(float, dist.entropy_profile)))
             measure = Measure(config, dist, networks.of(name))
             rows = [measure.row(strategy) for strategy in strategies(config.length, schedules)]
-            rows.insert(1, measure.latent(exact="modes" in name))
+            rows.insert(1, measure.latent(mixtures(config).get(name)))
             tables[name] = {
                 "entropy": dist.entropy,
                 "total_correlation": dist.total_correlation(),
