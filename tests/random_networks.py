@@ -9,6 +9,14 @@ import numpy as np
 from gen_jax.nn.config import TransformerConfig
 from gen_jax.nn.transformer import TokenNetwork
 
+LLAMA_FORM = {
+    "position": "rotary",
+    "norm": "rms",
+    "activation": "swiglu",
+    "bias": False,
+    "tied": False,
+}
+
 
 @functools.cache
 def random_params(network, seed=1, deviation_of=lambda names: None):

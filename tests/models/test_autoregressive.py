@@ -23,7 +23,7 @@ from gen_jax.models.autoregressive import AutoregressiveSampler, pad_prompts
 from gen_jax.models.config import TokenChoice
 from gen_jax.nn.config import TransformerConfig
 from gen_jax.nn.transformer import TokenNetwork
-from random_networks import random_params
+from random_networks import LLAMA_FORM, random_params
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -32,11 +32,7 @@ LLAMA = dataclasses.replace(
     GPT,
     heads=4,
     kv_heads=2,
-    position="rotary",
-    norm="rms",
-    activation="swiglu",
-    bias=False,
-    tied=False,
+    **LLAMA_FORM,
 )
 FORMS = pytest.mark.parametrize("config", [GPT, LLAMA], ids=["gpt", "llama"])
 THREE = dataclasses.replace(GPT, vocabulary=3, context=8, layers=1, extra_inputs=2)

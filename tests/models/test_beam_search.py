@@ -14,7 +14,7 @@ from gen_jax.models.beam_search import BeamSearchSampler
 from gen_jax.models.config import TokenChoice
 from gen_jax.nn.config import TransformerConfig
 from gen_jax.nn.transformer import TokenNetwork
-from random_networks import random_params
+from random_networks import LLAMA_FORM, random_params
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -26,11 +26,7 @@ NINE = TransformerConfig(
     width=16,
     heads=4,
     kv_heads=2,
-    position="rotary",
-    norm="rms",
-    activation="swiglu",
-    bias=False,
-    tied=False,
+    **LLAMA_FORM,
 )
 PROMPTS = [[1, 2, 0], [2], [0, 1]]
 SEEDS = range(8)

@@ -17,13 +17,12 @@ from gen_jax.models.config import TokenChoice
 from gen_jax.models.speculative import SpeculativeSampler
 from gen_jax.nn.config import TransformerConfig
 from gen_jax.nn.transformer import TokenNetwork
-from random_networks import random_params
+from random_networks import LLAMA_FORM, random_params
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 FOUR = TransformerConfig(vocabulary=4, context=24, layers=1, width=16, heads=2)
 NINE = dataclasses.replace(FOUR, vocabulary=9)
-MODERN = {"position": "rotary", "norm": "rms", "activation": "swiglu", "bias": False}
 GREEDY = TokenChoice(temperature=0)
 MIXED = TokenChoice(temperature=1.5, top_k=3, top_p=0.95)
 PROMPTS = [[1, 2, 3, 4], [5], [8, 0], [7, 7, 2], [6, 1, 0, 3], [3], [2, 8, 8]]
@@ -35,7 +34,7 @@ apply = jax.jit(lambda network, params, tokens: network(params, tokens), static_
 
 def small(config):
     """The configuration of a draft: another form, half as wide."""
-    return dataclasses.replace(config, layers=1, width=8, tied=False, **MODERN)
+    return dataclasses.replace(config, layers=1, width=8, **LLAMA_FORM)
 
 
 def make(config, length, tokens, drafted, choice=PLAIN, kind=SpeculativeSampler, **rest):

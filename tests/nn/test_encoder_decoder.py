@@ -17,7 +17,7 @@ from gen_jax.models.config import TokenChoice
 from gen_jax.models.sequences import mean_of_first
 from gen_jax.nn.config import TransformerConfig
 from gen_jax.nn.encoder_decoder import EncoderDecoder
-from random_networks import random_params
+from random_networks import LLAMA_FORM, random_params
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -29,11 +29,7 @@ LLAMA = dataclasses.replace(
     layers=1,
     heads=4,
     kv_heads=2,
-    position="rotary",
-    norm="rms",
-    activation="swiglu",
-    bias=False,
-    tied=False,
+    **LLAMA_FORM,
 )
 FORMS = pytest.mark.parametrize("config", [GPT, LLAMA], ids=["gpt", "llama"])
 GREEDY = TokenChoice(temperature=0)

@@ -11,7 +11,7 @@ import pytest
 from gen_jax.models import autoregressive
 from gen_jax.nn.config import TransformerConfig
 from gen_jax.nn.transformer import TokenNetwork, Transformer, attention, rotate
-from random_networks import random_params
+from random_networks import LLAMA_FORM, random_params
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -20,11 +20,7 @@ LLAMA = dataclasses.replace(
     GPT,
     kv_heads=2,
     hidden=24,
-    position="rotary",
-    norm="rms",
-    activation="swiglu",
-    bias=False,
-    tied=False,
+    **LLAMA_FORM,
 )
 FORMS = pytest.mark.parametrize("config", [GPT, LLAMA], ids=["gpt", "llama"])
 TOKENS = np.random.default_rng(0).permuted(np.tile(np.arange(12, dtype=np.int32), (3, 1)), axis=1)
