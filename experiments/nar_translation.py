@@ -181,7 +181,7 @@ MULTI30K = Config(
     ),
     encoder_layers=2,
     train=TrainConfig(
-        steps=4000, batch=64, learning_rate=2e-3, warmup=400, decay="cosine", final_rate=0.02,
+        steps=5000, batch=64, learning_rate=2e-3, warmup=400, decay="cosine", final_rate=0.02,
         beta2=0.98, ema=0.998, ema_warmup=True, log_every=100, checkpoint_every=1000,
         evaluate_every=1000,
     ),
