@@ -56,7 +56,7 @@ def ctc_loss(network, params, batch: dict, keys: jax.Array, *, factor: int):
     repeats = ((tokens[:, 1:] == tokens[:, :-1]) & inside[:, 1:]).sum(-1)
     fits = inside.sum(-1) + repeats <= exists.sum(-1)
     number = jnp.maximum(jnp.where(fits[:, None], inside, False).sum(), 1)
-    return jnp.where(fits, values, 0).sum() / number, {"unaligned": 1 - fits.mean()}
+    return jnp.where(fits, values, 0).sum() / number, {"unaligned": (~fits).mean()}
 
 
 def _columns(network, batch, factor):
