@@ -62,7 +62,8 @@ def test_the_command_all_leaves_everything(runs):
     }  # fmt: skip
     assert wanted <= summary(runs / "masked").keys()
     assert summary(runs / "masked")["nfe"] == 2
-    assert list(EXPERIMENT.commands) == ["all", "train", "sample", "evaluate", "distill"]
+    commands = ["all", "train", "sample", "evaluate", "distill", "complete"]
+    assert list(EXPERIMENT.commands) == commands
 
 
 @pytest.mark.parametrize("name", ["masked", "ar"])
