@@ -524,7 +524,7 @@ def test_the_loop_is_that_of_python():
     cond = {"tokens": tokens, "length": np.tile(np.array([4, 5], np.int32), ROWS // 2)}
     prepared = sampler.prepare(params)
     state = jax.jit(sampler.init)(prepared, KEYS, cond)
-    added = np.asarray(state.inner.context["added"]).reshape(ROWS, 2, -1)
+    added = np.asarray(state.context["added"]).reshape(ROWS, 2, -1)
     np.testing.assert_array_equal(added[:, 0], added[:, 1])  # lengths share the latent
     assert len(np.unique(added[:, 0], axis=0)) == 3
     step = jax.jit(sampler.step)
