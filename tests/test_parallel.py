@@ -20,6 +20,7 @@ OPTIONS = [
 def start(path, processes, index, port, command="train"):
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // processes}",
     }
     distributed = [
