@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments import run
-from gen_jax.models.config import TokenChoice
+from gen_jax.models.autoregressive.config import TokenChoice
 from gen_jax.nn.config import TransformerConfig
 
 
@@ -54,7 +54,7 @@ class Run(run.Run):
 
     def loss(self, params, batch, keys):
         """As `training.Loss`."""
-        from gen_jax.models import autoregressive
+        from gen_jax.models.autoregressive import losses as autoregressive
 
         return autoregressive.loss(self.network, params, batch, keys)
 
@@ -100,7 +100,7 @@ class Run(run.Run):
         import jax
         import jax.numpy as jnp
 
-        from gen_jax.models import autoregressive
+        from gen_jax.models.autoregressive import losses as autoregressive
 
         @jax.jit
         def nats(params, tokens, counted, label):

@@ -94,8 +94,8 @@ class Sides:
 
     def sampler(self, solver: str, steps: int):
         """Our sampler with the settings that the pipeline has by default."""
-        from gen_jax.models.config import DiffusionConfig, SolverConfig
-        from gen_jax.models.diffusion_samplers import make_sampler
+        from gen_jax.models.diffusion.config import DiffusionConfig, SolverConfig
+        from gen_jax.models.diffusion.samplers import make_sampler
 
         process = DiffusionConfig(variance="fixed_small")
         shape = (self.side, self.side, 3)

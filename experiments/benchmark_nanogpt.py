@@ -182,7 +182,7 @@ def _loss(vocabulary, params, validation):
     """Cross-entropy in nats per token over the whole split."""
     import jax
 
-    from gen_jax.models import autoregressive
+    from gen_jax.models.autoregressive import losses as autoregressive
 
     network = _network(vocabulary)
     score = jax.jit(functools.partial(autoregressive.log_prob, network))
@@ -202,7 +202,7 @@ def _sample(config, folder, vocabulary, params):
     import torch
 
     from gen_jax import sampling
-    from gen_jax.models.autoregressive import AutoregressiveSampler
+    from gen_jax.models.autoregressive.losses import AutoregressiveSampler
 
     sys.path.insert(0, str(folder / "nanoGPT"))
     from model import GPT, GPTConfig

@@ -127,7 +127,7 @@ class Sides:
 
     def sampler(self, tokens: int, choice):
         """Ours."""
-        from gen_jax.models.autoregressive import AutoregressiveSampler
+        from gen_jax.models.autoregressive.losses import AutoregressiveSampler
 
         return AutoregressiveSampler(self.network, self.config.prompt, tokens, choice)
 
@@ -156,7 +156,7 @@ class Sides:
         import torch
 
         from gen_jax import sampling
-        from gen_jax.models.config import TokenChoice
+        from gen_jax.models.autoregressive.config import TokenChoice
 
         tokens, prompts = self.config.checked_tokens, self.prompts(2)
         keys, cond = sampling.sample_keys(0, 0, 2), {"tokens": prompts}
@@ -185,7 +185,7 @@ class Sides:
         import torch
 
         from gen_jax import sampling
-        from gen_jax.models.config import TokenChoice
+        from gen_jax.models.autoregressive.config import TokenChoice
 
         torch.compiler.reset()  # a second size of batch would get a program for sizes in general
         config, prompts = self.config, self.prompts(batch)

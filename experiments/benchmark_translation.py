@@ -181,7 +181,7 @@ def measure(config: Config) -> list[dict]:
 
 def _cut(side, *lines):
     """Sequences up to their END."""
-    end = side.run.tokenizer.end
+    end = side.run.tokenizer.eos
     return [line[: np.argmax(np.append(line, end) == end)] for line in lines]
 
 

@@ -22,7 +22,7 @@ from experiments import common, diffusion, run
 from experiments.diffusion import Config, EvaluateConfig, SampleConfig
 from gen_jax.config import TrainConfig
 from gen_jax.data import DataConfig
-from gen_jax.models.config import DiffusionConfig
+from gen_jax.models.diffusion.config import DiffusionConfig
 from gen_jax.nn.config import UNetConfig
 
 TINY = Config(
@@ -56,7 +56,7 @@ CPU = Config(
 SMALL = Config(
     workdir="runs/ddpm_cifar_small",
     data=DataConfig(name="cifar10", flip=True),
-    model=UNetConfig(widths=(64, 128, 128, 128), dropout=0.1, compute="bfloat16"),
+    model=UNetConfig(widths=(64, 128, 128, 128), dropout=0.1, dtype="bfloat16"),
     diffusion=DiffusionConfig(schedule="cosine", prediction="v", variance="fixed_small"),
     train=TrainConfig(
         steps=40_000, learning_rate=5e-4, warmup=1000, ema=0.999, ema_warmup=True,

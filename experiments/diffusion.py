@@ -18,8 +18,8 @@ from gen_jax import config as config_lib
 from gen_jax import data, pictures
 from gen_jax.config import DistributedConfig, TrainConfig, to_dict
 from gen_jax.data import DataConfig, ShapesSet
-from gen_jax.models.config import DiffusionConfig, SolverConfig
-from gen_jax.models.time_grid import TimeGrid
+from gen_jax.models.diffusion.config import DiffusionConfig, SolverConfig
+from gen_jax.models.diffusion.time_grid import TimeGrid
 from gen_jax.nn.config import UNetConfig
 
 
@@ -132,7 +132,7 @@ class Run(run.Run):
 
     def loss(self, params, batch, keys):
         """As `training.Loss`."""
-        from gen_jax.models import diffusion
+        from gen_jax.models.diffusion import losses as diffusion
 
         return diffusion.loss(self.config.diffusion, self.network, params, batch, keys)
 
@@ -160,7 +160,7 @@ class Run(run.Run):
         from gen_jax import interop
 
         unet, params = interop.load_diffusers_unet(self.config.pretrained)
-        ours = dataclasses.replace(self.config.model, dropout=0.0, compute="float32")
+        ours = dataclasses.replace(self.config.model, dropout=0.0, dtype="float32")
         differing = config_lib.differences(to_dict(ours), to_dict(unet.config), ("dropout",))
         if differing:
             raise ValueError(
@@ -181,7 +181,7 @@ class Run(run.Run):
 
     def sample(self, params) -> dict:
         """Draws the samples and the pictures; rates and latency."""
-        from gen_jax.models.diffusion_samplers import make_sampler
+        from gen_jax.models.diffusion.samplers import make_sampler
 
         choice = self.config.sample
         sampler = make_sampler(self.network, self.config.diffusion, self.shape, choice)
@@ -233,7 +233,7 @@ class Run(run.Run):
     def _bound(self):
         import jax
 
-        from gen_jax.models import diffusion
+        from gen_jax.models.diffusion import losses as diffusion
 
         draws = self.config.evaluate.draws or None
         return jax.jit(

@@ -28,7 +28,7 @@ from gen_jax import data, pictures
 from gen_jax.config import DistributedConfig, TrainConfig
 from gen_jax.data import DataConfig, PixelSequences, ShapesSet
 from gen_jax.data.shapes import PALETTE
-from gen_jax.models.config import TokenChoice
+from gen_jax.models.autoregressive.config import TokenChoice
 from gen_jax.nn.config import TransformerConfig
 
 _MOMENTS, _ROWS, _EMPTY = 8, 4, 64  # of trajectory.png: columns, rows, what is not drawn yet
@@ -189,7 +189,7 @@ class Run(autoregressive.Run):
 
     def sample(self, params) -> dict:
         """Draws the samples and the pictures; rates and latency."""
-        from gen_jax.models.autoregressive import AutoregressiveSampler
+        from gen_jax.models.autoregressive.losses import AutoregressiveSampler
 
         sampler = AutoregressiveSampler(self.network, 1, self.model.context, self.choice)
         tokens, report = self.draw(sampler, params, self._starts)
@@ -208,7 +208,7 @@ class Run(autoregressive.Run):
         return image_files.labels(number, self.config.sample.label, self.model.extra_inputs)
 
     def _starts(self, number):
-        from gen_jax.models import autoregressive
+        from gen_jax.models.autoregressive import losses as autoregressive
 
         starts = self.model.vocabulary + self._labels(number)
         return autoregressive.pad_prompts(self.network, starts[:, None])
@@ -273,7 +273,7 @@ CIFAR_GPU = Config(
     data=DataConfig(name="cifar10", flip=True),
     model=TransformerConfig(
         vocabulary=256, context=3072, layers=16, width=512, heads=4, extra_inputs=1, dropout=0.1,
-        position="both", compute="bfloat16",
+        position="both", dtype="bfloat16",
     ),
     train=TrainConfig(
         steps=48_000, batch=128, accumulate=16, learning_rate=4e-4, warmup=5000, decay="cosine",

@@ -28,7 +28,7 @@ import sys
 from experiments import common, run, text_run
 from gen_jax.config import DistributedConfig, TrainConfig
 from gen_jax.data import TextConfig
-from gen_jax.models.config import TokenChoice
+from gen_jax.models.autoregressive.config import TokenChoice
 from gen_jax.nn.config import TransformerConfig
 
 
@@ -153,7 +153,7 @@ GPT2_SMALL = Config(
     workdir="runs/gpt_text_gpt2_small",
     data=TextConfig(name="file", path="openwebtext.txt", validation=0.0005),
     tokenizer="tokenizer.json",
-    model=TransformerConfig(compute="bfloat16"),
+    model=TransformerConfig(dtype="bfloat16"),
     train=TrainConfig(
         steps=600_000, batch=480, accumulate=40, learning_rate=6e-4, warmup=2000, decay="cosine",
         final_rate=0.1, beta2=0.95, weight_decay=0.1, clip_norm=1.0, ema=0.0, log_every=100,

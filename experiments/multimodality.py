@@ -43,7 +43,7 @@ class Config:
     """Codes of the latent of the trained decoder."""
     seed: int = 0
     """Of the samples."""
-    model: TransformerConfig = TransformerConfig(layers=2, width=32, heads=4, hidden=128)
+    model: TransformerConfig = TransformerConfig(layers=2, width=32, heads=4, mlp_dim=128)
     train: TrainConfig = TrainConfig()
 
     def __post_init__(self):

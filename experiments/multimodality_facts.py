@@ -44,8 +44,8 @@ def _fact(claim, exact, run=None, error=None):
 def _at_once(dist, number, seed):
     """Samples of the one-shot sampler with exact conditionals, int32 [number, L]."""
     from gen_jax import sampling
-    from gen_jax.models.masked import ExactDenoiser
-    from gen_jax.models.masked_samplers import InOrder
+    from gen_jax.models.masked.losses import ExactDenoiser
+    from gen_jax.models.masked.samplers import InOrder
 
     sampler = InOrder(ExactDenoiser(dist.vocabulary), dist.length, 1)
     params = {"support": dist.support, "prob": dist.prob}
@@ -170,7 +170,7 @@ def _lengths(config):
 def _learned_lengths(config, dist):
     """The laws of the lengths of trained one-shot decoders, by how they end."""
     from gen_jax import keys as key_streams
-    from gen_jax.models import nonautoregressive
+    from gen_jax.models.parallel import losses as nonautoregressive
     from gen_jax.nn.transformer import TokenNetwork
 
     sizes = {"vocabulary": 2, "context": 4, "extra_inputs": 1, "causal": False, "layers": 1}

@@ -14,10 +14,14 @@ import numpy as np
 from gen_jax import keys as key_streams
 from gen_jax import parallel, sampling, training
 from gen_jax.metrics import repair
-from gen_jax.models import autoregressive, masked, nonautoregressive, sequences
-from gen_jax.models.config import LatentConfig, MaskConfig
-from gen_jax.models.masked import NetworkDenoiser
-from gen_jax.models.nonautoregressive import ParallelDecoder
+from gen_jax.models import sequences
+from gen_jax.models.autoregressive import losses as autoregressive
+from gen_jax.models.masked import losses as masked
+from gen_jax.models.masked.config import MaskConfig
+from gen_jax.models.masked.losses import NetworkDenoiser
+from gen_jax.models.parallel import losses as nonautoregressive
+from gen_jax.models.parallel.config import LatentConfig
+from gen_jax.models.parallel.losses import ParallelDecoder
 from gen_jax.nn.transformer import TokenNetwork
 from gen_jax.workdir import Workdir
 

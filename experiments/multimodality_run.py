@@ -16,7 +16,7 @@ from gen_jax.config import to_dict
 from gen_jax.data.exact import Enumerated
 from gen_jax.data.exact_sets import NoisyMixture, binary_chain, even_parity
 from gen_jax.metrics import gaps, repair
-from gen_jax.models.schedules import SCHEDULES, Fixed, Optimal, Schedule
+from gen_jax.models.masked.schedules import SCHEDULES, Fixed, Optimal, Schedule
 from gen_jax.workdir import Workdir
 
 _SCHEDULES = ("cosine", "linear", "square_root")
@@ -48,7 +48,7 @@ class Strategy:
 
     def make(self, denoiser, length: int):
         """The sampler with this denoiser."""
-        from gen_jax.models import masked_samplers
+        from gen_jax.models.masked import samplers as masked_samplers
 
         if self.groups is not None:
             return masked_samplers.InOrder.of_groups(denoiser, self.groups)
@@ -107,7 +107,7 @@ def strategies(length: int, schedules: dict[str, Schedule]) -> list[Strategy]:
       length: L.
       schedules: of the random orders, by name.
     """
-    from gen_jax.models import masked_samplers as samplers
+    from gen_jax.models.masked import samplers
 
     whole = tuple(range(length))
     orders = {
@@ -173,7 +173,7 @@ class Measure:
         of the strategy; over samples its weights p / q would have a tail too heavy to average.
         """
         from gen_jax import sampling
-        from gen_jax.models.masked import ExactDenoiser
+        from gen_jax.models.masked.losses import ExactDenoiser
 
         dist, number, seed = self.dist, self.config.samples, self.config.seed
         denoiser = ExactDenoiser(dist.vocabulary)
@@ -199,7 +199,7 @@ class Measure:
     def _in_order(self):
         import jax
 
-        from gen_jax.models import masked
+        from gen_jax.models.masked import losses as masked
 
         return jax.jit(masked.log_prob_in_order, static_argnums=(0, 4))
 
@@ -262,8 +262,8 @@ class Measure:
     def _drawn_by_code(self, mixture):
         """As `drawn`, over the codes and the sequences behind them."""
         from gen_jax import sampling
-        from gen_jax.models.masked import ExactDenoiser
-        from gen_jax.models.masked_samplers import InOrder
+        from gen_jax.models.masked.losses import ExactDenoiser
+        from gen_jax.models.masked.samplers import InOrder
 
         joint, number, seed = mixture.joint, self.config.samples, self.config.seed
         denoiser = ExactDenoiser(joint.vocabulary)

@@ -37,8 +37,9 @@ from typing import Literal
 from experiments import common, run, translation_run
 from gen_jax.config import DistributedConfig, TrainConfig
 from gen_jax.data.config import TranslationConfig, TranslationSplit
-from gen_jax.models.config import LatentConfig, MaskConfig
-from gen_jax.models.schedules import SCHEDULES
+from gen_jax.models.masked.config import MaskConfig
+from gen_jax.models.masked.schedules import SCHEDULES
+from gen_jax.models.parallel.config import LatentConfig
 from gen_jax.nn.config import TransformerConfig
 
 Decoder = Literal["mask_predict", "maskgit", "random_order", "absorbing"]
@@ -162,7 +163,7 @@ class Config:
 TINY = Config(
     workdir="runs/nar_translation_tiny",
     data=TranslationConfig(max_length=20, pairs=50_000),
-    model=TransformerConfig(layers=2, width=128, heads=4, hidden=256, position="both"),
+    model=TransformerConfig(layers=2, width=128, heads=4, mlp_dim=256, position="both"),
     encoder_layers=2,
     smoothing=0.0,
     train=TrainConfig(
@@ -177,7 +178,7 @@ MULTI30K = Config(
     workdir="runs/nar_translation_multi30k",
     data=TranslationConfig(name="files", dir="multi30k"),
     model=TransformerConfig(
-        layers=3, width=128, heads=4, hidden=512, position="both", dropout=0.1
+        layers=3, width=128, heads=4, mlp_dim=512, position="both", dropout=0.1
     ),
     encoder_layers=2,
     train=TrainConfig(
@@ -191,7 +192,7 @@ WMT16 = Config(
     workdir="runs/nar_translation_wmt16",
     data=TranslationConfig(name="tfds", vocabulary=32_000, max_length=128),
     model=TransformerConfig(
-        layers=6, width=512, heads=8, hidden=2048, dropout=0.3, compute="bfloat16"
+        layers=6, width=512, heads=8, mlp_dim=2048, dropout=0.3, dtype="bfloat16"
     ),
     encoder_layers=6,
     train=TrainConfig(

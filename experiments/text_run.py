@@ -110,9 +110,9 @@ class Run(autoregressive.Run):
         if not name:
             return None
         if name == "end":
-            if self.tokenizer.end is None:
+            if self.tokenizer.eos is None:
                 raise ValueError("sample.stop: this tokenizer has no end; name a text of one token")
-            return self.tokenizer.end
+            return self.tokenizer.eos
         try:
             tokens = self.tokenizer.encode(name)
         except ValueError as error:
@@ -168,7 +168,7 @@ class Run(autoregressive.Run):
 
         network, params = interop.load_gpt2(self.config.pretrained)
         ours, theirs = to_dict(_sizes(self.model)), to_dict(_sizes(network.config))
-        differing = config_lib.differences(ours, theirs, ("dropout", "compute"))
+        differing = config_lib.differences(ours, theirs, ("dropout", "dtype"))
         if differing:
             raise ValueError(
                 f"{self.config.pretrained} is another network than model ({'; '.join(differing)})"
@@ -213,11 +213,11 @@ class Run(autoregressive.Run):
         choice = self.config.sample
         sizes = self.network, len(self.prompt), choice.tokens
         if choice.beams > 1:
-            from gen_jax.models.beam_search import BeamSearchSampler
+            from gen_jax.models.autoregressive.beam_search import BeamSearchSampler
 
             sampler = BeamSearchSampler(*sizes, choice.beams, choice.length_penalty, self.stop)
         else:
-            from gen_jax.models.autoregressive import AutoregressiveSampler
+            from gen_jax.models.autoregressive.losses import AutoregressiveSampler
 
             sampler = AutoregressiveSampler(*sizes, self.choice, self.stop)
         streamed = choice.number == 1 and choice.beams == 1
@@ -270,7 +270,7 @@ class Run(autoregressive.Run):
         }
 
     def _prompts(self, number):
-        from gen_jax.models import autoregressive
+        from gen_jax.models.autoregressive import losses as autoregressive
 
         return autoregressive.pad_prompts(self.network, [self.prompt] * number)
 
@@ -328,7 +328,7 @@ def _digest(tokenizer):
 def _sizes(model):
     """With every size that follows from another written out."""
     return dataclasses.replace(
-        model, kv_heads=model.key_heads, head_width=model.head_size, hidden=model.hidden_size
+        model, kv_heads=model.key_heads, head_width=model.head_size, mlp_dim=model.mlp_size
     )
 
 

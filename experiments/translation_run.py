@@ -14,7 +14,7 @@ from tqdm import tqdm
 from experiments import run
 from gen_jax.data import tokenizers, translation
 from gen_jax.data.translation import Pairs
-from gen_jax.models.schedules import SCHEDULES
+from gen_jax.models.masked.schedules import SCHEDULES
 from gen_jax.nn.config import TransformerConfig
 
 TOKENIZER = "tokenizer.json"
@@ -110,7 +110,7 @@ class Run(run.Run):
     @functools.cached_property
     def decoder(self):
         """The parallel decoder: the network, with its lengths and its latent."""
-        from gen_jax.models.nonautoregressive import ParallelDecoder
+        from gen_jax.models.parallel.losses import ParallelDecoder
 
         return ParallelDecoder(self.network, self.columns, latent=self.config.latent)
 
@@ -168,7 +168,9 @@ class Run(run.Run):
         return self._loss(self.model.dropout, self.config.smoothing)(params, batch, keys)
 
     def _loss(self, dropout, smoothing):
-        from gen_jax.models import autoregressive, ctc, nonautoregressive
+        from gen_jax.models.autoregressive import losses as autoregressive
+        from gen_jax.models.parallel import ctc
+        from gen_jax.models.parallel import losses as nonautoregressive
 
         config = self.config
         network = dataclasses.replace(
@@ -221,7 +223,8 @@ class Run(run.Run):
         """
         import jax
 
-        from gen_jax.models import masked, nonautoregressive
+        from gen_jax.models.masked import losses as masked
+        from gen_jax.models.parallel import losses as nonautoregressive
 
         pairs = len(self.pairs("validation"))
         if self.config.strategy != "masked":
@@ -245,13 +248,14 @@ class Run(run.Run):
 
         CTC has columns by the source instead.
         """
-        from gen_jax.models import masked_samplers, nonautoregressive
-        from gen_jax.models.autoregressive import AutoregressiveSampler
-        from gen_jax.models.beam_search import BeamSearchSampler
-        from gen_jax.models.config import TokenChoice
-        from gen_jax.models.ctc import CTCSampler
+        from gen_jax.models.autoregressive.beam_search import BeamSearchSampler
+        from gen_jax.models.autoregressive.config import TokenChoice
+        from gen_jax.models.autoregressive.losses import AutoregressiveSampler
+        from gen_jax.models.masked import samplers as masked_samplers
+        from gen_jax.models.parallel import losses as nonautoregressive
+        from gen_jax.models.parallel.ctc import CTCSampler
 
-        config, choice, end = self.config, self.config.sample, self.tokenizer.end
+        config, choice, end = self.config, self.config.sample, self.tokenizer.eos
         if config.strategy == "ctc":
             return CTCSampler(self.network, config.ctc_factor, end)
         if config.strategy == "ar":
@@ -317,7 +321,7 @@ class Run(run.Run):
 
         kept = self.kept_samples()
         tokens, split = kept["tokens"], str(kept["split"])
-        hypotheses, end = self.texts_of(tokens), self.tokenizer.end
+        hypotheses, end = self.texts_of(tokens), self.tokenizer.eos
         sources, targets = (side[: len(tokens)] for side in self.texts(split))
         lengths = np.where((tokens == end).any(1), (tokens == end).argmax(1) + 1, tokens.shape[1])
         report = self.validate(params)
@@ -378,7 +382,7 @@ class Run(run.Run):
     def complete(self, params) -> dict:
         """Fills the holes of a target, or goes on from its beginning, in rounds."""
         from gen_jax import sampling
-        from gen_jax.models.masked import blanks
+        from gen_jax.models.masked.losses import blanks
 
         pair, given, is_open = self._completion
         sampler, seed = self.sampler(self.columns), self.config.sample.seed

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from gen_jax import sampling
-from gen_jax.models.config import DiffusionConfig
-from gen_jax.models.diffusion_samplers import DDIM, DiffusionSampler, TimeGrid
+from gen_jax.models.diffusion.config import DiffusionConfig
+from gen_jax.models.diffusion.samplers import DDIM, DiffusionSampler, TimeGrid
 from gen_jax.nn.config import UNetConfig
 from gen_jax.nn.unet import Denoiser
 

@@ -10,8 +10,8 @@ import pytest
 from jax.sharding import Mesh
 
 from gen_jax import sampling
-from gen_jax.models.config import DiffusionConfig
-from gen_jax.models.diffusion_samplers import Ancestral, DiffusionSampler, TimeGrid
+from gen_jax.models.diffusion.config import DiffusionConfig
+from gen_jax.models.diffusion.samplers import Ancestral, DiffusionSampler, TimeGrid
 from gen_jax.nn.config import UNetConfig
 from gen_jax.nn.unet import Denoiser
 

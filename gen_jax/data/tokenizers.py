@@ -38,7 +38,7 @@ class Tokenizer(Protocol):
         """Tokens lie in [0, vocabulary)."""
 
     @property
-    def end(self) -> int | None:
+    def eos(self) -> int | None:
         """The token that ends a text, where there is one."""
 
     def encode(self, text: str) -> np.ndarray:
@@ -126,7 +126,7 @@ class _Stored:
     kind: str
 
     @property
-    def end(self) -> int | None:
+    def eos(self) -> int | None:
         return None
 
     def describe(self) -> dict[str, Any]:
@@ -277,7 +277,7 @@ class Pretrained(_Stored):
         return max(self._tokenizer.get_vocab().values()) + 1
 
     @cached_property
-    def end(self) -> int | None:
+    def eos(self) -> int | None:
         known = (self._tokenizer.token_to_id(name) for name in END_NAMES)
         return next((id for id in known if id is not None), None)
 

@@ -171,7 +171,7 @@ class Pairs:
             ValueError: the tokenizer has no END or cannot express a text, a text spells a special
                 token, the sides differ in number, or no pair is left.
         """
-        if tokenizer.end in (None, PAD):
+        if tokenizer.eos in (None, PAD):
             raise ValueError("translation needs a tokenizer with an END token other than token 0")
         if max_length < 2 or len(sources) != len(targets) or long not in ("leave out", "truncate"):
             raise ValueError(
@@ -190,8 +190,8 @@ class Pairs:
             )
         missing = len(fits) - sum(fits)
         return cls(
-            *_padded(sides[0], max_length, tokenizer.end),
-            *_padded(sides[1], max_length, tokenizer.end),
+            *_padded(sides[0], max_length, tokenizer.eos),
+            *_padded(sides[1], max_length, tokenizer.eos),
             buckets=buckets or default_buckets(max_length),
             left_out=missing if long == "leave out" else 0,
             truncated=missing if long == "truncate" else 0,
@@ -286,7 +286,7 @@ def texts_of(tokenizer: Tokenizer, tokens: np.ndarray, lengths: np.ndarray) -> l
     texts = []
     for row, length in zip(np.asarray(tokens), np.asarray(lengths), strict=True):
         row = row[:length]
-        row = row[: np.argmax(row == tokenizer.end)] if (row == tokenizer.end).any() else row
+        row = row[: np.argmax(row == tokenizer.eos)] if (row == tokenizer.eos).any() else row
         texts.append(tokenizer.decode(row[row != PAD]).strip())
     return texts
 
@@ -311,12 +311,12 @@ def parse_template(tokenizer: Tokenizer, text: str) -> tuple[list[int | None], b
     for part in re.split(r"\s*(_+)", text.rstrip()):
         holes = bool(part) and not part.strip("_")
         ids += [None] * len(part) if holes else _tokens(tokenizer, part).tolist() if part else []
-    return ids + [tokenizer.end] * (not is_open), is_open
+    return ids + [tokenizer.eos] * (not is_open), is_open
 
 
 def _tokens(tokenizer: Tokenizer, text: str) -> np.ndarray:
     ids = tokenizer.encode(text)
-    if np.isin(ids, (PAD, tokenizer.end)).any():
+    if np.isin(ids, (PAD, tokenizer.eos)).any():
         raise ValueError(f"{text!r} spells the padding or the END token; take it out of the pairs")
     return ids
 

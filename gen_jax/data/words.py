@@ -39,7 +39,7 @@ class Words(_Stored):
         return len(self.words)
 
     @property
-    def end(self) -> int | None:
+    def eos(self) -> int | None:
         return next((self._ids[name] for name in END_NAMES if name in self._ids), None)
 
     def encode(self, text: str) -> np.ndarray:

@@ -86,7 +86,7 @@ def save_diffusers_unet(
     """Writes a network so that `diffusers.UNet2DModel.from_pretrained` loads it.
 
     A reader sees each file whole, the old one or the new one. A network with classes gets one
-    class embedding more, the last, for "no class". `config.compute` is not stored.
+    class embedding more, the last, for "no class". `config.dtype` is not stored.
 
     Args:
       directory: made when it does not exist; config.json and the weights in it are replaced.

@@ -132,7 +132,7 @@ def save_gpt2(directory: str | os.PathLike, config: TransformerConfig, params: M
 
     GPT-2 has biases everywhere: for a network without (`bias=False`) zeros are written, and it
     comes back with biases that are zero. A reader sees each file whole, the old one or the new
-    one. `config.compute` is not stored.
+    one. `config.dtype` is not stored.
 
     Args:
       directory: made when it does not exist; config.json and the weights in it are replaced.

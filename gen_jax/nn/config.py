@@ -31,7 +31,7 @@ class UNetConfig:
     """Channels predicted; twice the image's when the variance is learned."""
     classes: int = 0
     """Number of classes; 0 for an unconditional network."""
-    compute: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of convolutions and matrix products; parameters and statistics stay float32."""
 
     def __post_init__(self):
@@ -86,7 +86,7 @@ class TransformerConfig:
     """Heads of keys and values, each shared by heads / kv_heads queries; 0 for as many as heads."""
     head_width: int = 0
     """Size of one head; 0 for width / heads."""
-    hidden: int = 0
+    mlp_dim: int = 0
     """Size of the feed-forward network; 0 for 4 x width."""
     position: Literal["learned", "rotary", "both", "none"] = "learned"
     """Table of positions added to the tokens, rotation of queries and keys, both, or neither."""
@@ -112,14 +112,14 @@ class TransformerConfig:
     """Cross-attention to a second sequence in every block."""
     dropout: float = 0.0
     """Dropout rate of embeddings and of the output of each branch."""
-    compute: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of matrix products; parameters, normalisation, softmax and logits stay float32."""
 
     def __post_init__(self):
         for name in ("context", "layers", "width", "heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("vocabulary", "kv_heads", "head_width", "hidden", "window", "extra_inputs"):
+        for name in ("vocabulary", "kv_heads", "head_width", "mlp_dim", "window", "extra_inputs"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("norm_epsilon", "rotary_base"):
@@ -147,6 +147,6 @@ class TransformerConfig:
         return self.head_width or self.width // self.heads
 
     @property
-    def hidden_size(self) -> int:
+    def mlp_size(self) -> int:
         """Size of the feed-forward network."""
-        return self.hidden or 4 * self.width
+        return self.mlp_dim or 4 * self.width

@@ -67,7 +67,7 @@ class EncoderDecoder:
         both = {"encoder": encoder, "decoder": decoder.params}
         return PreparedParams(params | both, decoder.head)
 
-    def encode(self, params: dict, batch: dict, keys=None) -> dict:
+    def encode_source(self, params: dict, batch: dict, keys=None) -> dict:
         """The source, read.
 
         Args:
@@ -95,19 +95,19 @@ class EncoderDecoder:
 
     def condition(self, params, batch: dict, keys=None) -> dict:
         """Options of `__call__`: the source of the batch, read."""
-        return self._with_copies(params, self.encode(params, batch, keys))
+        return self._with_copies(params, self.encode_source(params, batch, keys))
 
-    def read(self, prepared: PreparedParams, cond: dict) -> dict:
+    def encode(self, prepared: PreparedParams, cond: dict) -> dict:
         """Options of `extend` and `evaluate`: keys and values of the source for every block."""
-        return self.read_encoded(prepared, self.encode(prepared.params, cond))
+        return self.encode_memory(prepared, self.encode_source(prepared.params, cond))
 
-    def read_encoded(self, prepared: PreparedParams, read: dict) -> dict:
-        """As `read`, of what `encode` gave."""
+    def encode_memory(self, prepared: PreparedParams, read: dict) -> dict:
+        """As `encode`, of what `encode` gave."""
         read = self._with_copies(prepared.params, read)
         memory = read.pop("memory")
         decoder = {"params": prepared.params["decoder"]}
         apply = Transformer(dataclasses.replace(self.config, tied=True)).apply
-        return read | {"read": apply(decoder, memory, method="read_memory")}
+        return read | {"memory_kv": apply(decoder, memory, method="project_memory")}
 
     def _with_copies(self, params, read):
         return read | ({"copied": read["memory"] @ params["copy"]} if self.copies else {})

@@ -36,7 +36,7 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x):  # [B, S, D] -> [B, S, features]
-        config, dtype = self.config, jnp.dtype(self.config.compute)
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
         # GPT-2: what is added to the residual stream is scaled down by the number of additions.
         scale = _INIT / (2 * config.layers) ** 0.5 if self.residual else _INIT
         init = nn.initializers.normal(scale)
@@ -98,7 +98,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention to a memory, whose keys and values are computed once by `read`.
+    """Multi-head attention to a memory, whose keys and values are computed once by `project`.
 
     They are stored as the two products read them, so that a loop does not move them again.
     """
@@ -111,14 +111,14 @@ class CrossAttention(nn.Module):
         self.key_value = Linear(config, 2 * config.key_heads * config.head_size)
         self.out = Linear(config, config.width, residual=True)
 
-    def read(self, memory):  # [B, M, D] -> [B, K, W, M], [B, K, M, W]
+    def project(self, memory):  # [B, M, D] -> [B, K, W, M], [B, K, M, W]
         kv = self.key_value(memory).reshape(*memory.shape[:2], -1, self.config.head_size)
         k, v = jnp.split(kv, 2, axis=2)
         return rearrange(k, "b m k w -> b k w m"), rearrange(v, "b m k w -> b k m w")
 
-    def __call__(self, x, read, mask):  # mask: bool [B, M] or None
+    def __call__(self, x, memory_kv, mask):  # mask: bool [B, M] or None
         q = self.query(x).reshape(*x.shape[:2], self.config.heads, self.config.head_size)
-        out = attend(q, *read, mask=mask)
+        out = attend(q, *memory_kv, mask=mask)
         return self.out(out.reshape(*x.shape[:2], -1))
 
 
@@ -130,7 +130,7 @@ class FeedForward(nn.Module):
     def setup(self):
         config = self.config
         gated = config.activation == "swiglu"
-        self.up = Linear(config, config.hidden_size * (2 if gated else 1))
+        self.up = Linear(config, config.mlp_size * (2 if gated else 1))
         self.down = Linear(config, config.width, residual=True)
 
     def __call__(self, x):  # [B, S, D] -> [B, S, D]
@@ -159,21 +159,21 @@ class Block(nn.Module):
         self.dropout_attention = Dropout(config.dropout)
         self.dropout_feed_forward = Dropout(config.dropout)
 
-    def __call__(self, x, positions, mask, read, memory_mask, keys):
+    def __call__(self, x, positions, mask, memory_kv, memory_mask, keys):
         attended = self.attention(self.norm_attention(x), positions, mask)
         x = x + self.dropout_attention(attended, keys)
-        return self._rest(x, read, memory_mask, keys)
+        return self._rest(x, memory_kv, memory_mask, keys)
 
-    def extend(self, x, positions, cache, column, first, read, memory_mask):
+    def extend(self, x, positions, cache, column, first, memory_kv, memory_mask):
         """Of S new tokens, with the cache of this layer."""
         attended, cache = self.attention.extend(
             self.norm_attention(x), positions, cache, column, first
         )
-        return self._rest(x + attended, read, memory_mask, None), cache
+        return self._rest(x + attended, memory_kv, memory_mask, None), cache
 
-    def _rest(self, x, read, memory_mask, keys):
+    def _rest(self, x, memory_kv, memory_mask, keys):
         if self.config.memory:
-            crossed = self.cross(self.norm_cross(x), read, memory_mask)
+            crossed = self.cross(self.norm_cross(x), memory_kv, memory_mask)
             x = x + self.dropout_cross(crossed, keys)
         return x + self.dropout_feed_forward(self.feed_forward(self.norm_feed_forward(x)), keys)
 
@@ -205,7 +205,7 @@ class Transformer(nn.Module):
           tokens: int [B, L] in [0, V + extra_inputs); an id out of range is not detected.
           mask: bool [B, L] of the inputs that exist; None for all.
           memory: [B, M, D] for a network with cross-attention, else None.
-          read: of `read_memory`, in place of the memory.
+          memory_kv: of `project_memory`, in place of the memory.
           memory_mask: bool [B, M]; None for all.
           added: [B, L, D] or [B, 1, D], added to the embedding of the inputs; None for nothing.
           keys: [B] keys for dropout; None for none.
@@ -219,10 +219,18 @@ class Transformer(nn.Module):
         return self.logits(self.hidden(tokens, **options))
 
     def hidden(
-        self, tokens, *, mask=None, memory=None, read=None, memory_mask=None, added=None, keys=None
+        self,
+        tokens,
+        *,
+        mask=None,
+        memory=None,
+        memory_kv=None,
+        memory_mask=None,
+        added=None,
+        keys=None,
     ):
         """[B, L, D] float32, of which the logits are a linear function; arguments as above."""
-        if (memory is not None or read is not None) != self.config.memory:
+        if (memory is not None or memory_kv is not None) != self.config.memory:
             raise ValueError("memory and config.memory go together: give both or neither")
         length = tokens.shape[1]
         if length > self.config.context:
@@ -232,13 +240,13 @@ class Transformer(nn.Module):
         positions = jnp.arange(length)
         x = self._embed(tokens, positions)
         x = self.dropout(x if added is None else x + added, keys)
-        if read is None:
-            read = [None] * len(self.block) if memory is None else self.read_memory(memory)
-        for block, entry in zip(self.block, read, strict=True):
+        if memory_kv is None:
+            memory_kv = [None] * len(self.block) if memory is None else self.project_memory(memory)
+        for block, entry in zip(self.block, memory_kv, strict=True):
             x = block(x, positions, mask, entry, memory_mask, keys)
         return self.norm(x)
 
-    def extend(self, tokens, caches, column, first=None, *, read=None, memory_mask=None):
+    def extend(self, tokens, caches, column, first=None, *, memory_kv=None, memory_mask=None):
         """Hidden values of S new inputs, which join those in the caches; for causal networks.
 
         Args:
@@ -246,37 +254,37 @@ class Transformer(nn.Module):
           caches: one `KVCache` per block.
           column: of the first new input in the caches: int, int32 [], or int32 [B].
           first: int32 [B], column of the first input of each sample (left padding); None for 0.
-          read: of `read_memory`, with cross-attention.
+          memory_kv: of `project_memory`, with cross-attention.
           memory_mask: bool [B, M]; None for all.
 
         Returns:
           [B, S, D] float32, and the caches. Values in columns before `first` have no meaning.
 
         Raises:
-          ValueError: the network is not causal, or read and config.memory disagree.
+          ValueError: the network is not causal, or memory_kv and config.memory disagree.
         """
         if not self.config.causal:
             raise ValueError("only a causal network can be extended by new inputs")
-        if (read is not None) != self.config.memory:
-            raise ValueError("read and config.memory go together: give both or neither")
+        if (memory_kv is not None) != self.config.memory:
+            raise ValueError("memory_kv and config.memory go together: give both or neither")
         positions = jnp.asarray(column)[..., None] + jnp.arange(tokens.shape[1])  # [S] or [B, S]
         if first is not None:
             positions = jnp.maximum(positions - first[:, None], 0)
         x = self._embed(tokens, positions)
-        read = [None] * len(self.block) if read is None else read
+        memory_kv = [None] * len(self.block) if memory_kv is None else memory_kv
         grown = []
-        for block, cache, entry in zip(self.block, caches, read, strict=True):
+        for block, cache, entry in zip(self.block, caches, memory_kv, strict=True):
             x, cache = block.extend(x, positions, cache, column, first, entry, memory_mask)
             grown.append(cache)
         return self.norm(x), tuple(grown)
 
-    def read_memory(self, memory):
-        """Keys and values of the memory [B, M, D] for every block, as `CrossAttention.read`."""
-        return [block.cross.read(memory) for block in self.block]
+    def project_memory(self, memory):
+        """Keys and values of the memory [B, M, D] for every block, as `CrossAttention.project`."""
+        return [block.cross.project(memory) for block in self.block]
 
     def logits(self, hidden):
         """[B, S, D] -> [B, S, V] float32."""
-        config, dtype = self.config, jnp.dtype(self.config.compute)
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
         head = self.token[: config.vocabulary].T if config.tied else self.head
         rows = hidden.reshape(-1, config.width).astype(dtype)
         logits = jnp.matmul(rows, head.astype(dtype), preferred_element_type=jnp.float32)
@@ -302,7 +310,7 @@ class PreparedParams:
 
 def cast(params: dict, config: TransformerConfig) -> dict:
     """Parameters in the type that is computed with, but for normalisation, which stays as it is."""
-    dtype = jnp.dtype(config.compute)
+    dtype = jnp.dtype(config.dtype)
     flat = flax.traverse_util.flatten_dict(params)
     for path, leaf in flat.items():
         if not path[-2:-1] or not path[-2].startswith("norm"):
@@ -338,7 +346,7 @@ class TokenNetwork:
         """Options of `__call__` that follow from what a batch conditions on: here none."""
         return {}
 
-    def read(self, prepared: PreparedParams, cond: dict | None) -> dict:
+    def encode(self, prepared: PreparedParams, cond: dict | None) -> dict:
         """Options of `extend` and `evaluate` that follow from a sampler's condition: here none."""
         return {}
 
@@ -351,7 +359,7 @@ class TokenNetwork:
     def make_caches(self, batch: int, length: int) -> tuple[KVCache, ...]:
         """Empty caches for sequences of up to `length` inputs."""
         config = self.config
-        cache = (batch, config.key_heads, length, config.head_size, jnp.dtype(config.compute))
+        cache = (batch, config.key_heads, length, config.head_size, jnp.dtype(config.dtype))
         return tuple(kernels.make_kv_cache(*cache) for _ in range(config.layers))
 
     def extend(self, prepared: PreparedParams, tokens, caches, column, first=None, **options):

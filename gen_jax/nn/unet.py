@@ -34,7 +34,7 @@ class ResidualBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x, embedding, keys):  # [B, H, W, C], [B, E], [B] keys -> [B, H, W, width]
-        config, dtype = self.config, jnp.dtype(self.config.compute)
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
         h = GroupNorm(config.groups, config.norm_epsilon, name="norm_0")(x)
         h = Conv3x3(self.width, dtype, name="conv_0")(h)
         shift = nn.Dense(self.width, dtype=dtype, kernel_init=uniform_init, name="time")(embedding)
@@ -54,7 +54,7 @@ class AttentionBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x):  # [B, H, W, C] -> [B, H, W, C]
-        config, dtype = self.config, jnp.dtype(self.config.compute)
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
         width = x.shape[-1]
         heads = width // config.head_width if config.head_width else 1
         h = GroupNorm(config.groups, config.norm_epsilon, silu=False, name="norm")(x)
@@ -90,7 +90,7 @@ class UNet(nn.Module):
         Raises:
           ValueError: the image does not fit the network, or a label was given without classes.
         """
-        config, dtype = self.config, jnp.dtype(self.config.compute)
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
         _check_input(config, x, label)
         embedding = self._embed(t, label)
         p = config.patch
@@ -134,7 +134,7 @@ class UNet(nn.Module):
         return h.astype(jnp.float32)
 
     def _embed(self, t, label):  # [B], [B] -> [B, 4 * widths[0]], after SiLU
-        config, dtype = self.config, jnp.dtype(self.config.compute)
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
         width = config.widths[0]
 
         def dense(name):
@@ -187,7 +187,7 @@ class Denoiser:
         Weights in the type that is computed with, and transformed weights of 3 x 3 convolutions
         where the platform reads those. The network's output does not change beyond rounding.
         """
-        dtype = jnp.dtype(self.config.compute)
+        dtype = jnp.dtype(self.config.dtype)
         flat, prepared = flax.traverse_util.flatten_dict(params), {}
         for path, leaf in flat.items():
             if not path[-2].startswith("norm"):  # normalisation stays in float32

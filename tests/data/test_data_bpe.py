@@ -36,7 +36,7 @@ def test_awkward_texts_come_back(tokenizer, text):
 
 
 def test_the_special_tokens_are_padding_and_end(tokenizer):
-    assert tokenizer.end == 1
+    assert tokenizer.eos == 1
     assert tokenizer.decode([0]) == "<pad>"
     assert tokenizer.decode([1]) == "</s>"
     assert tokenizer.vocabulary == 300
@@ -73,7 +73,7 @@ def test_what_is_saved_is_loaded(tokenizer, kind, tmp_path):
     assert loaded.describe()["kind"] == kind
     ids = np.arange(tokenizer.vocabulary)
     assert loaded.decode(ids) == tokenizer.decode(ids)
-    assert loaded.end == tokenizer.end == 1
+    assert loaded.eos == tokenizer.eos == 1
 
 
 def test_bad_arguments_are_one_clear_line(monkeypatch):
@@ -100,7 +100,7 @@ def test_unknown_words_are_listed():
         WORDS.encode("s0 s9 s1 s9")
     with pytest.raises(ValueError, match=r"must lie in 0\.\.4"):
         WORDS.decode([5])
-    assert Words(("a",)).end is None
+    assert Words(("a",)).eos is None
 
 
 @pytest.mark.parametrize("words", [(), ("a", "a"), ("a", ""), ("a b",), ("a", 3), ("a", ["b"])])

@@ -110,7 +110,7 @@ def test_what_is_saved_is_loaded(tokenizer, tmp_path):
     assert os.listdir(tmp_path) == ["tokenizer.json"]
     for again in (load(path), make(str(path), "")):
         assert again.describe() == tokenizer.describe()
-        assert again.end == tokenizer.end
+        assert again.eos == tokenizer.eos
         assert np.array_equal(again.encode(TEXT), tokenizer.encode(TEXT))
 
 
@@ -129,7 +129,7 @@ def test_the_vocabularies():
     chars = make("chars", "banana")
     assert chars.describe()["characters"] == "abn"
     assert chars.encode("nab").tolist() == [2, 0, 1]
-    assert Bytes().end is chars.end is None
+    assert Bytes().eos is chars.eos is None
     assert len(set(load_text(TextConfig(), "train"))) < 256
 
 
@@ -143,16 +143,16 @@ def test_a_pretrained_tokenizer_agrees_with_its_package():
     theirs = tokenizers.Tokenizer.from_str(ours.content)
     assert ours.encode(TEXT).tolist() == theirs.encode(TEXT).ids
     assert ours.vocabulary == theirs.get_vocab_size()
-    assert ours.end == theirs.token_to_id("<|endoftext|>")
-    assert ours.end in ours.encode(TEXT)
-    assert byte_fallback().end == 260
+    assert ours.eos == theirs.token_to_id("<|endoftext|>")
+    assert ours.eos in ours.encode(TEXT)
+    assert byte_fallback().eos == 260
 
 
 def test_nothing_is_added_or_cut_off():
     model = tokenizers.Tokenizer.from_str(byte_level().content)
     template = "<|endoftext|> $A"
     model.post_processor = tokenizers.processors.TemplateProcessing(
-        single=template, special_tokens=[("<|endoftext|>", byte_level().end)]
+        single=template, special_tokens=[("<|endoftext|>", byte_level().eos)]
     )
     model.enable_truncation(3)
     model.enable_padding(length=50)
@@ -164,7 +164,7 @@ def test_ids_with_gaps_lie_in_the_vocabulary():
     model = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 7}, unk_token="a"))
     tokenizer = Pretrained(model.to_str())
     assert tokenizer.vocabulary == 8
-    assert tokenizer.end is None
+    assert tokenizer.eos is None
     assert tokenizer.encode("b").tolist() == [7]
 
 

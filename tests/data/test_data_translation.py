@@ -119,7 +119,7 @@ def test_the_procedural_pairs_need_no_files():
     tokenizer = make_tokenizer(config)
     data = Pairs.encode(tokenizer, sources, targets, config.max_length, long="leave out")
     assert len(data) == 30
-    assert tokenizer.end == 1
+    assert tokenizer.eos == 1
     assert texts_of(tokenizer, data.target, data.length) == targets
     assert len(load_pairs(config, "test")[0]) == 1000
 
@@ -230,7 +230,7 @@ def test_long_pairs_are_left_out_or_truncated():
     assert (len(cut), cut.left_out, cut.truncated) == (3, 0, 2)
     assert texts_of(TOKENIZER, cut.source, cut.source_length) == ["a b", "a b", "a"]
     assert texts_of(TOKENIZER, cut.target, cut.length) == ["d", "d e", "d e"]
-    assert (cut.source == TOKENIZER.end).sum() == 3
+    assert (cut.source == TOKENIZER.eos).sum() == 3
 
 
 def test_texts_end_at_the_first_end_without_padding():
@@ -262,7 +262,7 @@ def test_the_space_before_a_hole_is_hidden_with_it():
     assert ids[3:5] == [None, None]
     assert tokenizer.decode(np.array(ids[:3])) == "ein"
     assert tokenizer.decode(np.array(ids[5:-1])) == " mann"
-    assert ids[-1] == tokenizer.end
+    assert ids[-1] == tokenizer.eos
 
 
 def test_templates_of_unknown_words_or_with_end_are_refused():
@@ -307,7 +307,7 @@ def test_every_pair_is_whole_in_its_smallest_bucket():
         assert set(zip(sources, targets, strict=True)) <= known
         for name, lengths in (("source", "source_length"), ("target", "length")):
             ends = np.arange(columns) == batch[lengths][:, None] - 1
-            assert ((batch[name] == TOKENIZER.end) == ends).all()
+            assert ((batch[name] == TOKENIZER.eos) == ends).all()
             assert ((batch[name] == 0) == (np.arange(columns) >= batch[lengths][:, None])).all()
 
 

@@ -14,7 +14,7 @@ from gen_jax import checkpoint, keys
 from gen_jax.config import TrainConfig
 from gen_jax.data import DataConfig, PixelSequences, ShapesSet
 from gen_jax.data.shapes import PALETTE
-from gen_jax.models import autoregressive
+from gen_jax.models.autoregressive import losses as autoregressive
 from gen_jax.nn.config import TransformerConfig
 from gen_jax.nn.transformer import TokenNetwork
 

@@ -11,7 +11,7 @@ from experiments.gpt_text import EXPERIMENT, Config, EvaluateConfig, SampleConfi
 from gen_jax import checkpoint, interop, keys
 from gen_jax.config import TrainConfig
 from gen_jax.data import TextConfig, load_text, tokenizers
-from gen_jax.models import autoregressive
+from gen_jax.models.autoregressive import losses as autoregressive
 from gen_jax.nn.config import TransformerConfig
 from gen_jax.nn.transformer import TokenNetwork
 
@@ -157,7 +157,7 @@ def test_a_sample_ends_before_its_stop_token(finished, copy, capsys):
 
 
 def test_a_search_finds_what_is_at_least_as_probable(copy, capsys):
-    pytest.importorskip("gen_jax.models.beam_search")
+    pytest.importorskip("gen_jax.models.autoregressive.beam_search")
     network, params = network_of(copy)
     found = []
     for option in (("--sample.beams", 4), ("--sample.temperature", 0)):

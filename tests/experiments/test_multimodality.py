@@ -9,7 +9,7 @@ from experiments import common, multimodality, multimodality_facts, multimodalit
 from experiments import multimodality_run as runs
 from experiments.multimodality import EXPERIMENT, TINY
 from gen_jax.metrics import gaps
-from gen_jax.models.schedules import SCHEDULES, Optimal
+from gen_jax.models.masked.schedules import SCHEDULES, Optimal
 
 pytestmark = pytest.mark.usefixtures("quick_compile", "one_device")
 
@@ -20,7 +20,7 @@ MINUTE = dataclasses.replace(
     network_samples=200,
     orders=2,
     train=dataclasses.replace(TINY.train, steps=2, batch=8, checkpoint_every=2, log_every=1),
-    model=dataclasses.replace(TINY.model, width=8, heads=1, hidden=8, layers=1),
+    model=dataclasses.replace(TINY.model, width=8, heads=1, mlp_dim=8, layers=1),
 )
 
 

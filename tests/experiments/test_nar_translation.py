@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile", "one_device")
 MINUTE = Config(
     workdir="",
     data=TranslationConfig(pairs=40, max_length=12, max_words=3),
-    model=TransformerConfig(layers=1, width=16, heads=2, hidden=16),
+    model=TransformerConfig(layers=1, width=16, heads=2, mlp_dim=16),
     encoder_layers=1,
     train=TrainConfig(
         steps=2, batch=8, learning_rate=1e-2, warmup=0, log_every=1, checkpoint_every=2,
@@ -76,7 +76,7 @@ def test_the_translations_are_those_of_the_samples(runs, name):
     assert [line.split(maxsplit=1)[1] for line in lines if line.startswith("source")] == sources
     found = [line[len("translation ") :] for line in lines if line.startswith("translation")]
     for line, row in zip(found, tokens, strict=True):
-        ends = np.flatnonzero(row == tokenizer.end)
+        ends = np.flatnonzero(row == tokenizer.eos)
         row = row[: ends[0]] if len(ends) else row
         assert line.split() == tokenizer.decode(row[row != 0]).split()
 

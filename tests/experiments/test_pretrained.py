@@ -9,7 +9,7 @@ import pytest
 
 from experiments import common, ddpm_cifar
 from gen_jax import interop, sampling
-from gen_jax.models.diffusion_samplers import make_sampler
+from gen_jax.models.diffusion.samplers import make_sampler
 from gen_jax.nn.config import UNetConfig
 from gen_jax.nn.unet import Denoiser
 

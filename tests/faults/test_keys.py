@@ -4,9 +4,9 @@ import pytest
 
 from gen_jax import parallel, sampling, training
 from gen_jax.config import TrainConfig
-from gen_jax.models import diffusion
-from gen_jax.models.config import DiffusionConfig, SolverConfig
-from gen_jax.models.diffusion_samplers import make_sampler
+from gen_jax.models.diffusion import losses as diffusion
+from gen_jax.models.diffusion.config import DiffusionConfig, SolverConfig
+from gen_jax.models.diffusion.samplers import make_sampler
 from gen_jax.nn.config import UNetConfig
 from gen_jax.nn.unet import Denoiser
 

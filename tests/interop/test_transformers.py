@@ -11,8 +11,8 @@ import kernels
 from gen_jax import sampling
 from gen_jax.interop import load_gpt2, load_llama, save_gpt2
 from gen_jax.interop.transformers_options import to_gpt2_config, to_llama_config
-from gen_jax.models.autoregressive import AutoregressiveSampler, pad_prompts
-from gen_jax.models.config import TokenChoice
+from gen_jax.models.autoregressive.config import TokenChoice
+from gen_jax.models.autoregressive.losses import AutoregressiveSampler, pad_prompts
 from gen_jax.nn.config import TransformerConfig
 from gen_jax.nn.transformer import TokenNetwork, Transformer
 
@@ -155,7 +155,7 @@ def shard(directory, number=3):
     "config",
     [
         TINY,
-        dataclasses.replace(TINY, tied=False, hidden=20, norm_epsilon=1e-3),
+        dataclasses.replace(TINY, tied=False, mlp_dim=20, norm_epsilon=1e-3),
         dataclasses.replace(TINY, vocabulary=3, heads=1, layers=1, context=1),
     ],
 )
@@ -350,7 +350,7 @@ def test_a_base_of_rotary_positions_that_is_given_twice_is_refused(tmp_path):
 
 def test_an_option_left_out_has_the_default_of_transformers():
     assert to_gpt2_config({"model_type": "gpt2"}) == TransformerConfig(vocabulary=50257)
-    assert to_llama_config({"model_type": "llama"})[0].hidden == 11008
+    assert to_llama_config({"model_type": "llama"})[0].mlp_dim == 11008
     assert to_llama_config({"model_type": "mistral"})[0].window == 4096
     assert to_llama_config({"model_type": "qwen2"})[0].window == 0
 
@@ -597,7 +597,7 @@ def test_the_old_name_of_the_rotary_base_is_read(peer, tmp_path):
     "config",
     [
         TINY,
-        dataclasses.replace(TINY, tied=False, hidden=20, norm_epsilon=1e-3),
+        dataclasses.replace(TINY, tied=False, mlp_dim=20, norm_epsilon=1e-3),
         dataclasses.replace(TINY, bias=False, dropout=0.1),
     ],
 )

@@ -34,7 +34,7 @@ from gen_jax.metrics.gaps import (
     total_variation,
     valid_mass,
 )
-from gen_jax.models.schedules import Cosine, Optimal, Power
+from gen_jax.models.masked.schedules import Cosine, Optimal, Power
 
 LN2 = np.log(2)
 DISTRIBUTIONS = {

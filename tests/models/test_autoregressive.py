@@ -18,9 +18,9 @@ import kernels
 from gen_jax import keys as key_streams
 from gen_jax import sampling
 from gen_jax.data import MarkovSource
-from gen_jax.models import autoregressive
-from gen_jax.models.autoregressive import AutoregressiveSampler, pad_prompts
-from gen_jax.models.config import TokenChoice
+from gen_jax.models.autoregressive import losses as autoregressive
+from gen_jax.models.autoregressive.config import TokenChoice
+from gen_jax.models.autoregressive.losses import AutoregressiveSampler, pad_prompts
 from gen_jax.nn.config import TransformerConfig
 from gen_jax.nn.transformer import TokenNetwork
 from random_networks import LLAMA_FORM, random_params
@@ -464,7 +464,7 @@ def test_what_the_sampler_refuses():
 def test_a_markov_source_is_learned_to_its_entropy():
     source = MarkovSource.random(5, seed=3, concentration=1.0)
     config = TransformerConfig(
-        vocabulary=5, context=32, layers=1, width=32, heads=2, hidden=64, extra_inputs=1
+        vocabulary=5, context=32, layers=1, width=32, heads=2, mlp_dim=64, extra_inputs=1
     )
     network = TokenNetwork(config)
     optimizer = optax.adam(optax.cosine_decay_schedule(1e-2, 300))

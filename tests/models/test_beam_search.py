@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from gen_jax import sampling
-from gen_jax.models import autoregressive
-from gen_jax.models.autoregressive import AutoregressiveSampler, pad_prompts
-from gen_jax.models.beam_search import BeamSearchSampler
-from gen_jax.models.config import TokenChoice
+from gen_jax.models.autoregressive import losses as autoregressive
+from gen_jax.models.autoregressive.beam_search import BeamSearchSampler
+from gen_jax.models.autoregressive.config import TokenChoice
+from gen_jax.models.autoregressive.losses import AutoregressiveSampler, pad_prompts
 from gen_jax.nn.config import TransformerConfig
 from gen_jax.nn.transformer import TokenNetwork
 from random_networks import LLAMA_FORM, random_params

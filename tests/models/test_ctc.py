@@ -14,8 +14,8 @@ from jax.sharding import Mesh
 
 from gen_jax import parallel, sampling, training
 from gen_jax.config import TrainConfig
-from gen_jax.models.ctc import CTCSampler, collapse, ctc_loss
-from gen_jax.models.masked import NetworkDenoiser
+from gen_jax.models.masked.losses import NetworkDenoiser
+from gen_jax.models.parallel.ctc import CTCSampler, collapse, ctc_loss
 from gen_jax.nn.config import TransformerConfig
 from gen_jax.nn.encoder_decoder import EncoderDecoder
 from random_networks import random_params
@@ -52,7 +52,7 @@ def logits_of(network, params, batch, factor):
     denoiser = NetworkDenoiser(network)
     prepared = denoiser.prepare(params)
     blank = jnp.full(exists.shape, denoiser.mask)
-    return denoiser(prepared, blank, exists, denoiser.read(prepared, batch))
+    return denoiser(prepared, blank, exists, denoiser.encode(prepared, batch))
 
 
 def said(alignment, blank=BLANK):

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from gen_jax.models import diffusion
-from gen_jax.models.config import DiffusionConfig
-from gen_jax.models.diffusion import Schedule, at
+from gen_jax.models.diffusion import losses as diffusion
+from gen_jax.models.diffusion.config import DiffusionConfig
+from gen_jax.models.diffusion.losses import Schedule, at
 
 LINEAR = DiffusionConfig()
 COSINE = DiffusionConfig(schedule="cosine")

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from gen_jax import sampling
-from gen_jax.models import diffusion
-from gen_jax.models.config import DiffusionConfig, SolverConfig
-from gen_jax.models.diffusion import Schedule, at
-from gen_jax.models.diffusion_samplers import (
+from gen_jax.models.diffusion import losses as diffusion
+from gen_jax.models.diffusion.config import DiffusionConfig, SolverConfig
+from gen_jax.models.diffusion.losses import Schedule, at
+from gen_jax.models.diffusion.samplers import (
     DDIM,
     Ancestral,
     DiffusionSampler,

@@ -12,9 +12,10 @@ from scipy import stats
 from gen_jax import sampling
 from gen_jax.data.exact_sets import NoisyMixture, even_parity
 from gen_jax.metrics.gaps import any_order_bound
-from gen_jax.models import masked, sequences
-from gen_jax.models.config import MaskConfig
-from gen_jax.models.masked import ExactDenoiser, NetworkDenoiser, blanks, bound_terms
+from gen_jax.models import sequences
+from gen_jax.models.masked import losses as masked
+from gen_jax.models.masked.config import MaskConfig
+from gen_jax.models.masked.losses import ExactDenoiser, NetworkDenoiser, blanks, bound_terms
 from gen_jax.models.sequences import cross_entropy
 from gen_jax.nn.config import TransformerConfig
 from gen_jax.nn.encoder_decoder import EncoderDecoder
@@ -251,7 +252,7 @@ def test_the_exact_denoiser_has_the_exact_conditionals(dist):
     denoiser = ExactDenoiser(size)
     prepared = denoiser.prepare(exact(dist))
     assert denoiser.mask == size
-    assert denoiser.read(prepared, {"label": None}) == {}
+    assert denoiser.encode(prepared, {"label": None}) == {}
     logits = denoiser(prepared, tokens, jnp.ones(tokens.shape, bool), {})
     wanted = dist.conditionals(tokens, size)
     assert (dist.vocabulary == 3) or (np.abs(wanted[hidden] - 0.5) < 1e-9).any()

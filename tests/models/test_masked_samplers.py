@@ -15,15 +15,15 @@ from gen_jax import sampling
 from gen_jax.data.exact_sets import NoisyMixture, binary_chain, even_parity
 from gen_jax.metrics import gaps
 from gen_jax.metrics.repair import repair_curve
-from gen_jax.models.masked import ExactDenoiser, NetworkDenoiser, blanks
-from gen_jax.models.masked_samplers import (
+from gen_jax.models.masked.losses import ExactDenoiser, NetworkDenoiser, blanks
+from gen_jax.models.masked.samplers import (
     AbsorbingDiffusion,
     InOrder,
     MaskGIT,
     MaskPredict,
     Repair,
 )
-from gen_jax.models.schedules import (
+from gen_jax.models.masked.schedules import (
     Cosine,
     Fixed,
     Logarithmic,
@@ -92,8 +92,8 @@ class Counting:
     def prepare(self, params):
         return self.inner.prepare(params)
 
-    def read(self, params, cond):
-        return self.inner.read(params, cond)
+    def encode(self, params, cond):
+        return self.inner.encode(params, cond)
 
     def __call__(self, params, tokens, exists, context):
         jax.debug.callback(lambda: CALLS.append(len(tokens)))
@@ -108,7 +108,7 @@ def logits_of(denoiser, params, tokens, cond):
     prepared = denoiser.prepare(params)
     length = cond.get("length", jnp.full(len(tokens), tokens.shape[1]))
     exists = jnp.arange(tokens.shape[1]) < length[:, None]
-    return denoiser(prepared, tokens, exists, denoiser.read(prepared, cond))
+    return denoiser(prepared, tokens, exists, denoiser.encode(prepared, cond))
 
 
 def holes():
@@ -507,7 +507,7 @@ def test_sources_are_read_up_to_their_length():
     assert (drawn[0] != drawn[2]).any()
     given = tokens != MASK
     np.testing.assert_array_equal(drawn[0][given], tokens[given])
-    context = jax.jit(lambda params, cond: PAIR.read(PAIR.prepare(params), cond))(params, cond)
+    context = jax.jit(lambda params, cond: PAIR.encode(PAIR.prepare(params), cond))(params, cond)
     read = {"tokens": tokens, "context": context}
     np.testing.assert_array_equal(generate(sampler, read, params=params), drawn[0])
 

@@ -15,10 +15,13 @@ from scipy import stats
 import random_networks
 from gen_jax import sampling
 from gen_jax.data.exact_sets import NoisyMixture, even_parity, modes
-from gen_jax.models import autoregressive, masked, nonautoregressive
-from gen_jax.models.config import LatentConfig, MaskConfig
-from gen_jax.models.masked_samplers import InOrder, MaskGIT, MaskPredict
-from gen_jax.models.nonautoregressive import (
+from gen_jax.models.autoregressive import losses as autoregressive
+from gen_jax.models.masked import losses as masked
+from gen_jax.models.masked.config import MaskConfig
+from gen_jax.models.masked.samplers import InOrder, MaskGIT, MaskPredict
+from gen_jax.models.parallel import losses as nonautoregressive
+from gen_jax.models.parallel.config import LatentConfig
+from gen_jax.models.parallel.losses import (
     ParallelDecoder,
     ParallelSampler,
     masked_loss,

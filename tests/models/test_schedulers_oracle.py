@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 import kernels
-from gen_jax.models.config import DiffusionConfig
-from gen_jax.models.diffusion import Schedule, fold_in_each, normal_each
-from gen_jax.models.diffusion_samplers import (
+from gen_jax.models.diffusion.config import DiffusionConfig
+from gen_jax.models.diffusion.losses import Schedule, fold_in_each, normal_each
+from gen_jax.models.diffusion.samplers import (
     DDIM,
     Ancestral,
     DiffusionSampler,

@@ -7,7 +7,7 @@ import pytest
 
 from gen_jax.data.exact_sets import NoisyMixture, binary_chain, even_parity
 from gen_jax.metrics.gaps import random_order_gap
-from gen_jax.models.schedules import (
+from gen_jax.models.masked.schedules import (
     SCHEDULES,
     Cosine,
     Exponential,

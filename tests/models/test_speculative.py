@@ -12,9 +12,9 @@ from scipy import stats
 
 import kernels
 from gen_jax import sampling
-from gen_jax.models.autoregressive import AutoregressiveSampler, pad_prompts
-from gen_jax.models.config import TokenChoice
-from gen_jax.models.speculative import SpeculativeSampler
+from gen_jax.models.autoregressive.config import TokenChoice
+from gen_jax.models.autoregressive.losses import AutoregressiveSampler, pad_prompts
+from gen_jax.models.autoregressive.speculative import SpeculativeSampler
 from gen_jax.nn.config import TransformerConfig
 from gen_jax.nn.transformer import TokenNetwork
 from random_networks import LLAMA_FORM, random_params

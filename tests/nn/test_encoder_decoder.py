@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from gen_jax import sampling
-from gen_jax.models import autoregressive
-from gen_jax.models.autoregressive import AutoregressiveSampler, pad_prompts
-from gen_jax.models.beam_search import BeamSearchSampler
-from gen_jax.models.config import TokenChoice
+from gen_jax.models.autoregressive import losses as autoregressive
+from gen_jax.models.autoregressive.beam_search import BeamSearchSampler
+from gen_jax.models.autoregressive.config import TokenChoice
+from gen_jax.models.autoregressive.losses import AutoregressiveSampler, pad_prompts
 from gen_jax.models.sequences import mean_of_first
 from gen_jax.nn.config import TransformerConfig
 from gen_jax.nn.encoder_decoder import EncoderDecoder
@@ -65,14 +65,14 @@ def call(network, params, tokens, batch):
 @functools.partial(jax.jit, static_argnums=0)
 def evaluate(network, params, tokens, cond):
     prepared = network.prepare(params)
-    return network.evaluate(prepared, tokens, **network.read(prepared, cond))
+    return network.evaluate(prepared, tokens, **network.encode(prepared, cond))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def extend(network, params, tokens, cond, cuts):
     """Logits of pieces that end at the cuts, one after the other through the caches."""
     prepared = network.prepare(params)
-    read, caches = network.read(prepared, cond), network.make_caches(*tokens.shape)
+    read, caches = network.encode(prepared, cond), network.make_caches(*tokens.shape)
     logits = []
     for start, end in itertools.pairwise((0, *cuts)):
         hidden, caches = network.extend(prepared, tokens[:, start:end], caches, start, **read)
@@ -138,7 +138,7 @@ def test_one_table_of_tokens():
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_all_but_norms_are_cast(tied):
-    config = dataclasses.replace(GPT, compute="bfloat16", tied=tied)
+    config = dataclasses.replace(GPT, dtype="bfloat16", tied=tied)
     network, params = make(config)
     prepared = jax.eval_shape(network.prepare, params)
     leaves = jax.tree_util.tree_leaves_with_path(prepared.params)
@@ -156,7 +156,7 @@ def test_all_but_norms_are_cast(tied):
 
 def test_bfloat16_is_close():
     network, params = make(LLAMA)
-    half = EncoderDecoder(dataclasses.replace(LLAMA, compute="bfloat16"), 1)
+    half = EncoderDecoder(dataclasses.replace(LLAMA, dtype="bfloat16"), 1)
     logits = evaluate(half, params, TOKENS, RAGGED)
     assert logits.dtype == jnp.float32
     assert 0 < np.abs(logits - call(network, params, TOKENS, RAGGED)).max() < 0.3

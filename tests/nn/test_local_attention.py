@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gen_jax import sampling
-from gen_jax.models.autoregressive import AutoregressiveSampler
+from gen_jax.models.autoregressive.losses import AutoregressiveSampler
 from gen_jax.nn.attention import local_attention
 from gen_jax.nn.config import TransformerConfig
 from gen_jax.nn.transformer import TokenNetwork

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gen_jax.models import autoregressive
+from gen_jax.models.autoregressive import losses as autoregressive
 from gen_jax.nn.config import TransformerConfig
 from gen_jax.nn.transformer import TokenNetwork, Transformer, attention, rotate
 from random_networks import LLAMA_FORM, random_params
@@ -19,7 +19,7 @@ GPT = TransformerConfig(vocabulary=12, context=10, layers=2, width=16, heads=4)
 LLAMA = dataclasses.replace(
     GPT,
     kv_heads=2,
-    hidden=24,
+    mlp_dim=24,
     **LLAMA_FORM,
 )
 FORMS = pytest.mark.parametrize("config", [GPT, LLAMA], ids=["gpt", "llama"])
@@ -68,7 +68,7 @@ def test_the_small_gpt_2_has_its_124_4_million_parameters():
 def test_the_number_of_parameters_is_the_formula(config, memory):
     config = dataclasses.replace(config, vocabulary=7, extra_inputs=3, memory=memory, layers=3)
     d, w, h, k = config.width, config.head_size, config.heads, config.key_heads
-    hidden, gates = config.hidden_size, 2 if config.activation == "swiglu" else 1
+    hidden, gates = config.mlp_size, 2 if config.activation == "swiglu" else 1
     matrices = [(d, (h + 2 * k) * w), (h * w, d), (d, gates * hidden), (hidden, d)]
     matrices += [(d, h * w), (d, 2 * k * w), (h * w, d)] if memory else []
     block = sum(rows * columns + config.bias * columns for rows, columns in matrices)
@@ -348,14 +348,12 @@ def test_a_memory_is_read_through_its_mask_and_once(config):
     assert (np.abs(changed - whole).max(axis=-1)[[0, 2]] > 1e-4).all()  # at every position
 
     prepared, caches = prepare(network, params), network.make_caches(3, 10)
-    read = jax.jit(functools.partial(Transformer(config).apply, method="read_memory"))
-    read = read({"params": params}, memory)
+    project = jax.jit(functools.partial(Transformer(config).apply, method="project_memory"))
+    options = {"memory_kv": project({"params": params}, memory), "memory_mask": mask}
     hidden = []
     for column in range(10):
         new = TOKENS[:, column : column + 1]
-        part, caches = extend(
-            network, prepared, new, caches, np.int32(column), None, read=read, memory_mask=mask
-        )
+        part, caches = extend(network, prepared, new, caches, np.int32(column), None, **options)
         hidden.append(part)
     got = logits_of(config, np.concatenate(hidden, axis=1))
     np.testing.assert_allclose(got, whole, atol=1e-5)
@@ -396,7 +394,7 @@ def test_dropout_hangs_on_the_key_of_the_sample_alone():
 def test_bfloat16_is_close_and_its_logits_float32(config):
     params = random_params(config)
     exact = apply(TokenNetwork(config), params, TOKENS)
-    network = TokenNetwork(dataclasses.replace(config, compute="bfloat16"))
+    network = TokenNetwork(dataclasses.replace(config, dtype="bfloat16"))
     rough = apply(network, params, TOKENS)
     assert rough.dtype == jnp.float32
     error = np.linalg.norm(rough - exact) / np.linalg.norm(exact)
@@ -407,7 +405,7 @@ def test_bfloat16_is_close_and_its_logits_float32(config):
 def test_bfloat16_with_a_cache_is_as_close(config):
     params = random_params(config)
     exact = apply(TokenNetwork(config), params, TOKENS)
-    config = dataclasses.replace(config, compute="bfloat16")
+    config = dataclasses.replace(config, dtype="bfloat16")
     network = TokenNetwork(config)
     prepared, caches = prepare(network, params), network.make_caches(3, 10)
     kinds = {
@@ -438,7 +436,7 @@ def test_bfloat16_with_a_cache_is_as_close(config):
         ({"vocabulary": -1}, "vocabulary must not be negative"),
         ({"kv_heads": -1}, "kv_heads must not be negative"),
         ({"head_width": -8}, "head_width must not be negative"),
-        ({"hidden": -1}, "hidden must not be negative"),
+        ({"mlp_dim": -1}, "mlp_dim must not be negative"),
         ({"extra_inputs": -1}, "extra_inputs must not be negative"),
         ({"norm_epsilon": 0.0}, "norm_epsilon must be finite and positive"),
         ({"norm_epsilon": float("nan")}, "norm_epsilon must be finite and positive"),

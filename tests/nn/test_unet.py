@@ -105,7 +105,7 @@ def test_dropout_keeps_the_mean():
 def test_bfloat16_is_close_to_float32():
     params = random_params(SMALL)
     exact = apply(Denoiser(SMALL), params, X, T)
-    rough = apply(Denoiser(dataclasses.replace(SMALL, compute="bfloat16")), params, X, T)
+    rough = apply(Denoiser(dataclasses.replace(SMALL, dtype="bfloat16")), params, X, T)
     assert rough.dtype == jnp.float32
     error = np.linalg.norm(rough - exact) / np.linalg.norm(exact)
     assert 1e-5 < error < 0.05
@@ -131,13 +131,13 @@ def test_what_it_refuses():
         UNetConfig(widths=(8, 12), groups=8)
 
 
-@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
-def test_prepared_parameters_are_the_same_network(compute):
-    config = dataclasses.replace(SMALL, widths=(4, 128), compute=compute)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_prepared_parameters_are_the_same_network(dtype):
+    config = dataclasses.replace(SMALL, widths=(4, 128), dtype=dtype)
     network, params = Denoiser(config), random_params(config)
     prepared = jax.jit(network.prepare)(params)
     expected, got = apply(network, params, X, T), apply(network, prepared, X, T)
     scale = np.abs(expected).max()
-    np.testing.assert_allclose(got, expected, atol=(1e-5 if compute == "float32" else 0) * scale)
+    np.testing.assert_allclose(got, expected, atol=(1e-5 if dtype == "float32" else 0) * scale)
     names = {"/".join(path) for path in flax.traverse_util.flatten_dict(prepared.params)}
     assert names == {"/".join(path) for path in flax.traverse_util.flatten_dict(params)}

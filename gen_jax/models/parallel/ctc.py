@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gen_jax.models.masked import NetworkDenoiser
-from gen_jax.models.nonautoregressive import source_lengths
+from gen_jax.models.masked.losses import NetworkDenoiser
+from gen_jax.models.parallel.losses import source_lengths
 from gen_jax.models.sequences import existing
 from gen_jax.nn.encoder_decoder import EncoderDecoder
 
@@ -89,7 +89,7 @@ class CTCSampler:
     def init(self, params, keys, cond):
         """Reads the source."""
         blank, exists = _columns(self.network, cond, self.factor)
-        context = NetworkDenoiser(self.network).read(params, cond)
+        context = NetworkDenoiser(self.network).encode(params, cond)
         return {"tokens": blank, "exists": exists, "context": context}
 
     def step(self, params, state, i):

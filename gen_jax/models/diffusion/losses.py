@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gen_jax.models.config import DiffusionConfig
+from gen_jax.models.diffusion.config import DiffusionConfig
 
 # (params, x [B, H, W, C], t [B], label [B] or None, keys [B] or None) -> [B, H, W, C or 2C]
 Network = Callable[..., jax.Array]

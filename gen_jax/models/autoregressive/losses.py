@@ -20,7 +20,7 @@ import numpy as np
 
 import kernels
 from gen_jax import keys as key_streams
-from gen_jax.models.config import TokenChoice
+from gen_jax.models.autoregressive.config import TokenChoice
 from gen_jax.models.sequences import cross_entropy, ended, mean_of_first
 from gen_jax.nn.encoder_decoder import EncoderDecoder
 from gen_jax.nn.transformer import PreparedParams, TokenNetwork
@@ -238,7 +238,7 @@ class AutoregressiveSampler:
 
     def init(self, params: PreparedParams, keys, cond) -> DecodingState:
         """Reads the prompts, up to their last token."""
-        prompt, read = cond["tokens"].astype(jnp.int32), self.network.read(params, cond)
+        prompt, read = cond["tokens"].astype(jnp.int32), self.network.encode(params, cond)
         sizes = self.prompt_length, self.columns
         return DecodingState(
             keys=key_streams.grid(keys, self.tokens),

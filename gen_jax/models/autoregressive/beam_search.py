@@ -12,7 +12,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from gen_jax.models.autoregressive import read_prompts
+from gen_jax.models.autoregressive.losses import read_prompts
 from gen_jax.nn.encoder_decoder import EncoderDecoder
 from gen_jax.nn.transformer import PreparedParams, TokenNetwork
 from kernels import KVCache
@@ -94,7 +94,7 @@ class BeamSearchSampler:
         prompt, first = cond["tokens"].astype(jnp.int32), cond.get("first")
         batch = len(prompt)
         columns = self.prompt_length + self.tokens - 1
-        read = self.network.read(params, cond)
+        read = self.network.encode(params, cond)
         caches = read_prompts(self.network, params, cond, self.prompt_length, columns, read)
         copies = lambda leaf: jnp.repeat(leaf, self.beams, axis=0)  # noqa: E731
         tokens = jnp.pad(copies(prompt), ((0, 0), (0, self.tokens)))

@@ -1,4 +1,4 @@
-"""Choices of the model families, as frozen dataclasses; importing this loads nothing heavy."""
+"""Choices of diffusion models, as frozen dataclasses; importing this loads nothing heavy."""
 
 import dataclasses
 import math
@@ -68,57 +68,3 @@ class SolverConfig:
             raise ValueError(f"eta must be finite, not negative, got {self.eta}")
         if not math.isfinite(self.guidance):
             raise ValueError(f"guidance must be finite, got {self.guidance}")
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenChoice:
-    """How the next token is drawn from its distribution; the defaults draw from it as it is."""
-
-    temperature: float = 1.0
-    """Divides the logits; 0 takes the most probable token (greedy)."""
-    top_k: int = 0
-    """Keep the k most probable tokens; 0 for all."""
-    top_p: float = 1.0
-    """Keep the smallest set of most probable tokens with this mass (Holtzman et al. 2020)."""
-    min_p: float = 0.0
-    """Keep tokens at least this share as probable as the first one (Nguyen et al. 2024)."""
-
-    def __post_init__(self):
-        if self.temperature and not 1e-6 <= self.temperature < math.inf:
-            raise ValueError(f"temperature must be 0, or finite and at least 1e-6, got "
-                             f"{self.temperature}")  # fmt: skip
-        if self.top_k < 0:
-            raise ValueError(f"top_k must not be negative, got {self.top_k}; 0 keeps all tokens")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}; 1 keeps all tokens")
-        if not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p must be in [0, 1], got {self.min_p}; 0 keeps all tokens")
-
-
-@dataclasses.dataclass(frozen=True)
-class MaskConfig:
-    """How a masked model is trained."""
-
-    counts: Literal["uniform", "cosine"] = "uniform"
-    """How many of L tokens are hidden: uniform over 1 .. L (Mask-Predict; the loss is then the
-    bound of absorbing diffusion), or L cos(pi u / 2), rounded up, u uniform (MaskGIT)."""
-
-
-@dataclasses.dataclass(frozen=True)
-class LatentConfig:
-    """The vector that all positions of a parallel decoder share."""
-
-    kind: Literal["none", "gaussian", "categorical"] = "none"
-    """No latent; a Gaussian vector (Kingma & Welling 2014); or one of a few codes."""
-    size: int = 8
-    """Dimensions of the Gaussian, or number of codes."""
-    layers: int = 1
-    """Blocks of the network of the posterior."""
-    free_nats: float = 0.0
-    """Divergence of the posterior from the prior that is not punished (Kingma et al. 2016)."""
-
-    def __post_init__(self):
-        if self.size < 1 or self.layers < 1:
-            raise ValueError("size and layers of the latent must be at least 1")
-        if not 0 <= self.free_nats < math.inf:
-            raise ValueError(f"free_nats must be finite, not negative, got {self.free_nats}")

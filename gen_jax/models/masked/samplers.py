@@ -18,8 +18,8 @@ import numpy as np
 
 import kernels
 from gen_jax import keys as key_streams
-from gen_jax.models.masked import Denoiser
-from gen_jax.models.schedules import (
+from gen_jax.models.masked.losses import Denoiser
+from gen_jax.models.masked.schedules import (
     Cosine,
     Fixed,
     Power,
@@ -103,7 +103,7 @@ class Rounds:
             free=(tokens == self.denoiser.mask) & exists,
             exists=exists,
             order=None,
-            context=self.denoiser.read(params, cond) if context is None else context,
+            context=self.denoiser.encode(params, cond) if context is None else context,
         )
 
     def finish(self, params, state: MaskedState) -> jax.Array:

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 
 import kernels
 from gen_jax import keys as key_streams
-from gen_jax.models.autoregressive import read_prompts
-from gen_jax.models.config import TokenChoice
+from gen_jax.models.autoregressive.config import TokenChoice
+from gen_jax.models.autoregressive.losses import read_prompts
 from gen_jax.nn.transformer import PreparedParams, TokenNetwork
 from kernels import KVCache
 

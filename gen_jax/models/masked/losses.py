@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import kernels
-from gen_jax.models.config import MaskConfig
+from gen_jax.models.masked.config import MaskConfig
 from gen_jax.models.sequences import cross_entropy, existing
 from gen_jax.nn.encoder_decoder import EncoderDecoder
 from gen_jax.nn.transformer import PreparedParams, TokenNetwork
@@ -42,7 +42,7 @@ class Denoiser(Protocol):
     def prepare(self, params) -> Any:
         """What the other methods get as `params`, done once before a loop."""
 
-    def read(self, params, cond: dict) -> dict:
+    def encode(self, params, cond: dict) -> dict:
         """What stays the same from round to round: a tree of arrays [B, ...]."""
 
     def __call__(self, params, tokens, exists, context: dict) -> jax.Array:
@@ -84,16 +84,16 @@ class NetworkDenoiser:
         """See `TokenNetwork.prepare`."""
         return self.network.prepare(params)
 
-    def read(self, params: PreparedParams, cond: dict) -> dict:
-        """See `Denoiser.read`."""
-        return _own(cond) | self.network.read(params, cond)
+    def encode(self, params: PreparedParams, cond: dict) -> dict:
+        """See `Denoiser.encode`."""
+        return _own(cond) | self.network.encode(params, cond)
 
     def __call__(self, params: PreparedParams, tokens, exists, context: dict) -> jax.Array:
         """See `Denoiser.__call__`."""
         return _labelled(self.network.evaluate, self.mask, params, tokens, exists, **context)
 
     def condition(self, params: dict, batch: dict, keys=None) -> dict:
-        """As `read`, of parameters that are not prepared, with dropout where there are keys."""
+        """As `encode`, of parameters that are not prepared, with dropout where there are keys."""
         return _own(batch) | self.network.condition(params, batch, keys)
 
     def train(self, params: dict, tokens, exists, context: dict, keys=None) -> jax.Array:
@@ -156,7 +156,7 @@ class ExactDenoiser:
         prob = jnp.asarray(params["prob"], jnp.float32)
         return {"support": jnp.asarray(params["support"], jnp.int32), "prob": prob}
 
-    def read(self, params, cond: dict) -> dict:
+    def encode(self, params, cond: dict) -> dict:
         """Nothing."""
         return {}
 
@@ -251,7 +251,7 @@ def bound_terms(denoiser: Denoiser, params, tokens, keys: jax.Array, cond: dict 
     """
     cond = cond or {}
     prepared = denoiser.prepare(params)
-    context = denoiser.read(prepared, cond)
+    context = denoiser.encode(prepared, cond)
     exists = existing(tokens, cond.get("length"))
 
     def term(n):
@@ -337,7 +337,7 @@ def log_prob_in_order(denoiser: Denoiser, params, tokens, order, sizes, cond=Non
       float32 [B], in nats.
     """
     prepared = denoiser.prepare(params)
-    context, exists = denoiser.read(prepared, cond or {}), existing(tokens)
+    context, exists = denoiser.encode(prepared, cond or {}), existing(tokens)
     rank = jnp.broadcast_to(jnp.argsort(order, axis=-1), tokens.shape)
     ends = np.cumsum(sizes)
 

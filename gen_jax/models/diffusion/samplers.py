@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import kernels
-from gen_jax.models import diffusion
-from gen_jax.models.config import DiffusionConfig, SolverConfig
-from gen_jax.models.diffusion import Network, Schedule, fold_in_each, normal_each, split_each
-from gen_jax.models.time_grid import TimeGrid
+from gen_jax.models.diffusion import losses as diffusion
+from gen_jax.models.diffusion.config import DiffusionConfig, SolverConfig
+from gen_jax.models.diffusion.losses import Network, Schedule, fold_in_each, normal_each, split_each
+from gen_jax.models.diffusion.time_grid import TimeGrid
 
 
 class Solver(Protocol):

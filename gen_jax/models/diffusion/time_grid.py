@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from gen_jax.models.config import Spacing
+from gen_jax.models.diffusion.config import Spacing
 
 
 @dataclasses.dataclass(frozen=True)

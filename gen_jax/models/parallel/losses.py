@@ -27,10 +27,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gen_jax.models import masked
-from gen_jax.models.config import LatentConfig, MaskConfig
-from gen_jax.models.masked import NetworkDenoiser
-from gen_jax.models.masked_samplers import InOrder, MaskedState, Rounds
+from gen_jax.models.masked import losses as masked
+from gen_jax.models.masked.config import MaskConfig
+from gen_jax.models.masked.losses import NetworkDenoiser
+from gen_jax.models.masked.samplers import InOrder, MaskedState, Rounds
+from gen_jax.models.parallel.config import LatentConfig
 from gen_jax.models.sequences import cross_entropy, ended, existing
 from gen_jax.nn.encoder_decoder import EncoderDecoder
 from gen_jax.nn.transformer import TokenNetwork, Transformer
@@ -318,7 +319,7 @@ class ParallelSampler:
         cond, model, network = cond or {}, self.model, self.model.network
         batch, several = len(keys), self.lengths
         source = {name: cond[name] for name in ("source", "source_length") if name in cond}
-        read = network.encode(params["network"].params, source) if source else {}
+        read = network.encode_source(params["network"].params, source) if source else {}
         context = {"label": cond["label"]} if "label" in cond else {}
         summary = model.summarise(params["network"].params, read | context, batch)
         length = self._lengths(params, summary, source, cond, batch)
@@ -326,7 +327,7 @@ class ParallelSampler:
         tokens = {"tokens": copies(cond["tokens"])} if "tokens" in cond else {}
         inner = tokens if length is None else tokens | {"length": length.reshape(-1)}
         if source:
-            context |= network.read_encoded(params["network"], read)
+            context |= network.encode_memory(params["network"], read)
         if model.latent.kind != "none":
             context["added"] = self._latent(params, summary, keys)
         context = jax.tree.map(copies, context)
@@ -406,7 +407,7 @@ def log_prob(model: ParallelDecoder, params, tokens, cond: dict | None = None) -
     exists = jnp.ones(tokens.shape, bool)
     blank = jnp.full_like(tokens, denoiser.mask)
 
-    read = denoiser.read(prepared, cond)
+    read = denoiser.encode(prepared, cond)
 
     def given(added):
         return -cross_entropy(denoiser(prepared, blank, exists, read | added), tokens).sum(-1)
