@@ -24,6 +24,8 @@ setuptools.setup(
         "optax>=0.2.8",
         "orbax-checkpoint>=0.11,<1",  # 1.0 moves the API; checkpoint.py is the only caller
         "einops",
+        "jaxtyping>=0.3",  # shapes in annotations; checked while tests run
+        "lazy_loader>=0.4",  # packages that name what is public and import it when it is used
         "tensorflow-datasets>=4.9.10",
         "importlib_resources",  # needed by tensorflow-datasets, which does not declare it
         "requests",  # one request that tells whether there is a network; tensorflow-datasets has it
@@ -39,6 +41,7 @@ setuptools.setup(
         "test": [
             "pytest>=8",
             "pytest-xdist",
+            "beartype>=0.20",  # checks the annotations of jaxtyping
             "hypothesis",
             "scipy",
             "ruff",

@@ -1,21 +1,125 @@
-"""Configurations: frozen dataclasses, from the command line and from JSON.
+"""Configurations: frozen dataclasses that check themselves, from the command line and from JSON.
 
-Importing this loads nothing heavy, so that a mistyped option is refused before jax starts.
+Importing this module loads nothing heavy, so that a mistyped option is refused before jax starts.
 """
 
 import dataclasses
+import functools
+import importlib
 import json
 import math
+import numbers
+import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
 
+__all__ = [
+    "DistributedConfig",
+    "SampleConfig",
+    "TrainConfig",
+    "added",
+    "check_fields",
+    "choices",
+    "differences",
+    "flatten",
+    "from_dict",
+    "frozen",
+    "resolve",
+    "to_dict",
+]
 
-@dataclasses.dataclass(frozen=True)
+
+@typing.dataclass_transform(frozen_default=True)
+def frozen(cls: type[T]) -> type[T]:
+    """Makes a frozen dataclass that refuses, at construction, values its annotations do not allow.
+
+    A field of a number, bool, str, `Literal`, tuple of these, or another class is checked against
+    its annotation; floats must be finite. What the annotation does not say (a range, how two fields
+    go together) is for the `__post_init__` of the class, which runs after these checks.
+
+    Raises:
+      ValueError: at construction; the sentence names the field, the value, and what is allowed.
+    """
+    own = cls.__dict__.get("__post_init__")
+
+    def __post_init__(self):
+        check_fields(self)
+        if own is not None:
+            own(self)
+        elif (inherited := getattr(super(cls, self), "__post_init__", None)) is not None:
+            inherited()
+
+    cls.__post_init__ = __post_init__
+    return dataclasses.dataclass(frozen=True)(cls)
+
+
+def check_fields(value: Any) -> None:
+    """Raises a ValueError where a field of a dataclass is not what its annotation says."""
+    hints = _hints(type(value))
+    for field in dataclasses.fields(value):
+        problem = _problem(hints[field.name], getattr(value, field.name))
+        if problem:
+            raise ValueError(f"{field.name} must be {problem}, got {getattr(value, field.name)!r}")
+
+
+@functools.cache
+def _hints(kind):
+    return typing.get_type_hints(kind)
+
+
+_NUMBERS = {int: (numbers.Integral, "a whole number"), float: (numbers.Real, "a number")}
+
+
+def _problem(hint, value):
+    """What the annotation asks for where the value is not of it; else None."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return None if value in arguments else f"one of {', '.join(map(repr, arguments))}"
+    if hint in _NUMBERS:
+        kind, name = _NUMBERS[hint]
+        if not isinstance(value, kind) or isinstance(value, bool):
+            return name
+        return "finite" if hint is float and not math.isfinite(value) else None
+    if origin in (typing.Union, types.UnionType):
+        problems = [_problem(argument, value) for argument in arguments]
+        return None if None in problems else " or ".join(problems)
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return "a tuple"
+        inner = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
+        if len(inner) != len(value):
+            return f"a tuple of {len(inner)}"
+        found = (_problem(one, item) for one, item in zip(inner, value, strict=True))
+        return next((f"a tuple of which each entry is {what}" for what in found if what), None)
+    kind = origin or hint
+    if not isinstance(kind, type) or getattr(kind, "_is_protocol", False):
+        return None
+    if isinstance(value, kind):
+        return None
+    return "None" if kind is types.NoneType else f"of type {kind.__name__}"
+
+
+def resolve(name: str | Callable) -> Callable:
+    """The object that "module:attribute" names; a callable is itself.
+
+    Raises:
+      ValueError: there is no such module or attribute.
+    """
+    if callable(name):
+        return name
+    module, _, attribute = name.partition(":")
+    try:
+        return functools.reduce(getattr, attribute.split("."), importlib.import_module(module))
+    except (ModuleNotFoundError, AttributeError, ValueError) as error:
+        raise ValueError(f"{name!r} names no module:attribute that can be imported") from error
+
+
+@frozen
 class TrainConfig:
-    """The training loop; the defaults are those of DDPM on CIFAR-10."""
+    """The training loop and the optimiser; the defaults are those of DDPM on CIFAR-10."""
 
     steps: int = 800_000
     """Updates of the parameters in all, counting those before a resume."""
@@ -57,14 +161,13 @@ class TrainConfig:
     """Updates in a row that may be skipped for a loss or gradient that is not finite."""
 
     def __post_init__(self):
-        positive = ("steps", "batch", "accumulate", "log_every", "checkpoint_every", "keep")
-        for name in positive:
+        for name in ("steps", "batch", "accumulate", "log_every", "checkpoint_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         counts = ("warmup", "evaluate_every", "max_skipped")
         for name in (*counts, "clip_norm", "learning_rate", "weight_decay"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be finite, not negative, got {getattr(self, name)}")
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("beta1", "beta2", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
@@ -78,7 +181,30 @@ class TrainConfig:
             raise ValueError(f"accumulate ({self.accumulate}) must divide the batch ({self.batch})")
 
 
-@dataclasses.dataclass(frozen=True)
+@frozen
+class SampleConfig:
+    """How many samples to draw; which strategy draws them is a configuration of its own."""
+
+    number: int = 64
+    """Samples to draw."""
+    seed: int = 0
+    """Seed of the samples; sample i depends on the seed and i alone."""
+    micro_batch: int = 64
+    """Most samples drawn at a time; 1 gives the lowest latency."""
+    checkpoint: int = -1
+    """Step of the checkpoint to sample and evaluate; -1 for the latest that is whole."""
+
+    def __post_init__(self):
+        for name in ("number", "micro_batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be in [0, 2**32), got {self.seed}")
+        if self.checkpoint < -1:
+            raise ValueError(f"checkpoint must be a step, or -1, got {self.checkpoint}")
+
+
+@frozen
 class DistributedConfig:
     """How several hosts find each other; the defaults are one host alone."""
 
@@ -96,9 +222,27 @@ class DistributedConfig:
             raise ValueError("several processes need a coordinator, host:port of process 0")
 
 
+def choices(hint: Any) -> dict[str, type]:
+    """The dataclasses of a union annotation by their class attribute `name`; empty for others."""
+    if typing.get_origin(hint) not in (typing.Union, types.UnionType):
+        return {}
+    kinds = [kind for kind in typing.get_args(hint) if dataclasses.is_dataclass(kind)]
+    return {kind.name: kind for kind in kinds}
+
+
 def to_dict(config: Any) -> dict:
-    """A dataclass of dataclasses as nested dictionaries, tuples as lists."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    """A dataclass of dataclasses as nested dictionaries, tuples as lists.
+
+    A field that is a choice among several dataclasses also says which, under "name".
+    """
+    hints, values = _hints(type(config)), {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            name = {"name": value.name} if choices(hints[field.name]) else {}
+            value = name | to_dict(value)
+        values[field.name] = value
+    return json.loads(json.dumps(values))
 
 
 def from_dict(kind: type[T], values: Mapping) -> T:
@@ -107,7 +251,9 @@ def from_dict(kind: type[T], values: Mapping) -> T:
     Raises:
       ValueError: a key is unknown, or a value is not of the field's type or range.
     """
-    hints = typing.get_type_hints(kind)
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{kind.__name__} cannot be read from {values!r}: it must be an object")
+    hints = _hints(kind)
     unknown = sorted(set(values) - {field.name for field in dataclasses.fields(kind)})
     if unknown:
         raise ValueError(f"{kind.__name__} has no fields {unknown}; were they of another version?")
@@ -118,22 +264,29 @@ def from_dict(kind: type[T], values: Mapping) -> T:
 
 
 def _read(hint, value):
+    if kinds := choices(hint):
+        value = dict(value) if isinstance(value, Mapping) else {}
+        name = value.pop("name", None)
+        if name not in kinds:
+            raise ValueError(f"{name!r} is none of {', '.join(kinds)}; was it of another version?")
+        return from_dict(kinds[name], value)
     if dataclasses.is_dataclass(hint):
         return from_dict(hint, value)
-    return tuple(value) if typing.get_origin(hint) is tuple else value
+    return tuple(value) if typing.get_origin(hint) is tuple and isinstance(value, list) else value
 
 
 def added(kind: type, stored: Mapping) -> dict[str, Any]:
     """Dotted keys and defaults of the fields that a stored configuration is too old to have."""
-    found = {}
-    hints = typing.get_type_hints(kind)
+    found, hints = {}, _hints(kind)
     for field in dataclasses.fields(kind):
         if field.name in stored:
-            if isinstance(stored[field.name], Mapping):
+            if isinstance(stored[field.name], Mapping) and dataclasses.is_dataclass(
+                hints[field.name]
+            ):
                 found[field.name] = added(hints[field.name], stored[field.name])
         elif field.default is not dataclasses.MISSING:
             found[field.name] = field.default
-    return flatten(json.loads(json.dumps(found, default=dataclasses.asdict)))
+    return flatten(json.loads(json.dumps(found, default=to_dict)))
 
 
 def flatten(values: Mapping, prefix: str = "") -> dict[str, Any]:

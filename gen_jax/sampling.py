@@ -1,10 +1,11 @@
 """The Sampler protocol, and the only sampling loop.
 
-Sample i of a seed hangs on (seed, i) alone: every random number that it uses comes from a key of
-its own (see `sample_keys`), so that the batch it is drawn in and the devices it is drawn on do
-not change it.
+Sample i of a seed depends on (seed, i) alone: every random number that it uses comes from a key of
+its own (see `sample_keys`), so that neither the batch in which it is drawn nor the devices on which
+it is drawn change it.
 """
 
+import collections
 import dataclasses
 import functools
 import sys
@@ -17,9 +18,24 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Key
 from tqdm import tqdm
 
 from gen_jax import keys as key_streams
+from gen_jax.condition import Condition
+
+__all__ = [
+    "Chunk",
+    "Sampler",
+    "Stoppable",
+    "compile_generate",
+    "generate",
+    "generate_many",
+    "sample_keys",
+    "stream",
+]
+
+_KEPT_PROGRAMS = 32  # compiled by `generate_many`; those used least recently are dropped
 
 
 class Sampler(Protocol):
@@ -28,16 +44,25 @@ class Sampler(Protocol):
     Attributes:
       nfe: sequential evaluations of the network for one sample.
       steps: trips of the sampling loop (equal to `nfe` when a step evaluates the network once).
+      conditions: names of the fields of `Condition` that the sampler reads; others are refused.
     """
 
     nfe: int
     steps: int
+    conditions: tuple[str, ...]
+
+    def check(self, params, cond: Condition) -> None:
+        """Refuses parameters and values of the condition that do not fit, before the loop.
+
+        It is called outside of compiled code where the arguments are there; inside of another
+        program it sees shapes alone.
+        """
 
     def prepare(self, params) -> Any:
         """What the other methods get as `params`: casts and layouts, done once before the loop."""
 
-    def init(self, params, keys, cond) -> Any:
-        """The state before the first step, for keys [B] and a condition tree [B, ...] or None."""
+    def init(self, params, keys, cond: Condition) -> Any:
+        """The state before the first step, for keys [B] and a condition of B rows."""
 
     def step(self, params, state, i) -> Any:
         """The state after step i (traced int32); pure."""
@@ -53,35 +78,69 @@ class Stoppable(Protocol):
         """Bool []: whether further steps would change nothing; None where all steps are needed."""
 
 
-@functools.partial(jax.jit, static_argnames=("sampler", "trajectory"))
-def generate(sampler: Sampler, params, keys: jax.Array, cond=None, *, trajectory: bool = False):
-    """Draws one sample per key, in one compiled loop with a fixed number of trips.
+def generate(
+    sampler: Sampler,
+    params,
+    keys: Key[jax.Array, " B"],
+    cond: Condition | None = None,
+    *,
+    trajectory: Callable[[Any], Any] | None = None,
+):
+    """Draws one sample per key, in one compiled loop.
 
     Args:
       sampler: the strategy; static, so that an equal sampler does not compile again.
-      params: what the sampler's networks need.
-      keys: [B] PRNG keys, one per sample (see `sample_keys`).
-      cond: tree of arrays [B, ...] that the sampler understands, or None.
-      trajectory: also return the state after every step.
+      params: the parameters of the sampler's models.
+      keys: one PRNG key per sample (see `sample_keys`).
+      cond: what the samples are conditioned on, or None.
+      trajectory: a function of the sampler's state, whose values after every step are returned too;
+        static, so that a function defined anew compiles anew. It costs nothing where it is None.
 
     Returns:
-      The samples [B, ...], or (samples, states) with states a tree of arrays [steps, B, ...].
+      The samples [B, ...], or (samples, values) with values a tree of arrays [steps, B, ...].
+
+    Raises:
+      ValueError: there are no keys, or parameters or condition are not the sampler's.
     """
+    cond = _checked(sampler, params, keys, cond)
+    return _generate(sampler, params, keys, cond, trajectory)
+
+
+def _checked(sampler, params, keys, cond):
+    """The condition, after the checks of what can be known before the loop."""
+    if not jax.dtypes.issubdtype(getattr(keys, "dtype", np.int32), jax.dtypes.prng_key):
+        raise ValueError("keys must be PRNG keys [B], of jax.random.key or sampling.sample_keys")
+    if keys.ndim != 1 or not len(keys):
+        raise ValueError(
+            f"keys must be [B], one for each sample and at least one, got the shape {keys.shape}; "
+            "see sampling.sample_keys"
+        )
+    if cond is None:
+        cond = Condition()
+    elif not isinstance(cond, Condition):
+        raise ValueError(f"the condition must be a gen_jax.Condition, not {type(cond).__name__}")
+    cond.check(type(sampler).__name__, sampler.conditions, len(keys))
+    sampler.check(params, cond)
+    return cond
+
+
+@functools.partial(jax.jit, static_argnames=("sampler", "trajectory"))
+def _generate(sampler, params, keys, cond, trajectory):
     return _loop(sampler, sampler.prepare(params), keys, cond, trajectory)
 
 
-def _loop(sampler, params, keys, cond, trajectory=False):
+def _loop(sampler, params, keys, cond, trajectory=None):
     state = sampler.init(params, keys, cond)
-    if not trajectory:
+    if trajectory is None:
         state = _advance(sampler, params, state, 0, sampler.steps)
         return sampler.finish(params, state)
 
     def record(state, i):
         state = sampler.step(params, state, i)
-        return state, state
+        return state, trajectory(state)
 
-    state, states = jax.lax.scan(record, state, jax.numpy.arange(sampler.steps))
-    return sampler.finish(params, state), states
+    state, values = jax.lax.scan(record, state, jax.numpy.arange(sampler.steps))
+    return sampler.finish(params, state), values
 
 
 def _advance(sampler, params, state, first, last):
@@ -101,7 +160,14 @@ def _advance(sampler, params, state, first, last):
     return jax.lax.while_loop(going_on, body, (jax.numpy.int32(first), state))[1]
 
 
-def stream(sampler: Sampler, params, keys: jax.Array, cond=None, *, every: int = 1) -> Iterator:
+def stream(
+    sampler: Sampler,
+    params,
+    keys: Key[jax.Array, " B"],
+    cond: Condition | None = None,
+    *,
+    every: int = 1,
+) -> Iterator[Any]:
     """Draws as `generate` does, and shows the state on the way.
 
     Args:
@@ -109,19 +175,22 @@ def stream(sampler: Sampler, params, keys: jax.Array, cond=None, *, every: int =
       every: steps from one state to the next, at least 1.
 
     Yields:
-      The state after `every` steps, 2 x `every`, ..., and the last. Its memory is used again for
-      the next one: read it before going on. The first comes after compiling.
+      The state after `every` steps, 2 x `every`, ..., and the last. It ends earlier when all
+      samples have stopped. The memory of a state is used again for the next one: read it before
+      going on. The first comes after compiling.
 
     Raises:
-      ValueError: `every` is below 1.
+      ValueError: `every` is below 1, or as `generate` does.
     """
     if every < 1:
         raise ValueError(f"every must be at least 1, got {every}")
-    prepared, state = _begin(sampler, params, keys, cond)
+    prepared, state = _begin(sampler, params, keys, _checked(sampler, params, keys, cond))
     for first in range(0, sampler.steps, every):
         last = min(first + every, sampler.steps)
-        state = _advance_in_place(sampler, prepared, state, first, last)
+        state, stopped = _advance_in_place(sampler, prepared, state, first, last)
         yield state
+        if stopped is not None and stopped:
+            return
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -130,11 +199,20 @@ def _begin(sampler, params, keys, cond):
     return prepared, sampler.init(prepared, keys, cond)
 
 
-_advance_in_place = jax.jit(_advance, static_argnums=0, donate_argnums=2)
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _advance_in_place(sampler, params, state, first, last):
+    state = _advance(sampler, params, state, first, last)
+    return state, sampler.stopped(state) if hasattr(sampler, "stopped") else None
 
 
-def sample_keys(seed: int, start: int, count: int) -> jax.Array:
-    """Keys [count] of the samples start, start + 1, ... of a seed."""
+def sample_keys(seed: int, start: int, count: int) -> Key[jax.Array, " count"]:
+    """Keys of the samples start, start + 1, ... of a seed.
+
+    Raises:
+      ValueError: `start` is negative, or `count` is below 1.
+    """
+    if start < 0 or count < 1:
+        raise ValueError(f"start must not be negative and count at least 1, got {start}, {count}")
     return key_streams.stream(seed, "sample", start, count)
 
 
@@ -144,13 +222,13 @@ class Chunk:
 
     Attributes:
       start: number of its first sample.
-      samples: [n, ...].
+      samples: array [n, ...], or a tree of them.
       seconds: that drawing it took, from keys to samples in host memory.
       compile_seconds: that came before, for the first chunk of each size; else 0.
     """
 
     start: int
-    samples: np.ndarray
+    samples: Any
     seconds: float
     compile_seconds: float
 
@@ -161,7 +239,7 @@ def generate_many(
     seed: int,
     number: int,
     *,
-    cond=None,
+    cond: Condition | None = None,
     start: int = 0,
     micro_batch: int = 64,
     mesh: Mesh | None = None,
@@ -169,19 +247,21 @@ def generate_many(
 ) -> Iterator[Chunk]:
     """Draws samples start .. start + number - 1 of a seed, a micro-batch at a time.
 
-    Every micro-batch has the same shape (short ones are padded), so that one program serves the
-    whole request and any other of the same `micro_batch`, and gives a sample the same bits in
-    each. When the device runs out of memory the micro-batch is halved, with a warning, and the
-    request goes on where it was.
+    All micro-batches of a request have one shape: the smallest of `micro_batch`, its half, its
+    quarter and so on that holds the request. The last one is padded. Programs are kept, so that an
+    equal request does not compile again. A sample has the same bits in all requests of one shape;
+    between shapes it agrees in its noise, and to rounding in what a network computes. When the
+    device runs out of memory the micro-batch is halved, with a warning, and the request goes on
+    where it was.
 
     Args:
       sampler: the strategy.
-      params: what its networks need.
+      params: the parameters of its models.
       seed: of the samples.
       number: how many, at least 1.
-      cond: tree of arrays [number, ...], or None.
+      cond: of `number` rows, or None.
       start: number of the first sample.
-      micro_batch: samples at a time over all devices; rounded up to a multiple of them.
+      micro_batch: most samples at a time over all devices; rounded up to a multiple of them.
       mesh: devices with one axis "data" to spread each micro-batch over; None for one device.
       progress: show a bar with rate and time left; None to show it on a terminal only.
 
@@ -189,14 +269,19 @@ def generate_many(
       Chunks in order.
 
     Raises:
-      ValueError: `number` or `micro_batch` is below 1.
+      ValueError: `number` or `micro_batch` is below 1, or as `generate` does.
       jax.errors.JaxRuntimeError: one sample per device does not fit in memory.
     """
     if number < 1 or micro_batch < 1:
         raise ValueError(f"number and micro_batch must be at least 1, got {number}, {micro_batch}")
+    cond = _checked(sampler, params, sample_keys(seed, start, number), cond)
+    return _generate_many(sampler, params, seed, number, cond, start, micro_batch, mesh, progress)
+
+
+def _generate_many(sampler, params, seed, number, cond, start, micro_batch, mesh, progress):
     devices = mesh.size if mesh is not None else 1
-    size, program, done = _round_up(micro_batch, devices), None, 0
-    params = jax.jit(sampler.prepare)(params)
+    size, done = _size_for(number, micro_batch, devices), 0
+    params = _prepare(sampler, params)
     hidden = not sys.stderr.isatty() if progress is None else not progress
     with tqdm(total=number, desc="sampling", unit="sample", disable=hidden) as bar:
         while done < number:
@@ -204,26 +289,61 @@ def generate_many(
             arguments = params, *_rows(seed, start, done, count, size, cond)
             try:
                 began = time.perf_counter()
-                if fresh := program is None:
-                    program = compile_generate(sampler, *arguments, mesh=mesh)
+                program, fresh = _program(sampler, arguments, mesh)
                 compiled = time.perf_counter()
-                samples = np.asarray(program(*arguments))
+                samples = jax.tree.map(np.asarray, program(*arguments))
             except jax.errors.JaxRuntimeError as error:
                 if "RESOURCE_EXHAUSTED" not in str(error) or size <= devices:
                     raise
-                size, program = _round_up(size // 2, devices), None
+                size = _round_up(size // 2, devices)
                 warnings.warn(
                     f"out of memory: drawing {size} samples at a time instead", stacklevel=2
                 )
                 continue
             seconds = time.perf_counter() - compiled
-            yield Chunk(start + done, samples[:count], seconds, compiled - began if fresh else 0.0)
+            samples = jax.tree.map(lambda leaf, count=count: leaf[:count], samples)
+            yield Chunk(start + done, samples, seconds, compiled - began if fresh else 0.0)
             done += count
             bar.update(count)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _prepare(sampler, params):
+    return sampler.prepare(params)
+
+
+_programs: collections.OrderedDict = collections.OrderedDict()
+
+
+def _program(sampler, arguments, mesh):
+    """The compiled loop for arguments of these shapes, and whether it was compiled just now."""
+    leaves, structure = jax.tree.flatten(arguments)
+    shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+    key = sampler, structure, shapes, mesh
+    fresh = key not in _programs
+    if fresh:
+        _programs[key] = compile_generate(sampler, *arguments, mesh=mesh)
+        while len(_programs) > _KEPT_PROGRAMS:
+            _programs.popitem(last=False)
+    _programs.move_to_end(key)
+    return _programs[key], fresh
+
+
+def _size_for(number: int, micro_batch: int, devices: int) -> int:
+    """The smallest of `micro_batch`, its half, ... that holds `number`, a multiple of `devices`."""
+    size = micro_batch
+    while size > 1 and -(-size // 2) >= number:
+        size = -(-size // 2)
+    return _round_up(size, devices)
+
+
 def compile_generate(
-    sampler: Sampler, prepared, keys: jax.Array, cond=None, *, mesh: Mesh | None = None
+    sampler: Sampler,
+    prepared,
+    keys: Key[jax.Array, " B"],
+    cond: Condition | None = None,
+    *,
+    mesh: Mesh | None = None,
 ) -> Callable:
     """`generate` compiled ahead for arguments of these shapes: (prepared, keys, cond) -> samples.
 
@@ -231,7 +351,7 @@ def compile_generate(
     device runs the whole loop on its own share of the samples, whose number it divides; nothing
     is exchanged between devices.
     """
-    loop = functools.partial(_loop, sampler)
+    loop, cond = functools.partial(_loop, sampler), Condition() if cond is None else cond
     if mesh is None:
         return jax.jit(loop).lower(prepared, keys, cond).compile()
     mapped = jax.shard_map(
