@@ -83,11 +83,11 @@ def _execute(experiment, config, phases):
         raise WorkdirError(f"no run in {path}; train one first, or give its --workdir")
     if several and phases != ("train",):
         raise ValueError("several hosts train together; sample and evaluate on one of them")
-    config.check(path, phases)
+    data = config.load(path, phases)
     workdir = Workdir(path)
     with contextlib.nullcontext() if several else claim(workdir, config, training):
         run = config_lib.resolve("gen_jax.runs:run")
-        run(experiment.name, config, workdir, phases)
+        run(experiment.name, config, workdir, phases, data)
 
 
 @contextlib.contextmanager

@@ -261,16 +261,25 @@ class RunConfig:
         "train.max_skipped",
     )
 
-    def check(self, workdir: pathlib.Path, phases: tuple[str, ...]) -> None:
-        """Refuses data or files that do not fit, before anything is written and jax is loaded.
+    def load(self, workdir: pathlib.Path, phases: tuple[str, ...]) -> Any:
+        """Reads the data that the phases need, before anything is written and jax is loaded.
 
         Args:
           workdir: the work directory, which may not exist yet.
           phases: the commands to come.
 
+        Returns:
+          What the function that makes the task gets as `Context.data`.
+
         Raises:
-          ValueError, FileNotFoundError: what does not fit, and what to do.
+          ValueError, FileNotFoundError: data or files do not fit; the message says what to do.
         """
+        return None
+
+    def splits(self, phases: tuple[str, ...]) -> tuple[str, ...]:
+        """The splits of the data that the phases need, of "train" and "test"."""
+        testing = "evaluate" in phases or ("train" in phases and self.train.evaluate_every)
+        return ("train",) * ("train" in phases) + ("test",) * bool(testing)
 
 
 class Choice:

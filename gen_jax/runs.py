@@ -9,7 +9,8 @@ from typing import Any
 
 import jax
 
-from gen_jax import checkpoint, cli, config, parallel, training
+from gen_jax import checkpoint, cli, parallel, training
+from gen_jax import config as config_lib
 from gen_jax.config import RunConfig
 from gen_jax.task import Context, Run, Stage, Task
 from gen_jax.workdir import Workdir
@@ -17,7 +18,9 @@ from gen_jax.workdir import Workdir
 __all__ = ["evaluate", "make_task", "restore", "run", "sample", "stage_workdir", "train"]
 
 
-def run(name: str, config: RunConfig, workdir: Workdir, phases: tuple[str, ...]) -> None:
+def run(
+    name: str, config: RunConfig, workdir: Workdir, phases: tuple[str, ...], data: Any
+) -> None:
     """Runs phases one after the other, prints the summary and adds it to summary.json.
 
     Args:
@@ -25,6 +28,7 @@ def run(name: str, config: RunConfig, workdir: Workdir, phases: tuple[str, ...])
       config: of the run.
       workdir: its directory, held by the caller unless several hosts train.
       phases: the commands, in order.
+      data: of `config.load` for these phases.
     """
     parallel.start(config.distributed)
     main = jax.process_index() == 0
@@ -33,7 +37,7 @@ def run(name: str, config: RunConfig, workdir: Workdir, phases: tuple[str, ...])
     with claimed or contextlib.nullcontext():
         if main:
             print(f"{name}: {parallel.device_banner()}; {workdir.path}")
-        task = make_task(config, workdir, phases)
+        task = make_task(config, workdir, phases, data)
         current, report = Run(name, config, workdir, phases, task), {}
         if "train" in phases:
             report |= train(current)
@@ -48,21 +52,20 @@ def run(name: str, config: RunConfig, workdir: Workdir, phases: tuple[str, ...])
             _summarise(current, report)
 
 
-def make_task(config: RunConfig, workdir: Workdir, phases: tuple[str, ...]) -> Task:
+def make_task(
+    config: RunConfig, workdir: Workdir, phases: tuple[str, ...], data: Any
+) -> Task:
     """The task of a configuration, made for these phases."""
-    records = {}
+    records, training = {}, "train" in phases
     for folder in sorted(path for path in workdir.path.iterdir() if path.is_dir()):
-        if steps := checkpoint.steps(folder / "checkpoints"):
-            wanted = _wanted_step(config, "train" in phases)
-            if wanted is None or wanted in steps:
-                restored = checkpoint.restore(folder / "checkpoints", {}, step=wanted)
-                records[folder.name] = restored.record
-    return config_make(config)(config, Context(workdir, phases, records))
-
-
-def config_make(config_of_run: RunConfig):
-    """The function that makes the task of a configuration."""
-    return config.resolve(config_of_run.make_task)
+        if checkpoint.steps(folder / "checkpoints"):
+            step = _wanted_step(config, training)
+            restored = checkpoint.restore(folder / "checkpoints", {}, step=step)
+            records[folder.name] = restored.record
+    if not (training or records or getattr(config, "pretrained", "")):
+        raise FileNotFoundError(f"no checkpoint in {workdir.path} yet; run the command `train`")
+    make = config_lib.resolve(config.make_task)
+    return make(config, Context(workdir, phases, records, data))
 
 
 def _wanted_step(config, training):
@@ -144,7 +147,7 @@ def _restore_stage(run: Run, stage: Stage):
 def sample(run: Run) -> dict[str, Any]:
     """Draws samples and writes them; rates and latency."""
     samples, report = run.task.draw(run) if run.task.draw is not None else run.draw()
-    return report | run.task.write(run, samples)
+    return report | run.task.write(run, samples, report)
 
 
 def evaluate(run: Run) -> dict[str, Any]:

@@ -32,11 +32,13 @@ class Context:
       workdir: of the run.
       phases: the commands to come; data that none of them needs need not be read.
       records: the JSON records of the checkpoints to go on from or to sample, by stage.
+      data: what `config.load` read.
     """
 
     workdir: Workdir
     phases: tuple[str, ...]
     records: Mapping[str, dict]
+    data: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +85,8 @@ class Task:
       number: most samples that there are conditions for; None for any number.
       micro_batch: most samples that make sense at a time; None for config.sample.micro_batch.
       draw: draws the samples, in place of `Run.draw`: say text that is shown while it is drawn.
-      write: write(run, samples) leaves samples in the work directory, and returns further figures.
+      write: write(run, samples, report) leaves samples in the work directory, and returns further
+        figures; `report` has those of the drawing.
       evaluate: figures of the trained model, and of the samples drawn last.
       commands: further commands by name; what they return joins the summary.
       results: files that the phases leave in the work directory, for the last line.
@@ -97,7 +100,7 @@ class Task:
     number: int | None = None
     micro_batch: int | None = None
     draw: Callable[["Run"], tuple[Any, dict]] | None = None
-    write: Callable[["Run", Any], dict] | None = None
+    write: Callable[["Run", Any, dict], dict] | None = None
     evaluate: Callable[["Run"], dict] | None = None
     commands: Mapping[str, Callable[["Run"], dict]] = dataclasses.field(default_factory=dict)
     results: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""What the families of images share: files of samples, labels, and scores without a network."""
+"""What the tasks of images share: files of samples, labels, and scores without a network."""
 
 from pathlib import Path
 
