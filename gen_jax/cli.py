@@ -12,7 +12,6 @@ import os
 import pathlib
 import shlex
 import sys
-import typing
 from collections.abc import Callable, Iterator, Mapping
 
 import tyro
@@ -203,27 +202,19 @@ def _description(experiment, default):
         f"Presets: {', '.join(experiment.presets)} (--preset NAME, default: "
         f"{next(iter(experiment.presets))}).",
     ]
-    for field, kinds in _choices(type(default)).items():
-        now = getattr(default, field)
-        now = "not chosen" if now is None else now.name
+    for field, kinds in config_lib.choices_of(type(default)).items():
         lines.append(
-            f"--{field} is one of {', '.join(kinds)} (here: {now}), or MODULE:CLASS of your own; "
+            f"--{field} is one of {', '.join(kinds)} (here: {getattr(default, field).name}), or "
+            "MODULE:CLASS of your own; "
             f"`--{field} NAME --help` shows its options."
         )
     return "\n".join(lines)
 
 
-def _choices(kind):
-    """The fields of a configuration that are a choice, with their options by name."""
-    hints = typing.get_type_hints(kind)
-    found = {field.name: config_lib.choices(hints[field.name]) for field in dataclasses.fields(kind)}
-    return {name: kinds for name, kinds in found.items() if kinds}
-
-
 def _take_choices(argv, kind):
     """The options chosen by name, as classes by field, and the arguments without them."""
     chosen = {}
-    for field, kinds in _choices(kind).items():
+    for field, kinds in config_lib.choices_of(kind).items():
         name, argv = _take(argv, f"--{field}")
         if name is None:
             continue
@@ -279,20 +270,15 @@ def _take(argv, option):
 
 def _check_options(argv, config):
     """Refuses an option that is no field of the configuration, and says which is closest."""
-    names, unchosen = [], {f"--{field}.": kinds for field, kinds in _choices(type(config)).items()}
+    names = []
     for key, value in config_lib.flatten(config_lib.to_dict(config)).items():
         prefix, _, field = key.replace("_", "-").rpartition(".")
         prefix = f"--{prefix}." if prefix else "--"
-        unchosen.pop(prefix, None)
         names += [prefix + field] + ([f"{prefix}no-{field}"] if isinstance(value, bool) else [])
     for item in argv:
         option = item.split("=", 1)[0].replace("_", "-")
         if not item.startswith("--") or option == "--help" or option in names:
             continue
-        for prefix, kinds in unchosen.items():
-            if option.startswith(prefix):
-                raise ValueError(f"{option} is an option of what {prefix[:-1]} names: give "
-                                 f"{prefix[:-1]} first, one of {', '.join(kinds)}")
         close = [name for name in names if _acronym(name) == option]
         close += difflib.get_close_matches(option, names, n=1, cutoff=0.0)
         raise ValueError(f"unknown option {item}; did you mean {close[0]}? (--help lists all)")

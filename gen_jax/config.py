@@ -26,6 +26,7 @@ __all__ = [
     "added",
     "check_fields",
     "choices",
+    "choices_of",
     "differences",
     "flatten",
     "from_dict",
@@ -69,8 +70,16 @@ def check_fields(value: Any) -> None:
 
 
 @functools.cache
-def _hints(kind):
-    return typing.get_type_hints(kind)
+def _hints(kind, extras=False):
+    return typing.get_type_hints(kind, include_extras=extras)
+
+
+def choices_of(kind: type) -> dict[str, dict[str, type]]:
+    """The fields of a configuration that are a choice, each with its options by name."""
+    found = {name: choices(hint) for name, hint in _hints(kind, True).items()}
+    return {
+        field.name: found[field.name] for field in dataclasses.fields(kind) if found[field.name]
+    }
 
 
 _NUMBERS = {int: (numbers.Integral, "a whole number"), float: (numbers.Real, "a number")}
@@ -304,11 +313,15 @@ class Choice:
 
 
 def choices(hint: Any) -> dict[str, type]:
-    """The options of a field with this annotation by name; empty where it is no `Choice`."""
+    """The options of a field with this annotation by name; empty where it is no `Choice`.
+
+    A field whose options are those of several choices is annotated with `Annotated[Choice, A, B]`.
+    """
+    found = {}
     for kind in (hint, *typing.get_args(hint)):
-        if isinstance(kind, type) and issubclass(kind, Choice):
-            return kind.kinds
-    return {}
+        if isinstance(kind, type) and issubclass(kind, Choice) and kind is not Choice:
+            found |= kind.kinds
+    return found
 
 
 def to_dict(config: Any) -> dict:
@@ -331,7 +344,7 @@ def from_dict(kind: type[T], values: Mapping) -> T:
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"{kind.__name__} cannot be read from {values!r}: it must be an object")
-    hints = _hints(kind)
+    hints = _hints(kind, True)
     unknown = sorted(set(values) - {field.name for field in dataclasses.fields(kind)})
     if unknown:
         raise ValueError(f"{kind.__name__} has no fields {unknown}; were they of another version?")
@@ -343,8 +356,6 @@ def from_dict(kind: type[T], values: Mapping) -> T:
 
 def _read(field, hint, value):
     if kinds := choices(hint):
-        if value is None and types.NoneType in typing.get_args(hint):
-            return None
         rest = dict(value) if isinstance(value, Mapping) else {}
         name = rest.pop("name", None)
         if name not in kinds:

@@ -18,9 +18,7 @@ from gen_jax.workdir import Workdir
 __all__ = ["evaluate", "make_task", "restore", "run", "sample", "stage_workdir", "train"]
 
 
-def run(
-    name: str, config: RunConfig, workdir: Workdir, phases: tuple[str, ...], data: Any
-) -> None:
+def run(name: str, config: RunConfig, workdir: Workdir, phases: tuple[str, ...], data: Any) -> None:
     """Runs phases one after the other, prints the summary and adds it to summary.json.
 
     Args:
@@ -52,9 +50,7 @@ def run(
             _summarise(current, report)
 
 
-def make_task(
-    config: RunConfig, workdir: Workdir, phases: tuple[str, ...], data: Any
-) -> Task:
+def make_task(config: RunConfig, workdir: Workdir, phases: tuple[str, ...], data: Any) -> Task:
     """The task of a configuration, made for these phases."""
     records, training = {}, "train" in phases
     for folder in sorted(path for path in workdir.path.iterdir() if path.is_dir()):

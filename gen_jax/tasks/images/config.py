@@ -105,6 +105,4 @@ class ImagesConfig(RunConfig):
             )
         classes = len(images.label_names)
         if self.conditional and model.classes != classes:
-            raise ValueError(
-                f"the data has {classes} classes, model.classes is {model.classes}"
-            )
+            raise ValueError(f"the data has {classes} classes, model.classes is {model.classes}")
