@@ -117,8 +117,11 @@ def stored_form(config: RunConfig) -> dict:
 
 
 def _resumable(config, stored):
-    """Keys that may change on resume: those of the task, the number of steps where the rate does not
-    depend on it, and fields at their defaults that the stored configuration is too old to have."""
+    """Keys that may change on resume.
+
+    They are those of the task, the number of steps where the rate does not depend on it, and fields
+    at their defaults that the stored configuration is too old to have.
+    """
     current = config_lib.flatten(config_lib.to_dict(config))
     added = config_lib.added(type(config), stored or {})
     same = tuple(key for key, value in added.items() if current.get(key) == value)
