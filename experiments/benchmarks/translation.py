@@ -75,8 +75,10 @@ class Side:
             some = rows[np.minimum(np.arange(first, first + batch), len(rows) - 1)]
             longest = pairs.source_length[some].max()
             columns = next(size for size in pairs.buckets if size >= longest)
-            cut = {"source": sources["source"][some][:, :columns],
-                   "source_length": sources["source_length"][some]}  # fmt: skip
+            cut = {
+                "source": sources["source"][some][:, :columns],
+                "source_length": sources["source_length"][some],
+            }
             cond = self.run.condition(cut, batch)
             keys = sampling.sample_keys(0, 0, batch)
             program = self._program(columns, batch, keys, cond, config)
@@ -119,8 +121,11 @@ def sides(config: Config) -> list[Side]:
         stored = from_dict(nar_translation.Config, workdir.stored_config())
         choices = [("", {})]
         if stored.strategy == "masked":
-            choices = [(f", {r} rounds, {n} lengths", {"rounds": r, "lengths": n})
-                       for r in config.rounds for n in config.lengths]  # fmt: skip
+            choices = [
+                (f", {r} rounds, {n} lengths", {"rounds": r, "lengths": n})
+                for r in config.rounds
+                for n in config.lengths
+            ]
         elif stored.strategy == "one_shot":
             choices = [(f", {n} lengths", {"lengths": n}) for n in config.lengths]
         params = None
@@ -150,11 +155,15 @@ def measure(config: Config) -> list[dict]:
         alone, _ = side.translate(some, 1, config)
         for batch in config.batches:
             outputs[side.name], _ = side.translate(order, batch, config)
-        same = [np.array_equal(*_cut(side, line, outputs[side.name][row]))
-                for row, line in alone.items()]  # fmt: skip
+        same = [
+            np.array_equal(*_cut(side, line, outputs[side.name][row]))
+            for row, line in alone.items()
+        ]
         if np.mean(same) < config.same:
-            raise RuntimeError(f"{side.name}: only {np.mean(same):.0%} of translations are the "
-                               "same alone and in a batch")  # fmt: skip
+            raise RuntimeError(
+                f"{side.name}: only {np.mean(same):.0%} of translations are the "
+                "same alone and in a batch"
+            )
     for _ in range(config.repeats):
         for side in every:
             seconds = statistics.median(side.translate(some, 1, config)[1])
@@ -187,12 +196,16 @@ def _cut(side, *lines):
 
 def show(rows: list[dict]) -> None:
     """Prints the table."""
-    print(f"{'run':<44}{'NFE':>5}{'BLEU':>7}{'ms alone':>10}{'x AR':>7}{'sent/s':>9}{'batch':>7}"
-          f"{'x AR':>7}")  # fmt: skip
+    print(
+        f"{'run':<44}{'NFE':>5}{'BLEU':>7}{'ms alone':>10}{'x AR':>7}{'sent/s':>9}{'batch':>7}"
+        f"{'x AR':>7}"
+    )
     for row in rows:
-        print(f"{row['run']:<44}{row['nfe']:>5}{row['bleu']:>7.2f}{row['latency_ms']:>10.2f}"
-              f"{row['latency_ratio']:>7.2f}{row['sentences_per_second']:>9.0f}"
-              f"{row['best_batch']:>7}{row['throughput_ratio']:>7.2f}")  # fmt: skip
+        print(
+            f"{row['run']:<44}{row['nfe']:>5}{row['bleu']:>7.2f}{row['latency_ms']:>10.2f}"
+            f"{row['latency_ratio']:>7.2f}{row['sentences_per_second']:>9.0f}"
+            f"{row['best_batch']:>7}{row['throughput_ratio']:>7.2f}"
+        )
 
 
 def main() -> int:

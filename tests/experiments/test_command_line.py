@@ -221,9 +221,13 @@ def test_differences_lists_every_key_but_the_free_ones():
     stored = {"a": 1, "b": {"c": 2, "d": [3], "e": None}, "gone": True}
     current = {"a": 2, "b": {"c": 3, "d": [4], "e": 5}, "new": 0}
     everything = [
-        "a: 1 -> 2", "b.c: 2 -> 3", "b.d: [3] -> [4]", "b.e: None -> 5",
-        "gone: True -> None", "new: None -> 0",
-    ]  # fmt: skip
+        "a: 1 -> 2",
+        "b.c: 2 -> 3",
+        "b.d: [3] -> [4]",
+        "b.e: None -> 5",
+        "gone: True -> None",
+        "new: None -> 0",
+    ]
     assert config_lib.differences(stored, current) == everything
     assert config_lib.differences(stored, current, ("b.", "new")) == [everything[0], everything[4]]
     assert config_lib.differences(stored, current, ("b",)) == everything

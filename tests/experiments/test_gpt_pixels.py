@@ -26,12 +26,18 @@ MINUTE = Config(
     data=DataConfig(palette=True),
     model=TransformerConfig(context=256, layers=1, width=8, heads=1, extra_inputs=1),
     train=TrainConfig(
-        steps=4, batch=8, learning_rate=1e-2, warmup=0, log_every=1, checkpoint_every=2,
-        evaluate_every=2, ema=0.5,
+        steps=4,
+        batch=8,
+        learning_rate=1e-2,
+        warmup=0,
+        log_every=1,
+        checkpoint_every=2,
+        evaluate_every=2,
+        ema=0.5,
     ),
     sample=SampleConfig(number=5, micro_batch=8),
     evaluate=EvaluateConfig(images=11, batch=8),
-)  # fmt: skip
+)
 MINIATURE = dataclasses.replace(EXPERIMENT, presets={"minute": MINUTE})
 
 
@@ -71,15 +77,29 @@ def network_of(workdir, config=MINUTE):
 def test_the_command_all_leaves_everything(finished):
     names = {path.name for path in finished.iterdir() if not path.name.startswith(".")}
     assert names == {
-        "checkpoints", "config.json", "metrics.jsonl", "samples", "samples.npz", "samples.png",
-        "summary.json", "trajectory.png",
-    }  # fmt: skip
+        "checkpoints",
+        "config.json",
+        "metrics.jsonl",
+        "samples",
+        "samples.npz",
+        "samples.png",
+        "summary.json",
+        "trajectory.png",
+    }
     assert [path.name for path in finished.rglob(".*") if path.name != ".lock"] == []
     wanted = {
-        "bits_per_dim", "bits_per_dim_floor", "nats_per_image", "nats_per_image_floor",
-        "nats_over_floor", "validity", "nfe", "images_per_second", "sampled_tokens_per_second",
-        "sampling_latency_seconds", "wall_seconds",
-    }  # fmt: skip
+        "bits_per_dim",
+        "bits_per_dim_floor",
+        "nats_per_image",
+        "nats_per_image_floor",
+        "nats_over_floor",
+        "validity",
+        "nfe",
+        "images_per_second",
+        "sampled_tokens_per_second",
+        "sampling_latency_seconds",
+        "wall_seconds",
+    }
     assert wanted <= summary(finished).keys()
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "eval/bits_per_dim" in line] == [2, 4]

@@ -23,12 +23,18 @@ MINUTE = Config(
     data=TextConfig(characters=4000),
     model=TransformerConfig(context=16, layers=1, width=16, heads=2),
     train=TrainConfig(
-        steps=4, batch=8, learning_rate=1e-2, warmup=0, log_every=1, checkpoint_every=2,
-        evaluate_every=2, ema=0.5,
+        steps=4,
+        batch=8,
+        learning_rate=1e-2,
+        warmup=0,
+        log_every=1,
+        checkpoint_every=2,
+        evaluate_every=2,
+        ema=0.5,
     ),
     sample=SampleConfig(prompt="The ", number=3, tokens=24, micro_batch=8),
     evaluate=EvaluateConfig(tokens=100, batch=8),
-)  # fmt: skip
+)
 MINIATURE = dataclasses.replace(EXPERIMENT, presets={"minute": MINUTE})
 
 
@@ -77,15 +83,28 @@ def network_of(workdir):
 def test_the_command_all_leaves_everything(finished):
     names = {path.name for path in finished.iterdir() if not path.name.startswith(".")}
     assert names == {
-        "checkpoints", "config.json", "metrics.jsonl", "samples.npz", "samples.txt",
-        "summary.json", "tokenizer.json",
-    }  # fmt: skip
+        "checkpoints",
+        "config.json",
+        "metrics.jsonl",
+        "samples.npz",
+        "samples.txt",
+        "summary.json",
+        "tokenizer.json",
+    }
     assert [path.name for path in finished.rglob(".*") if path.name != ".lock"] == []
     wanted = {
-        "nats_per_token", "bits_per_character", "perplexity", "test_tokens", "known_words",
-        "distinct_2", "nfe", "tokens_per_second", "sampled_tokens_per_second",
-        "sampling_latency_seconds", "wall_seconds",
-    }  # fmt: skip
+        "nats_per_token",
+        "bits_per_character",
+        "perplexity",
+        "test_tokens",
+        "known_words",
+        "distinct_2",
+        "nfe",
+        "tokens_per_second",
+        "sampled_tokens_per_second",
+        "sampling_latency_seconds",
+        "wall_seconds",
+    }
     assert wanted <= summary(finished).keys()
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "eval/nats_per_token" in line] == [2, 4]
@@ -208,8 +227,11 @@ def test_other_tokens(tmp_path, capsys, options, unit):
 REFUSED = [
     ("--sample.prompt ß€", "sample.prompt: 2 characters of the text are not in the vocabulary"),
     ("--sample.prompt=", "sample.prompt is empty"),
-    (f"--sample.prompt {'a' * 17}", "sample.prompt has 17 tokens; it needs at least 1, and at "
-     "most the context of the model, 16"),
+    (
+        f"--sample.prompt {'a' * 17}",
+        "sample.prompt has 17 tokens; it needs at least 1, and at "
+        "most the context of the model, 16",
+    ),
     ("--sample.top-p 0", "top_p must be in (0, 1], got 0.0"),
     ("--sample.top-p 2", "top_p must be in (0, 1], got 2.0"),
     ("--sample.top-k -1", "top_k must not be negative"),
@@ -231,7 +253,7 @@ REFUSED = [
     ("--data.name file", "data.name=file needs --data.path"),
     ("--data.name file --data.path nowhere", "nowhere is no file; give --data.path"),
     ("sample", "train one first, or give its --workdir"),
-]  # fmt: skip
+]
 
 
 def one_line(text):
@@ -254,14 +276,18 @@ def test_bad_input_is_refused_in_one_line(tmp_path, monkeypatch, capsys, line, m
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-@pytest.mark.parametrize(("command", "option", "value", "message"), [
-    ("sample", "--sample.prompt", "ß", "sample.prompt: 1 characters of the text are not in"),
-    ("sample", "--tokenizer", "bytes", "tokenizer: 'chars' -> 'bytes'"),
-    ("train", "--tokenizer", "bytes", "tokenizer: 'chars' -> 'bytes'"),
-    ("train", "--data.characters", "3000", "data.characters: 4000 -> 3000"),
-])  # fmt: skip
-def test_a_run_keeps_its_tokenizer_and_its_text(finished, copy, capsys, command, option, value,
-                                                message):  # fmt: skip
+@pytest.mark.parametrize(
+    ("command", "option", "value", "message"),
+    [
+        ("sample", "--sample.prompt", "ß", "sample.prompt: 1 characters of the text are not in"),
+        ("sample", "--tokenizer", "bytes", "tokenizer: 'chars' -> 'bytes'"),
+        ("train", "--tokenizer", "bytes", "tokenizer: 'chars' -> 'bytes'"),
+        ("train", "--data.characters", "3000", "data.characters: 4000 -> 3000"),
+    ],
+)
+def test_a_run_keeps_its_tokenizer_and_its_text(
+    finished, copy, capsys, command, option, value, message
+):
     assert main(command, "--workdir", copy, option, value) == 2
     assert message in capsys.readouterr().err
     assert main("evaluate", "--workdir", copy) == 0

@@ -44,8 +44,9 @@ def test_a_run_leaves_numbers_and_a_figure(finished):
     with Image.open(path / "gaps.png") as figure:
         assert figure.size[0] > 1000
     assert any("at once loses" in line for line in report["findings"])
-    assert any("repair at random, one position a round, reaches" in line
-               for line in report["findings"])  # fmt: skip
+    assert any(
+        "repair at random, one position a round, reaches" in line for line in report["findings"]
+    )
 
 
 def test_samplers_have_the_gaps_that_are_known(finished):
@@ -90,8 +91,10 @@ def test_no_schedule_is_best_everywhere():
         profile = tuple(map(float, dist.entropy_profile))
         schedules = {s: SCHEDULES[s] for s in runs._SCHEDULES} | {"optimal": Optimal(profile)}
         for rounds in (2, 3, 4):
-            found = {s: gaps.random_order_gap(dist.entropy_profile, schedule.sizes(9, rounds))
-                     for s, schedule in schedules.items()}  # fmt: skip
+            found = {
+                s: gaps.random_order_gap(dist.entropy_profile, schedule.sizes(9, rounds))
+                for s, schedule in schedules.items()
+            }
             assert found["optimal"] <= min(found.values()) + 1e-12
             table[name, rounds] = found
     for name in ("modes behind noise", "Markov chain"):
@@ -103,8 +106,10 @@ def test_no_schedule_is_best_everywhere():
 
 
 def test_findings_say_which_schedule_wins():
-    rows = [{"family": f"random, {name}", "nfe": 2, "kl": kl}
-            for name, kl in (("linear", 0.2), ("cosine", 0.1), ("optimal", 0.1))]  # fmt: skip
+    rows = [
+        {"family": f"random, {name}", "nfe": 2, "kl": kl}
+        for name, kl in (("linear", 0.2), ("cosine", 0.1), ("optimal", 0.1))
+    ]
     lines = multimodality_report._schedules("set", rows)
     assert lines == ["set, 2 rounds in a random order: cosine = optimal < linear."]
 

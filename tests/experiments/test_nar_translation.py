@@ -22,12 +22,18 @@ MINUTE = Config(
     model=TransformerConfig(layers=1, width=16, heads=2, mlp_dim=16),
     encoder_layers=1,
     train=TrainConfig(
-        steps=2, batch=8, learning_rate=1e-2, warmup=0, log_every=1, checkpoint_every=2,
-        evaluate_every=2, ema=0.5,
+        steps=2,
+        batch=8,
+        learning_rate=1e-2,
+        warmup=0,
+        log_every=1,
+        checkpoint_every=2,
+        evaluate_every=2,
+        ema=0.5,
     ),
     sample=SampleConfig(number=5, micro_batch=8, rounds=2, lengths=2),
     evaluate=EvaluateConfig(batch=1000),
-)  # fmt: skip
+)
 MINIATURE = dataclasses.replace(EXPERIMENT, presets={"minute": MINUTE})
 
 
@@ -52,14 +58,27 @@ def summary(workdir):
 def test_the_command_all_leaves_everything(runs):
     names = {path.name for path in (runs / "masked").iterdir() if not path.name.startswith(".")}
     assert names == {
-        "checkpoints", "config.json", "metrics.jsonl", "samples.npz", "summary.json",
-        "tokenizer.json", "translations.txt",
-    }  # fmt: skip
+        "checkpoints",
+        "config.json",
+        "metrics.jsonl",
+        "samples.npz",
+        "summary.json",
+        "tokenizer.json",
+        "translations.txt",
+    }
     wanted = {
-        "exact_accuracy", "one_shot_valid_mass", "repeated_token_rate", "length_exact", "nfe",
-        "nats_per_pair", "conditional_total_correlation_left", "nats_per_token",
-        "length_loss", "pairs_per_second", "sampling_latency_seconds",
-    }  # fmt: skip
+        "exact_accuracy",
+        "one_shot_valid_mass",
+        "repeated_token_rate",
+        "length_exact",
+        "nfe",
+        "nats_per_pair",
+        "conditional_total_correlation_left",
+        "nats_per_token",
+        "length_loss",
+        "pairs_per_second",
+        "sampling_latency_seconds",
+    }
     assert wanted <= summary(runs / "masked").keys()
     assert summary(runs / "masked")["nfe"] == 2
     commands = ["all", "train", "sample", "evaluate", "distill", "complete"]
@@ -84,8 +103,20 @@ def test_the_translations_are_those_of_the_samples(runs, name):
 @pytest.mark.parametrize("decoder", ["maskgit", "random_order", "absorbing"])
 def test_a_masked_model_is_decoded_in_other_ways(runs, tmp_path, decoder):
     copy = shutil.copytree(runs / "masked", tmp_path / "copy")
-    assert main("sample", "--workdir", copy, "--sample.decoder", decoder,
-                "--sample.rounds", 3, "--sample.schedule", "cosine") == 0  # fmt: skip
+    assert (
+        main(
+            "sample",
+            "--workdir",
+            copy,
+            "--sample.decoder",
+            decoder,
+            "--sample.rounds",
+            3,
+            "--sample.schedule",
+            "cosine",
+        )
+        == 0
+    )
     assert summary(copy)["nfe"] == 3
     assert summary(copy)["samples"] == 5
 
@@ -141,10 +172,13 @@ def test_holes_are_filled_and_prefixes_are_gone_on_from(runs, tmp_path, capsys):
         ("ar", ["--complete.source", "s1"], "complete is for masked models"),
         ("masked", ["--complete.source", "what"], "not in the vocabulary: 'what'"),
         ("masked", ["--complete.source", "s1", "--complete.target", "t?"], "not in the vocab"),
-        ("masked", ["--complete.source", "s1", "--complete.target", "_" * 12],
-         "complete.target has 13 tokens, the model at most 12"),
+        (
+            "masked",
+            ["--complete.source", "s1", "--complete.target", "_" * 12],
+            "complete.target has 13 tokens, the model at most 12",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_completed_is_one_line(runs, capsys, name, options, message):
     strategy = ["--strategy", "ar"] if name == "ar" else []
     assert main("complete", "--workdir", runs / name, *strategy, *options) == 2
@@ -169,8 +203,13 @@ def test_files_are_translated_with_byte_pairs_and_bleu(tmp_path):
 def test_the_benchmark_times_the_runs_against_the_autoregressive_one(runs, capsys):
     config = benchmark_translation.Config(
         runs=(str(runs / "masked"), str(runs / "ar")),
-        rounds=(1, 2), lengths=(1,), batches=(256,), alone=3, repeats=1, same=0.6,
-    )  # fmt: skip
+        rounds=(1, 2),
+        lengths=(1,),
+        batches=(256,),
+        alone=3,
+        repeats=1,
+        same=0.6,
+    )
     rows = benchmark_translation.measure(config)
     names = ["ar", "masked, 1 rounds, 1 lengths", "masked, 2 rounds, 1 lengths"]
     assert [row["run"] for row in rows] == names

@@ -46,9 +46,16 @@ def samples(workdir):
 def test_the_command_all_leaves_everything(finished):
     names = {path.name for path in finished.iterdir() if not path.name.startswith(".")}
     assert names == {
-        "checkpoints", "config.json", "metrics.jsonl", "samples", "samples.npz", "samples.png",
-        "summary.json", "trajectory.gif", "trajectory.png",
-    }  # fmt: skip
+        "checkpoints",
+        "config.json",
+        "metrics.jsonl",
+        "samples",
+        "samples.npz",
+        "samples.png",
+        "summary.json",
+        "trajectory.gif",
+        "trajectory.png",
+    }
     left = [path.name for path in finished.rglob(".*") if path.name != ".lock"]
     assert left == []
 
@@ -63,10 +70,20 @@ def test_the_command_all_leaves_everything(finished):
 def test_the_summary_has_the_figures(finished):
     summary = json.loads((finished / "summary.json").read_text())
     wanted = {
-        "wall_seconds", "nfe", "validity", "bits_per_dim", "images_per_second", "parameters",
-        "steps", "sampling_latency_seconds", "samples_per_second", "train_seconds",
-        "train_compile_seconds", "sample_compile_seconds", "bits_per_dim_standard_error",
-    }  # fmt: skip
+        "wall_seconds",
+        "nfe",
+        "validity",
+        "bits_per_dim",
+        "images_per_second",
+        "parameters",
+        "steps",
+        "sampling_latency_seconds",
+        "samples_per_second",
+        "train_seconds",
+        "train_compile_seconds",
+        "sample_compile_seconds",
+        "bits_per_dim_standard_error",
+    }
     assert wanted < summary.keys()
     assert all(isinstance(summary[name], int | float) for name in wanted)
     assert np.isfinite([summary[name] for name in wanted]).all()
@@ -101,8 +118,19 @@ def test_the_pictures_are_those_of_the_samples(finished):
 
 def test_a_trained_run_is_sampled_in_other_ways_without_its_preset(copy, capsys):
     before = samples(copy)
-    perform("sample", "--workdir", copy, "--sample.number", 5, "--sample.seed", 3,
-            "--sample.solver", "ddim", "--sample.steps", 3)  # fmt: skip
+    perform(
+        "sample",
+        "--workdir",
+        copy,
+        "--sample.number",
+        5,
+        "--sample.seed",
+        3,
+        "--sample.solver",
+        "ddim",
+        "--sample.steps",
+        3,
+    )
     five = samples(copy)
     assert five["images"].shape == (5, 16, 16, 3)
     assert (int(five["seed"]), int(five["nfe"]), int(five["step"])) == (3, 3, 4)
@@ -121,8 +149,17 @@ def test_a_trained_run_is_sampled_in_other_ways_without_its_preset(copy, capsys)
 
 def test_the_micro_batch_does_not_change_a_sample(copy):
     before = samples(copy)["images"]
-    perform("sample", "--workdir", copy, "--sample.micro-batch", 16, "--train.log-every", 7,
-            "--train.keep", 5)  # fmt: skip
+    perform(
+        "sample",
+        "--workdir",
+        copy,
+        "--sample.micro-batch",
+        16,
+        "--train.log-every",
+        7,
+        "--train.keep",
+        5,
+    )
     np.testing.assert_allclose(samples(copy)["images"], before, atol=1e-5)
 
 

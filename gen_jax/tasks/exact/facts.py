@@ -41,9 +41,15 @@ def facts(config: ExactConfig) -> list[dict]:
       config: of the experiment; says how many samples are drawn.
     """
     return [
-        *_modes(config), *_conditioning(), *_permutations(), *_signals(config), *_pyramid(),
-        *_bound(), *_repair(config), *_lengths(config),
-    ]  # fmt: skip
+        *_modes(config),
+        *_conditioning(),
+        *_permutations(),
+        *_signals(config),
+        *_pyramid(),
+        *_bound(),
+        *_repair(config),
+        *_lengths(config),
+    ]
 
 
 def _fact(claim, exact, run=None, error=None):
@@ -95,8 +101,12 @@ def one_law(dist: Enumerated) -> Float[np.ndarray, "..."]:
 
 def _permutations():
     dist = permutations(4)
-    ways = {"at once": ((0, 1, 2, 3),), "two and two": ((0, 1), (2, 3)),
-            "one, then three": ((0,), (1, 2, 3)), "1, 1, 2": ((0,), (1,), (2, 3))}  # fmt: skip
+    ways = {
+        "at once": ((0, 1, 2, 3),),
+        "two and two": ((0, 1), (2, 3)),
+        "one, then three": ((0,), (1, 2, 3)),
+        "1, 1, 2": ((0,), (1,), (2, 3)),
+    }
     return [
         _fact(f"permutations of 4, {name}: KL", gaps.kl_of_groups(dist, groups))
         for name, groups in ways.items()
@@ -130,10 +140,12 @@ def _bound():
     """The ELBO of absorbing diffusion with an exact denoiser is the entropy."""
     sets = {"even parity, 8 bits": even_parity(8), "Markov chain, 8 bits": binary_chain(8, 0.9)}
     return [
-        _fact(f"{name}: bound of absorbing diffusion, entropy {dist.entropy:.6f}",
-              gaps.any_order_bound(dist))
+        _fact(
+            f"{name}: bound of absorbing diffusion, entropy {dist.entropy:.6f}",
+            gaps.any_order_bound(dist),
+        )
         for name, dist in sets.items()
-    ]  # fmt: skip
+    ]
 
 
 def _repair(config):
@@ -163,8 +175,11 @@ def _lengths(config):
     cut = gaps.lengths_of_law(law, EOS)
     hazards = gaps.lengths_of_hazards(gaps.eos_hazards(dist, EOS))
     learned = _learned_lengths(config, dist)
-    rows = {"length": ("predicted first", wanted), "eos": ("cut at EOS", cut),
-            "eos_masked": ("cut at EOS, loss masked after it", hazards)}  # fmt: skip
+    rows = {
+        "length": ("predicted first", wanted),
+        "eos": ("cut at EOS", cut),
+        "eos_masked": ("cut at EOS, loss masked after it", hazards),
+    }
     found = [_fact("lengths 1 to 4 by EOS, at once: KL before the cut", dist.total_correlation())]
     for ending, (name, exact) in rows.items():
         for measure, of in (("KL", gaps.kl), ("total variation", gaps.total_variation)):

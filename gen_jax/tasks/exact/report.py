@@ -122,8 +122,17 @@ def figure(tables: dict, path: Path) -> None:
     handles = [pyplot.Line2D([], [], color=colours[f], marker="s", label=f) for f in families]
     handles += [pyplot.Line2D([], [], color="black", linestyle="-", label="exact")]
     handles += [pyplot.Line2D([], [], color="black", linestyle="", marker="x", label="sampler")]
-    handles += [pyplot.Line2D([], [], color="black", linestyle="", marker="o",
-                              markerfacecolor="none", label="trained network")]  # fmt: skip
+    handles += [
+        pyplot.Line2D(
+            [],
+            [],
+            color="black",
+            linestyle="",
+            marker="o",
+            markerfacecolor="none",
+            label="trained network",
+        )
+    ]
     fig.legend(handles=handles, loc="lower center", ncols=6, frameon=False)
     fig.tight_layout(rect=(0, 0.12, 1, 1))
     fig.savefig(path, dpi=100)
@@ -140,5 +149,14 @@ def _points(axis, rows, key, marker, colour):
     known = [(r["nfe"], max(r[key], 0), r.get(f"{key}_error", 0)) for r in rows if key in r]
     if known:
         nfe, value, error = zip(*known, strict=True)
-        axis.errorbar(nfe, value, error, linestyle="", marker=marker, color=colour,
-                      markerfacecolor="none", capsize=2, lw=0.8)  # fmt: skip
+        axis.errorbar(
+            nfe,
+            value,
+            error,
+            linestyle="",
+            marker=marker,
+            color=colour,
+            markerfacecolor="none",
+            capsize=2,
+            lw=0.8,
+        )
