@@ -9,9 +9,9 @@ import zlib
 
 import jax
 import numpy as np
-from jaxtyping import Array, Key
+from jaxtyping import Array, Int, Key
 
-__all__ = ["grid", "root", "stream"]
+__all__ = ["grid", "of_items", "root", "stream"]
 
 _LIMIT = 2**32  # of seeds and of the numbers of items, which a key takes as 32 bits
 
@@ -41,6 +41,11 @@ def stream(seed: int, purpose: str, start: int, count: int) -> Key[Array, " coun
         raise ValueError(f"items must be in [0, 2**32), got {count} from {start} on")
     key = root(seed, purpose)
     items = np.arange(start, start + count).astype(np.uint32)
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(items)
+
+
+def of_items(key: Key[Array, ""], items: Int[Array, " B"]) -> Key[Array, " B"]:
+    """Keys of items of a purpose whose root is `key`; as `stream`, for numbers that are traced."""
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(items)
 
 

@@ -15,7 +15,7 @@ from gen_jax.config import RunConfig
 from gen_jax.task import Context, Run, Stage, Task
 from gen_jax.workdir import Workdir
 
-__all__ = ["evaluate", "make_task", "restore", "run", "sample", "stage_workdir", "train"]
+__all__ = ["evaluate", "make_task", "restore", "run", "sample", "train"]
 
 
 def run(name: str, config: RunConfig, workdir: Workdir, phases: tuple[str, ...], data: Any) -> None:
@@ -70,11 +70,6 @@ def _wanted_step(config, training):
     return None if training or step < 0 else step
 
 
-def stage_workdir(workdir: Workdir, stage: str) -> Workdir:
-    """The directory of a stage."""
-    return Workdir(workdir.path / stage)
-
-
 def train(run: Run) -> dict[str, Any]:
     """Trains every stage from where the work directory left off; what it took."""
     report, earlier = {}, {}
@@ -94,7 +89,7 @@ def _train_stage(run, stage, earlier):
             run.config.train,
             stage.trainable,
             lambda step: stage.batch(step, shard, earlier),
-            stage_workdir(run.workdir, stage.name),
+            run.workdir.stage(stage.name),
             mesh=parallel.data_mesh(),
             record={"config": cli.stored_form(run.config)} | dict(stage.record),
             evaluate=stage.evaluate,
@@ -132,7 +127,7 @@ def restore(run: Run) -> tuple[Any, int]:
 
 
 def _restore_stage(run: Run, stage: Stage):
-    folder = stage_workdir(run.workdir, stage.name).checkpoints
+    folder = run.workdir.stage(stage.name).checkpoints
     if stage.initial is not None and not checkpoint.steps(folder):
         return jax.device_put(stage.initial()), 0
     step = _wanted_step(run.config, False)
