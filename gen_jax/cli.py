@@ -20,7 +20,16 @@ from gen_jax import config as config_lib
 from gen_jax.config import RunConfig
 from gen_jax.workdir import Workdir, WorkdirError
 
-__all__ = ["Experiment", "claim", "guarded", "main", "parse", "phases_of", "resume_command"]
+__all__ = [
+    "Experiment",
+    "claim",
+    "execute",
+    "guarded",
+    "main",
+    "parse",
+    "phases_of",
+    "resume_command",
+]
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _WHOLE = ("train", "sample", "evaluate")  # what "all" runs, as far as the task has them
@@ -57,7 +66,7 @@ def main(experiment: Experiment, argv: list[str] | None = None) -> int:
     def run():
         command, config = parse(experiment, sys.argv[1:] if argv is None else argv)
         try:
-            _execute(experiment, config, phases_of(config, command))
+            execute(experiment, config, phases_of(config, command))
         except OSError as error:  # a failed write does not name its file
             if error.errno not in _DISK_FULL or error.filename is not None:
                 raise
@@ -73,7 +82,7 @@ def phases_of(config: RunConfig, command: str) -> tuple[str, ...]:
     return tuple(phase for phase in _WHOLE if phase in config.commands)
 
 
-def _execute(experiment, config, phases):
+def execute(experiment, config, phases):
     """Checks what can be checked without jax, and runs the phases."""
     path = pathlib.Path(config.workdir).expanduser()
     training, several = "train" in phases, bool(config.distributed.coordinator)

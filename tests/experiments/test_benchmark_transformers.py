@@ -3,8 +3,8 @@ import json
 
 import pytest
 
-from experiments import benchmark_transformers
-from experiments.benchmark_transformers import Config
+from experiments.benchmarks import transformers as benchmark_transformers
+from experiments.benchmarks.transformers import Config
 
 TINY = Config(
     batches=(1, 3),
