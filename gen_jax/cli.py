@@ -28,7 +28,9 @@ __all__ = [
     "main",
     "parse",
     "phases_of",
+    "print_summary",
     "resume_command",
+    "stored_form",
 ]
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -82,8 +84,13 @@ def phases_of(config: RunConfig, command: str) -> tuple[str, ...]:
     return tuple(phase for phase in _WHOLE if phase in config.commands)
 
 
-def execute(experiment, config, phases):
-    """Checks what can be checked without jax, and runs the phases."""
+def execute(experiment: Experiment, config: RunConfig, phases: tuple[str, ...]) -> None:
+    """Checks what can be checked without jax, holds the work directory, and runs the phases.
+
+    Raises:
+      ValueError, FileNotFoundError: the run, its data or its work directory do not fit; nothing was
+        written.
+    """
     path = pathlib.Path(config.workdir).expanduser()
     training, several = "train" in phases, bool(config.distributed.coordinator)
     pretrained = getattr(config, "pretrained", "")
