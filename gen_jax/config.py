@@ -239,7 +239,8 @@ class RunConfig:
     """What the configurations of all runs have; each task adds its own fields.
 
     Attributes:
-      task: names the task in `gen_jax.tasks.TASKS`, and in the work directory.
+      task: the name of the task, that is of its package in `gen_jax.tasks`; kept in config.json.
+      kinds: the classes of all tasks that were imported, by name.
       make_task: "module:function", which makes the `task.Task` once the arguments are accepted.
       commands: what the command line offers; "train", "sample" and "evaluate" make up "all".
       resumable: dotted keys, or prefixes that end in a dot, of fields that may change on resume:
@@ -252,6 +253,7 @@ class RunConfig:
     distributed: DistributedConfig = DistributedConfig()
 
     task: ClassVar[str]
+    kinds: ClassVar[dict[str, type["RunConfig"]]] = {}
     make_task: ClassVar[str]
     commands: ClassVar[tuple[str, ...]] = ("train", "sample", "evaluate")
     resumable: ClassVar[tuple[str, ...]] = (
@@ -269,6 +271,11 @@ class RunConfig:
         "train.keep",
         "train.max_skipped",
     )
+
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        if "task" in cls.__dict__:
+            cls.kinds[cls.task] = cls
 
     def load(self, workdir: pathlib.Path, phases: tuple[str, ...]) -> Any:
         """Reads the data that the phases need, before anything is written and jax is loaded.
