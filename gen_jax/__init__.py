@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
-    submodules=["interop", "models", "sampling", "testing", "training"],
+    submodules=["interop", "models", "parallel", "sampling", "testing", "training"],
     submod_attrs={
         "condition": ["Condition"],
         "loading": ["Loaded", "load"],
