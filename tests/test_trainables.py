@@ -1,4 +1,4 @@
-"""State besides parameters, and players in turns, against what NumPy computes of their equations."""
+"""State besides parameters, and players in turns, against their equations in NumPy."""
 
 import dataclasses
 import json
@@ -49,8 +49,8 @@ class Codebook:
 
     With n_k vectors z nearest to code k in a batch of n, N_k <- g N_k + (1 - g) n_k,
     m_k <- g m_k + (1 - g) sum of these z, and code k is m_k / N_k. With `smoothing` e, N_k is
-    replaced by (N_k + e) / (N + K e) N, N the sum over k. All sums in it are exact in float32, since
-    the vectors are small whole numbers and g is 1/2.
+    replaced by (N_k + e) / (N + K e) N, N the sum over k. All sums in it are exact in float32,
+    since the vectors are small whole numbers and g is 1/2.
     """
 
     smoothing: float = 0.0
@@ -217,7 +217,7 @@ class Wrong:
     change: object
     rules: dict = dataclasses.field(default_factory=dict)
     start: object = np.float32(0)
-    metrics: object = lambda z: {"loss": z.mean()}  # noqa: E731
+    metrics: object = lambda z: {"loss": z.mean()}
 
     def init(self, key):
         return {"entry": jnp.asarray(self.start)}
@@ -347,7 +347,7 @@ def test_a_game_goes_as_its_closed_form(tmp_path, turns, devices):
     trained = run(tmp_path, game(turns), weights, config, devices)
     states, average = list(iterates(turns)), np.array([1.0, -1.0])
     for x, y, _ in states:
-        average = (average + [x, y]) / 2
+        average = (average + np.array([x, y])) / 2
     values = [trained.state.state["params"][name]["value"] for name in "xy"]
     np.testing.assert_allclose(values, states[-1][:2], rtol=2e-6, atol=1e-7)
     np.testing.assert_allclose(
