@@ -12,7 +12,6 @@ import os
 import pathlib
 import shlex
 import sys
-import typing
 from collections.abc import Callable, Iterator, Mapping
 
 import tyro
@@ -21,7 +20,18 @@ from gen_jax import config as config_lib
 from gen_jax.config import RunConfig
 from gen_jax.workdir import Workdir, WorkdirError
 
-__all__ = ["Experiment", "claim", "guarded", "main", "parse", "phases_of", "resume_command"]
+__all__ = [
+    "Experiment",
+    "claim",
+    "execute",
+    "guarded",
+    "main",
+    "parse",
+    "phases_of",
+    "print_summary",
+    "resume_command",
+    "stored_form",
+]
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _WHOLE = ("train", "sample", "evaluate")  # what "all" runs, as far as the task has them
@@ -58,7 +68,7 @@ def main(experiment: Experiment, argv: list[str] | None = None) -> int:
     def run():
         command, config = parse(experiment, sys.argv[1:] if argv is None else argv)
         try:
-            _execute(experiment, config, phases_of(config, command))
+            execute(experiment, config, phases_of(config, command))
         except OSError as error:  # a failed write does not name its file
             if error.errno not in _DISK_FULL or error.filename is not None:
                 raise
@@ -74,8 +84,13 @@ def phases_of(config: RunConfig, command: str) -> tuple[str, ...]:
     return tuple(phase for phase in _WHOLE if phase in config.commands)
 
 
-def _execute(experiment, config, phases):
-    """Checks what can be checked without jax, and runs the phases."""
+def execute(experiment: Experiment, config: RunConfig, phases: tuple[str, ...]) -> None:
+    """Checks what can be checked without jax, holds the work directory, and runs the phases.
+
+    Raises:
+      ValueError, FileNotFoundError: the run, its data or its work directory do not fit; nothing was
+        written.
+    """
     path = pathlib.Path(config.workdir).expanduser()
     training, several = "train" in phases, bool(config.distributed.coordinator)
     pretrained = getattr(config, "pretrained", "")
@@ -118,8 +133,11 @@ def stored_form(config: RunConfig) -> dict:
 
 
 def _resumable(config, stored):
-    """Keys that may change on resume: those of the task, the number of steps where the rate does not
-    depend on it, and fields at their defaults that the stored configuration is too old to have."""
+    """Keys that may change on resume.
+
+    They are those of the task, the number of steps where the rate does not depend on it, and fields
+    at their defaults that the stored configuration is too old to have.
+    """
     current = config_lib.flatten(config_lib.to_dict(config))
     added = config_lib.added(type(config), stored or {})
     same = tuple(key for key, value in added.items() if current.get(key) == value)
@@ -203,27 +221,19 @@ def _description(experiment, default):
         f"Presets: {', '.join(experiment.presets)} (--preset NAME, default: "
         f"{next(iter(experiment.presets))}).",
     ]
-    for field, kinds in _choices(type(default)).items():
-        now = getattr(default, field)
-        now = "not chosen" if now is None else now.name
+    for field, kinds in config_lib.choices_of(type(default)).items():
         lines.append(
-            f"--{field} is one of {', '.join(kinds)} (here: {now}), or MODULE:CLASS of your own; "
+            f"--{field} is one of {', '.join(kinds)} (here: {getattr(default, field).name}), or "
+            "MODULE:CLASS of your own; "
             f"`--{field} NAME --help` shows its options."
         )
     return "\n".join(lines)
 
 
-def _choices(kind):
-    """The fields of a configuration that are a choice, with their options by name."""
-    hints = typing.get_type_hints(kind)
-    found = {field.name: config_lib.choices(hints[field.name]) for field in dataclasses.fields(kind)}
-    return {name: kinds for name, kinds in found.items() if kinds}
-
-
 def _take_choices(argv, kind):
     """The options chosen by name, as classes by field, and the arguments without them."""
     chosen = {}
-    for field, kinds in _choices(kind).items():
+    for field, kinds in config_lib.choices_of(kind).items():
         name, argv = _take(argv, f"--{field}")
         if name is None:
             continue
@@ -279,20 +289,15 @@ def _take(argv, option):
 
 def _check_options(argv, config):
     """Refuses an option that is no field of the configuration, and says which is closest."""
-    names, unchosen = [], {f"--{field}.": kinds for field, kinds in _choices(type(config)).items()}
+    names = []
     for key, value in config_lib.flatten(config_lib.to_dict(config)).items():
         prefix, _, field = key.replace("_", "-").rpartition(".")
         prefix = f"--{prefix}." if prefix else "--"
-        unchosen.pop(prefix, None)
         names += [prefix + field] + ([f"{prefix}no-{field}"] if isinstance(value, bool) else [])
     for item in argv:
         option = item.split("=", 1)[0].replace("_", "-")
         if not item.startswith("--") or option == "--help" or option in names:
             continue
-        for prefix, kinds in unchosen.items():
-            if option.startswith(prefix):
-                raise ValueError(f"{option} is an option of what {prefix[:-1]} names: give "
-                                 f"{prefix[:-1]} first, one of {', '.join(kinds)}")
         close = [name for name in names if _acronym(name) == option]
         close += difflib.get_close_matches(option, names, n=1, cutoff=0.0)
         raise ValueError(f"unknown option {item}; did you mean {close[0]}? (--help lists all)")

@@ -26,6 +26,7 @@ __all__ = [
     "added",
     "check_fields",
     "choices",
+    "choices_of",
     "differences",
     "flatten",
     "from_dict",
@@ -69,8 +70,16 @@ def check_fields(value: Any) -> None:
 
 
 @functools.cache
-def _hints(kind):
-    return typing.get_type_hints(kind)
+def _hints(kind, extras=False):
+    return typing.get_type_hints(kind, include_extras=extras)
+
+
+def choices_of(kind: type) -> dict[str, dict[str, type]]:
+    """The fields of a configuration that are a choice, each with its options by name."""
+    found = {name: choices(hint) for name, hint in _hints(kind, True).items()}
+    return {
+        field.name: found[field.name] for field in dataclasses.fields(kind) if found[field.name]
+    }
 
 
 _NUMBERS = {int: (numbers.Integral, "a whole number"), float: (numbers.Real, "a number")}
@@ -230,7 +239,8 @@ class RunConfig:
     """What the configurations of all runs have; each task adds its own fields.
 
     Attributes:
-      task: names the task in `gen_jax.tasks.TASKS`, and in the work directory.
+      task: the name of the task, that is of its package in `gen_jax.tasks`; kept in config.json.
+      kinds: the classes of all tasks that were imported, by name.
       make_task: "module:function", which makes the `task.Task` once the arguments are accepted.
       commands: what the command line offers; "train", "sample" and "evaluate" make up "all".
       resumable: dotted keys, or prefixes that end in a dot, of fields that may change on resume:
@@ -243,6 +253,7 @@ class RunConfig:
     distributed: DistributedConfig = DistributedConfig()
 
     task: ClassVar[str]
+    kinds: ClassVar[dict[str, type["RunConfig"]]] = {}
     make_task: ClassVar[str]
     commands: ClassVar[tuple[str, ...]] = ("train", "sample", "evaluate")
     resumable: ClassVar[tuple[str, ...]] = (
@@ -260,6 +271,11 @@ class RunConfig:
         "train.keep",
         "train.max_skipped",
     )
+
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        if "task" in cls.__dict__:
+            cls.kinds[cls.task] = cls
 
     def load(self, workdir: pathlib.Path, phases: tuple[str, ...]) -> Any:
         """Reads the data that the phases need, before anything is written and jax is loaded.
@@ -304,11 +320,15 @@ class Choice:
 
 
 def choices(hint: Any) -> dict[str, type]:
-    """The options of a field with this annotation by name; empty where it is no `Choice`."""
+    """The options of a field with this annotation by name; empty where it is no `Choice`.
+
+    A field whose options are those of several choices is annotated with `Annotated[Choice, A, B]`.
+    """
+    found = {}
     for kind in (hint, *typing.get_args(hint)):
-        if isinstance(kind, type) and issubclass(kind, Choice):
-            return kind.kinds
-    return {}
+        if isinstance(kind, type) and issubclass(kind, Choice) and kind is not Choice:
+            found |= kind.kinds
+    return found
 
 
 def to_dict(config: Any) -> dict:
@@ -331,7 +351,7 @@ def from_dict(kind: type[T], values: Mapping) -> T:
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"{kind.__name__} cannot be read from {values!r}: it must be an object")
-    hints = _hints(kind)
+    hints = _hints(kind, True)
     unknown = sorted(set(values) - {field.name for field in dataclasses.fields(kind)})
     if unknown:
         raise ValueError(f"{kind.__name__} has no fields {unknown}; were they of another version?")
@@ -343,8 +363,6 @@ def from_dict(kind: type[T], values: Mapping) -> T:
 
 def _read(field, hint, value):
     if kinds := choices(hint):
-        if value is None and types.NoneType in typing.get_args(hint):
-            return None
         rest = dict(value) if isinstance(value, Mapping) else {}
         name = rest.pop("name", None)
         if name not in kinds:

@@ -1,7 +1,7 @@
 """Figures of many rows of data, a batch at a time over all devices of this host."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from gen_jax import parallel
 
-__all__ = ["map_rows"]
+__all__ = ["map_rows", "slices"]
 
 
 def map_rows(f: Callable[[Any, Any], Any], params: Any, rows: Any, batch: int) -> Any:
@@ -29,10 +29,17 @@ def map_rows(f: Callable[[Any, Any], Any], params: Any, rows: Any, batch: int) -
     mesh, number = parallel.local_mesh(), len(jax.tree.leaves(rows)[0])
     size = -(-min(batch, number) // mesh.size) * mesh.size
     params, parts = parallel.replicate(mesh, jax.device_get(params)), []
-    hidden = not sys.stderr.isatty()
-    for first in tqdm(range(0, number, size), "evaluating", unit="batch", disable=hidden):
+    for rows_of_batch in slices(number, size):
+        first = rows_of_batch.start
         chosen = np.minimum(np.arange(first, first + size), number - 1)
         some = parallel.split(mesh, jax.tree.map(lambda leaf, c=chosen: leaf[c], rows))
         part = jax.device_get(f(params, some))
         parts.append(jax.tree.map(lambda leaf, n=number - first: leaf[:n], part))
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+
+
+def slices(number: int, size: int) -> Iterator[slice]:
+    """Slices of at most `size` of `number` rows, with a bar on a terminal."""
+    hidden = not sys.stderr.isatty()
+    for first in tqdm(range(0, number, size), "evaluating", unit="batch", disable=hidden):
+        yield slice(first, first + size)

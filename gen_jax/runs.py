@@ -15,12 +15,10 @@ from gen_jax.config import RunConfig
 from gen_jax.task import Context, Run, Stage, Task
 from gen_jax.workdir import Workdir
 
-__all__ = ["evaluate", "make_task", "restore", "run", "sample", "stage_workdir", "train"]
+__all__ = ["evaluate", "make_task", "restore", "run", "sample", "train"]
 
 
-def run(
-    name: str, config: RunConfig, workdir: Workdir, phases: tuple[str, ...], data: Any
-) -> None:
+def run(name: str, config: RunConfig, workdir: Workdir, phases: tuple[str, ...], data: Any) -> None:
     """Runs phases one after the other, prints the summary and adds it to summary.json.
 
     Args:
@@ -52,9 +50,7 @@ def run(
             _summarise(current, report)
 
 
-def make_task(
-    config: RunConfig, workdir: Workdir, phases: tuple[str, ...], data: Any
-) -> Task:
+def make_task(config: RunConfig, workdir: Workdir, phases: tuple[str, ...], data: Any) -> Task:
     """The task of a configuration, made for these phases."""
     records, training = {}, "train" in phases
     for folder in sorted(path for path in workdir.path.iterdir() if path.is_dir()):
@@ -72,11 +68,6 @@ def _wanted_step(config, training):
     """The step of the checkpoint that config.sample asks for; None for the latest whole one."""
     step = getattr(getattr(config, "sample", None), "checkpoint", -1)
     return None if training or step < 0 else step
-
-
-def stage_workdir(workdir: Workdir, stage: str) -> Workdir:
-    """The directory of a stage."""
-    return Workdir(workdir.path / stage)
 
 
 def train(run: Run) -> dict[str, Any]:
@@ -98,7 +89,7 @@ def _train_stage(run, stage, earlier):
             run.config.train,
             stage.trainable,
             lambda step: stage.batch(step, shard, earlier),
-            stage_workdir(run.workdir, stage.name),
+            run.workdir.stage(stage.name),
             mesh=parallel.data_mesh(),
             record={"config": cli.stored_form(run.config)} | dict(stage.record),
             evaluate=stage.evaluate,
@@ -136,7 +127,7 @@ def restore(run: Run) -> tuple[Any, int]:
 
 
 def _restore_stage(run: Run, stage: Stage):
-    folder = stage_workdir(run.workdir, stage.name).checkpoints
+    folder = run.workdir.stage(stage.name).checkpoints
     if stage.initial is not None and not checkpoint.steps(folder):
         return jax.device_put(stage.initial()), 0
     step = _wanted_step(run.config, False)

@@ -135,9 +135,7 @@ class Run:
         config, task, mesh = self.config.sample, self.task, parallel.local_mesh()
         number = min(config.number, task.number or config.number)
         condition = task.condition or (lambda number: None)
-        generate = functools.partial(
-            sampling.generate_many, task.sampler, self.params, config.seed
-        )
+        generate = functools.partial(sampling.generate_many, task.sampler, self.params, config.seed)
         chunks = list(
             generate(
                 number,

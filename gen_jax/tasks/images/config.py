@@ -79,7 +79,7 @@ class ImagesConfig(RunConfig):
             raise ValueError("a diffusion model takes RGB images: leave data.palette off")
 
     def load(self, workdir: pathlib.Path, phases: tuple[str, ...]) -> dict[str, Images]:
-        """The images of the splits that the phases need; refuses those that do not fit the model."""
+        """The images of the splits that the phases need; refuses those that do not fit."""
         splits = {split: image_data.load(self.data, split) for split in self.splits(phases)}
         for images in splits.values():
             self._check_images(images)
@@ -105,6 +105,4 @@ class ImagesConfig(RunConfig):
             )
         classes = len(images.label_names)
         if self.conditional and model.classes != classes:
-            raise ValueError(
-                f"the data has {classes} classes, model.classes is {model.classes}"
-            )
+            raise ValueError(f"the data has {classes} classes, model.classes is {model.classes}")

@@ -75,9 +75,7 @@ class PixelsConfig(RunConfig):
         if not -1 <= self.sample.label < max(self.classes, 1):
             raise ValueError(f"sample.label must be -1 or a class, got {self.sample.label}")
 
-    def load(
-        self, workdir: pathlib.Path, phases: tuple[str, ...]
-    ) -> dict[str, PixelSequences]:
+    def load(self, workdir: pathlib.Path, phases: tuple[str, ...]) -> dict[str, PixelSequences]:
         """The sequences of the splits that the phases need; refuses those that do not fit."""
         splits = {
             split: PixelSequences(image_data.load(self.data, split))

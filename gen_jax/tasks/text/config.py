@@ -87,9 +87,7 @@ class TextRunConfig(RunConfig):
                 "model.memory and model.extra_inputs as they are"
             )
         if self.searches and self.sample.number > 1:
-            raise ValueError(
-                "beam search finds one text, always the same: set sample.number to 1"
-            )
+            raise ValueError("beam search finds one text, always the same: set sample.number to 1")
         if self.searches and self.sample.tokens >= model.context:
             raise ValueError(
                 f"beam search stays within the context: sample.tokens ({self.sample.tokens}) "

@@ -181,9 +181,7 @@ def _stream(data: TextData, run: Run) -> tuple[np.ndarray, dict]:
     """The one sample, int32 [1, N], shown while it is drawn; its figures."""
     sampler, eos = run.task.sampler, data.eos
     keys = sampling.sample_keys(run.config.sample.seed, 0, 1)
-    states = functools.partial(
-        sampling.stream, sampler, run.params, keys, run.task.condition(1)
-    )
+    states = functools.partial(sampling.stream, sampler, run.params, keys, run.task.condition(1))
     began = time.perf_counter()
     next(states())  # compiles
     compiled = time.perf_counter()

@@ -1,6 +1,6 @@
 """Times our generation of text against `generate` of transformers, on the same weights in one run.
 
-    python -m experiments.benchmark_transformers
+    python -m experiments.benchmarks.transformers
 
 Needs the extra `oracles` (PyTorch and transformers). Random weights of GPT-2 are made by
 transformers, saved, and read through `gen_jax.interop`; before anything is timed, both sides must
@@ -12,16 +12,23 @@ JSON object.
 """
 
 import dataclasses
-import json
 import os
 import statistics
 import sys
 import tempfile
 import time
 
-import tyro
+import jax
+import jax.numpy as jnp
+import lazy_loader
+import numpy as np
 
-from experiments import common, timing
+from experiments.benchmarks import timing
+from gen_jax import interop, sampling
+from gen_jax.condition import Condition
+from gen_jax.models.autoregressive import AutoregressiveSampler, SamplingOptions
+
+torch, transformers = lazy_loader.load("torch"), lazy_loader.load("transformers")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,9 +78,6 @@ class Memory:
     """Reads an array of `size` bytes once, as a sum in float32, when called."""
 
     def __init__(self, size: int):
-        import jax
-        import jax.numpy as jnp
-
         self.array = jnp.ones(size // 4, jnp.float32)
         self.sum = jax.jit(jnp.sum).lower(self.array).compile()
 
@@ -85,13 +89,6 @@ class Sides:
     """One GPT-2 with the same weights on both sides."""
 
     def __init__(self, config: Config):
-        import jax
-        import torch
-        import transformers
-
-        from gen_jax import interop
-        from gen_jax.nn.transformer import TokenNetwork
-
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         torch.manual_seed(0)
@@ -111,30 +108,24 @@ class Sides:
         self.model = transformers.GPT2LMHeadModel(options).eval()
         with tempfile.TemporaryDirectory() as directory:
             self.model.save_pretrained(directory)
-            network, params = interop.load_gpt2(directory)
+            self.ours, params = interop.load_gpt2(directory)
         self.model.to(self.device)
-        self.network, self.params = TokenNetwork(network.config), jax.device_put(params)
+        self.params = jax.device_put(params)
         self.parameters = sum(p.numel() for p in self.model.parameters())
         # One new token reads every weight (the head is the table of tokens) but the positions.
         self.weight_bytes = 4 * (self.parameters - config.context * config.width)
 
     def prompts(self, batch: int):
         """Random tokens, int32 [B, P]."""
-        import numpy as np
-
         size = (batch, self.config.prompt)
         return np.random.default_rng(0).integers(0, self.config.vocabulary, size, np.int32)
 
-    def sampler(self, tokens: int, choice):
+    def sampler(self, tokens: int, options: SamplingOptions) -> AutoregressiveSampler:
         """Ours."""
-        from gen_jax.models.autoregressive.losses import AutoregressiveSampler
-
-        return AutoregressiveSampler(self.network, self.config.prompt, tokens, choice)
+        return AutoregressiveSampler(self.ours, self.config.prompt, tokens, options)
 
     def generate(self, prompts, tokens: int, **options):
         """What `generate` of transformers adds to the prompts, [B, N] in host memory."""
-        import torch
-
         prompts = torch.from_numpy(prompts).long().to(self.device)
         text = self.model.generate(
             prompts,
@@ -151,20 +142,13 @@ class Sides:
         Raises:
           FloatingPointError: it is above the tolerance, or the texts differ.
         """
-        import jax
-        import numpy as np
-        import torch
-
-        from gen_jax import sampling
-        from gen_jax.models.autoregressive.config import TokenChoice
-
         tokens, prompts = self.config.checked_tokens, self.prompts(2)
-        keys, cond = sampling.sample_keys(0, 0, 2), {"tokens": prompts}
-        sampler = self.sampler(tokens, TokenChoice(temperature=0))
+        keys, cond = sampling.sample_keys(0, 0, 2), Condition(prompt=prompts)
+        sampler = self.sampler(tokens, SamplingOptions(temperature=0))
         ours = np.asarray(sampling.generate(sampler, self.params, keys, cond))
         theirs = self.generate(prompts, tokens, do_sample=False)
         whole = np.concatenate([prompts, theirs], axis=1)
-        logits = np.asarray(jax.jit(self.network.__call__)(self.params, whole))
+        logits = np.asarray(jax.jit(self.ours.network.__call__)(self.params, whole))
         with torch.no_grad():
             expected = self.model(torch.from_numpy(whole).long().to(self.device)).logits
         difference = float(np.abs(expected.cpu().numpy() - logits).max())
@@ -180,17 +164,10 @@ class Sides:
 
     def compare(self, batch: int, memory: Memory) -> list[dict]:
         """Rows of the table for one size of batch."""
-        import jax
-        import numpy as np
-        import torch
-
-        from gen_jax import sampling
-        from gen_jax.models.autoregressive.config import TokenChoice
-
         torch.compiler.reset()  # a second size of batch would get a program for sizes in general
         config, prompts = self.config, self.prompts(batch)
-        keys, cond = sampling.sample_keys(1, 0, batch), {"tokens": jax.device_put(prompts)}
-        sampler = self.sampler(config.tokens, TokenChoice(top_k=config.top_k))
+        keys, cond = sampling.sample_keys(1, 0, batch), Condition(prompt=jax.device_put(prompts))
+        sampler = self.sampler(config.tokens, SamplingOptions(top_k=config.top_k))
         began = time.perf_counter()
         params = jax.block_until_ready(jax.jit(sampler.prepare)(self.params))
         program = sampling.compile_generate(sampler, params, keys, cond)
@@ -245,8 +222,6 @@ class Sides:
 
     def peers(self) -> dict[str, dict]:
         """Arguments of `generate` by name."""
-        import transformers
-
         static = {"cache_implementation": "static"}
         peers = {
             "dynamic cache": {},
@@ -266,9 +241,6 @@ _COMPILED = "static cache, compiled"
 def benchmark(config: Config) -> dict:
     """Runs everything; the table as JSON values."""
     timing.require("torch", "transformers")
-    import jax
-    import torch
-    import transformers
 
     # Float32 on both sides: on GPUs jax would take TensorFloat-32 by default, PyTorch would not.
     with jax.default_matmul_precision("highest"):
@@ -312,11 +284,5 @@ def _print(rows, heading):
         )
 
 
-def main() -> int:
-    """Runs the command line; the exit code."""
-    config = tyro.cli(Config, description=__doc__)
-    return common.guarded(lambda: print(json.dumps(benchmark(config))))
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(timing.main(Config, benchmark, __doc__))

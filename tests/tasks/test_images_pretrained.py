@@ -7,16 +7,16 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import common, ddpm_cifar
-from gen_jax import interop, sampling
-from gen_jax.models.diffusion.samplers import make_sampler
+from experiments import ddpm_cifar
+from gen_jax import cli, interop, sampling
+from gen_jax.models.diffusion import DiffusionModel, DiffusionSampler
 from gen_jax.nn.config import UNetConfig
-from gen_jax.nn.unet import Denoiser
+from gen_jax.nn.unet import UNetNetwork
 
 MODEL = UNetConfig(widths=(8, 8), blocks=1, attention=(), groups=4, dropout=0.0)
 OPTIONS = [
     *("--model.widths", "8", "8", "--model.groups", "4", "--model.attention", "--model.patch", "1"),
-    *("--sample.steps", "4", "--sample.number", "3", "--sample.micro-batch", "3"),
+    *("--sampler.steps", "4", "--sample.number", "3", "--sample.micro-batch", "3"),
 ]
 
 
@@ -26,7 +26,7 @@ def published(tmp_path_factory):
     rng = np.random.default_rng(0)
     params = jax.tree.map(
         lambda leaf: leaf + 0.1 * rng.normal(size=leaf.shape).astype(np.float32),
-        Denoiser(MODEL).init(jax.random.key(0), 16, 16),
+        UNetNetwork(MODEL).init(jax.random.key(0), 16, 16),
     )
     path = tmp_path_factory.mktemp("published weights")
     interop.save_diffusers_unet(path, MODEL, params, sample_size=16)
@@ -34,7 +34,7 @@ def published(tmp_path_factory):
 
 
 def main(*argv):
-    return common.main(ddpm_cifar.EXPERIMENT, [str(item) for item in argv])
+    return cli.main(ddpm_cifar.EXPERIMENT, [str(item) for item in argv])
 
 
 def test_published_weights_are_sampled_and_written_back(published, tmp_path, capsys):
@@ -44,8 +44,8 @@ def test_published_weights_are_sampled_and_written_back(published, tmp_path, cap
     with np.load(run / "samples.npz") as file:
         drawn = file["images"]
     config = ddpm_cifar.TINY
-    choice = dataclasses.replace(config.sample, steps=4)
-    sampler = make_sampler(Denoiser(MODEL), config.diffusion, (16, 16, 3), choice)
+    model = DiffusionModel(UNetNetwork(MODEL), config.diffusion, (16, 16, 3))
+    sampler = DiffusionSampler(model, dataclasses.replace(config.sampler, steps=4))
     expected = sampling.generate(sampler, params, sampling.sample_keys(0, 0, 3))
     np.testing.assert_allclose(drawn, expected, atol=1e-4)
     assert main("export", "--workdir", run, "--pretrained", folder, *OPTIONS) == 0

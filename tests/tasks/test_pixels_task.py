@@ -7,36 +7,43 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import common, gpt_pixels
-from experiments import images as image_files
-from experiments.gpt_pixels import EXPERIMENT, Config, EvaluateConfig, SampleConfig
-from gen_jax import checkpoint, keys
+import gen_jax
+from experiments.gpt_pixels import EXPERIMENT
+from gen_jax import cli
 from gen_jax.config import TrainConfig
 from gen_jax.data import DataConfig, PixelSequences, ShapesSet
 from gen_jax.data.shapes import PALETTE
-from gen_jax.models.autoregressive import losses as autoregressive
 from gen_jax.nn.config import TransformerConfig
-from gen_jax.nn.transformer import TokenNetwork
+from gen_jax.tasks import image_files
+from gen_jax.tasks.images.config import LabelledSampleConfig
+from gen_jax.tasks.pixels import task as pixels
+from gen_jax.tasks.pixels.config import EvaluateConfig, PixelsConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 # The least that the experiment can be asked for on eight devices.
-MINUTE = Config(
+MINUTE = PixelsConfig(
     workdir="",
     data=DataConfig(palette=True),
     model=TransformerConfig(context=256, layers=1, width=8, heads=1, extra_inputs=1),
     train=TrainConfig(
-        steps=4, batch=8, learning_rate=1e-2, warmup=0, log_every=1, checkpoint_every=2,
-        evaluate_every=2, ema=0.5,
+        steps=4,
+        batch=8,
+        learning_rate=1e-2,
+        warmup=0,
+        log_every=1,
+        checkpoint_every=2,
+        evaluate_every=2,
+        ema=0.5,
     ),
-    sample=SampleConfig(number=5, micro_batch=8),
+    sample=LabelledSampleConfig(number=5, micro_batch=8),
     evaluate=EvaluateConfig(images=11, batch=8),
-)  # fmt: skip
+)
 MINIATURE = dataclasses.replace(EXPERIMENT, presets={"minute": MINUTE})
 
 
 def main(*argv):
-    return common.main(MINIATURE, [str(item) for item in argv])
+    return cli.main(MINIATURE, [str(item) for item in argv])
 
 
 @pytest.fixture(scope="module")
@@ -61,27 +68,41 @@ def samples(workdir):
         return dict(file)
 
 
-def network_of(workdir, config=MINUTE):
-    """The network and the averaged parameters of the last checkpoint."""
-    network = TokenNetwork(dataclasses.replace(config.model, vocabulary=config.vocabulary))
-    template = {"ema": network.init(keys.root(0, "init"))}
-    return network, checkpoint.restore(workdir / "checkpoints", template).trees["ema"]
+def model_of(workdir):
+    """The model and the averaged parameters of the last checkpoint."""
+    loaded = gen_jax.load(workdir)
+    return loaded.model, loaded.params
 
 
 def test_the_command_all_leaves_everything(finished):
     names = {path.name for path in finished.iterdir() if not path.name.startswith(".")}
     assert names == {
-        "checkpoints", "config.json", "metrics.jsonl", "samples", "samples.npz", "samples.png",
-        "summary.json", "trajectory.png",
-    }  # fmt: skip
+        "config.json",
+        "model",
+        "samples",
+        "samples.npz",
+        "samples.png",
+        "summary.json",
+        "trajectory.png",
+    }
     assert [path.name for path in finished.rglob(".*") if path.name != ".lock"] == []
     wanted = {
-        "bits_per_dim", "bits_per_dim_floor", "nats_per_image", "nats_per_image_floor",
-        "nats_over_floor", "validity", "nfe", "images_per_second", "sampled_tokens_per_second",
-        "sampling_latency_seconds", "wall_seconds",
-    }  # fmt: skip
+        "bits_per_dim",
+        "bits_per_dim_floor",
+        "nats_per_image",
+        "nats_per_image_floor",
+        "nats_over_floor",
+        "validity",
+        "nfe",
+        "images_per_second",
+        "sampled_tokens_per_second",
+        "sampling_latency_seconds",
+        "wall_seconds",
+    }
     assert wanted <= summary(finished).keys()
-    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (finished / "model" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [line["step"] for line in lines if "eval/bits_per_dim" in line] == [2, 4]
     assert list(EXPERIMENT.commands) == ["all", "train", "sample", "evaluate"]
 
@@ -104,7 +125,7 @@ def test_the_samples_are_written_by_their_colours(finished):
 def test_a_picture_fills_up_in_raster_order(palette):
     images = ShapesSet(16).images(palette)[[0, 400]]
     colours = ShapesSet(16).images()[[0, 400]]
-    picture = gpt_pixels.filling(images, 1)
+    picture = pixels.filling(images, 1)
     for row, image in enumerate(colours):
         for column in range(8):
             place = picture[row * 17 : row * 17 + 16, column * 17 : column * 17 + 16]
@@ -114,10 +135,10 @@ def test_a_picture_fills_up_in_raster_order(palette):
 
 
 def test_the_likelihood_is_that_of_the_model_summed_by_hand(finished):
-    network, params = network_of(finished)
+    model, params = model_of(finished)
     sequences = PixelSequences(ShapesSet(16).as_images(palette=True))
     tokens = sequences.tokens_of(sequences.images.images[sequences.images.indices(0, 0, 11)])
-    nats = -np.asarray(autoregressive.log_prob(network, params, tokens), np.float64).sum(1)
+    nats = -np.asarray(model.log_prob(params, {"tokens": tokens}), np.float64)
     report = summary(finished)
     assert report["test_images"] == 11
     assert report["nats_per_image"] == pytest.approx(nats.mean(), rel=1e-5)
@@ -139,21 +160,21 @@ def test_images_of_the_set_are_valid(tmp_path, palette):
     )
     miniature = dataclasses.replace(EXPERIMENT, presets={"minute": config})
     options = ["--workdir", str(tmp_path), "--train.steps", "1", "--train.evaluate-every", "0"]
-    assert common.main(miniature, ["train", *options]) == 0
+    assert cli.main(miniature, ["train", *options]) == 0
     images = ShapesSet(16).images(palette)
     np.savez(tmp_path / "samples.npz", images=images, step=1, seed=0)
-    assert common.main(miniature, ["evaluate", *options]) == 0
+    assert cli.main(miniature, ["evaluate", *options]) == 0
     report = summary(tmp_path)
     assert (report["validity"], report["coverage"], report["tv_joint"]) == (1, 1, 0)
     np.savez(tmp_path / "samples.npz", images=np.zeros_like(images), step=1, seed=0)
-    assert common.main(miniature, ["evaluate", *options]) == 0
+    assert cli.main(miniature, ["evaluate", *options]) == 0
     assert summary(tmp_path)["validity"] == 0
 
 
 def test_a_resumed_run_is_the_one_that_was_not_cut(finished, tmp_path, capsys):
     assert main("train", "--workdir", tmp_path, "--train.steps", 2) == 0
     assert main("train", "--workdir", tmp_path, "--train.steps", 4) == 0
-    (_, expected), (_, resumed) = network_of(finished), network_of(tmp_path)
+    (_, expected), (_, resumed) = model_of(finished), model_of(tmp_path)
     for left, right in zip(jax.tree.leaves(expected), jax.tree.leaves(resumed), strict=True):
         np.testing.assert_array_equal(left, right)
     capsys.readouterr()
@@ -162,7 +183,7 @@ def test_a_resumed_run_is_the_one_that_was_not_cut(finished, tmp_path, capsys):
 def test_a_sample_is_the_same_alone(finished, copy, capsys):
     assert main("sample", "--workdir", copy, "--sample.number", 1) == 0
     np.testing.assert_array_equal(samples(copy)["images"], samples(finished)["images"][:1])
-    assert main("sample", "--workdir", copy, "--sample.temperature", 0) == 0
+    assert main("sample", "--workdir", copy, "--sampler.temperature", 0) == 0
     greedy = samples(copy)["images"]
     assert (greedy == greedy[0]).all()
     capsys.readouterr()
@@ -190,8 +211,8 @@ def test_images_that_are_no_shapes_are_compared_as_pixels():
 
 
 REFUSED = [
-    ("--sample.top-p 0", "top_p must be in (0, 1], got 0.0"),
-    ("--sample.top-p 2", "top_p must be in (0, 1], got 2.0"),
+    ("--sampler.top-p 0", "top_p must be in (0, 1], got 0.0"),
+    ("--sampler.top-p 2", "top_p must be in (0, 1], got 2.0"),
     ("--sample.label 1", "sample.label must be -1 or a class, got 1"),
     ("--evaluate.images 0", "evaluate.images and evaluate.batch must be at least 1"),
     ("--model.context 100", "the images have 256 tokens (16 x 16), model.context is 100"),

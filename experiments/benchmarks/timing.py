@@ -1,10 +1,33 @@
-"""What the benchmarks against PyTorch share."""
+"""What the benchmarks share."""
 
 import importlib.util
+import json
 import os
 import platform
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import tyro
+
+from gen_jax import cli
+
+__all__ = ["alternate", "machine", "main", "require", "torch_device"]
+
+
+def main(kind: type, benchmark: Callable[[Any], Any], about: str) -> int:
+    """Runs a benchmark from the command line; what it returns is the last line, as JSON.
+
+    Args:
+      kind: the dataclass of its configuration.
+      benchmark: a function of a configuration.
+      about: what --help says first.
+
+    Returns:
+      The exit code of `cli.guarded`.
+    """
+    return cli.guarded(lambda: print(json.dumps(benchmark(tyro.cli(kind, description=about)))))
 
 
 def require(*packages: str) -> None:
@@ -18,15 +41,11 @@ def require(*packages: str) -> None:
 
 def torch_device() -> str:
     """PyTorch's device where jax runs: CUDA where that is a GPU."""
-    import jax
-
     return {"gpu": "cuda"}.get(jax.default_backend(), "cpu")
 
 
 def machine() -> str:
     """Processor, cores and, where jax runs on another, the device."""
-    import jax
-
     device = jax.devices()[0]
     kind = "" if device.platform == "cpu" else f", {device.device_kind}"
     return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores{kind}"

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import common
 from experiments.ddpm_cifar import EXPERIMENT
+from gen_jax import cli
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -14,15 +14,15 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 MINUTE = (
     "--model.widths 8 --model.groups 4 --model.attention --model.patch 8 --train.steps 4 "
     "--train.batch 8 --train.warmup 0 --train.log-every 1 --train.checkpoint-every 2 "
-    "--sample.number 4 --sample.micro-batch 8 --sample.steps 4 --evaluate.images 4 "
+    "--sample.number 4 --sample.micro-batch 8 --sampler.steps 4 --evaluate.images 4 "
     "--evaluate.draws 2"
 )
 
 
 def perform(*arguments):
     """A command line, in this process."""
-    command, config = common.parse(EXPERIMENT, [str(argument) for argument in arguments])
-    EXPERIMENT.commands[command](config)
+    command, config = cli.parse(EXPERIMENT, [str(argument) for argument in arguments])
+    cli.execute(EXPERIMENT, config, cli.phases_of(config, command))
 
 
 @pytest.fixture(scope="module")
@@ -46,16 +46,24 @@ def samples(workdir):
 def test_the_command_all_leaves_everything(finished):
     names = {path.name for path in finished.iterdir() if not path.name.startswith(".")}
     assert names == {
-        "checkpoints", "config.json", "metrics.jsonl", "samples", "samples.npz", "samples.png",
-        "summary.json", "trajectory.gif", "trajectory.png",
-    }  # fmt: skip
+        "config.json",
+        "model",
+        "samples",
+        "samples.npz",
+        "samples.png",
+        "summary.json",
+        "trajectory.gif",
+        "trajectory.png",
+    }
     left = [path.name for path in finished.rglob(".*") if path.name != ".lock"]
     assert left == []
 
     config = json.loads((finished / "config.json").read_text())
     assert config["model"]["widths"] == [8]
     assert config["workdir"] == str(finished)
-    records = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(line) for line in (finished / "model" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [record["step"] for record in records] == [1, 2, 3, 4]
     assert {"loss", "gradient_norm", "skipped", "examples_per_second"} < records[0].keys()
 
@@ -63,10 +71,20 @@ def test_the_command_all_leaves_everything(finished):
 def test_the_summary_has_the_figures(finished):
     summary = json.loads((finished / "summary.json").read_text())
     wanted = {
-        "wall_seconds", "nfe", "validity", "bits_per_dim", "images_per_second", "parameters",
-        "steps", "sampling_latency_seconds", "samples_per_second", "train_seconds",
-        "train_compile_seconds", "sample_compile_seconds", "bits_per_dim_standard_error",
-    }  # fmt: skip
+        "wall_seconds",
+        "nfe",
+        "validity",
+        "bits_per_dim",
+        "images_per_second",
+        "parameters",
+        "steps",
+        "sampling_latency_seconds",
+        "samples_per_second",
+        "train_seconds",
+        "train_compile_seconds",
+        "sample_compile_seconds",
+        "bits_per_dim_standard_error",
+    }
     assert wanted < summary.keys()
     assert all(isinstance(summary[name], int | float) for name in wanted)
     assert np.isfinite([summary[name] for name in wanted]).all()
@@ -101,8 +119,19 @@ def test_the_pictures_are_those_of_the_samples(finished):
 
 def test_a_trained_run_is_sampled_in_other_ways_without_its_preset(copy, capsys):
     before = samples(copy)
-    perform("sample", "--workdir", copy, "--sample.number", 5, "--sample.seed", 3,
-            "--sample.solver", "ddim", "--sample.steps", 3)  # fmt: skip
+    perform(
+        "sample",
+        "--workdir",
+        copy,
+        "--sample.number",
+        5,
+        "--sample.seed",
+        3,
+        "--sampler",
+        "ddim",
+        "--sampler.steps",
+        3,
+    )
     five = samples(copy)
     assert five["images"].shape == (5, 16, 16, 3)
     assert (int(five["seed"]), int(five["nfe"]), int(five["step"])) == (3, 3, 4)
@@ -111,18 +140,30 @@ def test_a_trained_run_is_sampled_in_other_ways_without_its_preset(copy, capsys)
     assert "nfe" in capsys.readouterr().out
 
     # What is asked for once is not stored, and the number does not change a sample.
-    stored = json.loads((copy / "config.json").read_text())["sample"]
+    stored = json.loads((copy / "config.json").read_text())
     perform("sample", "--workdir", copy, "--sample.number", 3)
     three = samples(copy)
-    assert (int(three["seed"]), int(three["nfe"])) == (stored["seed"], stored["steps"])
+    assert (int(three["seed"]), int(three["nfe"])) == (
+        stored["sample"]["seed"],
+        stored["sampler"]["steps"],
+    )
     assert three["images"].tobytes() == before["images"][:3].tobytes()
     assert len(list((copy / "samples").iterdir())) == 3
 
 
 def test_the_micro_batch_does_not_change_a_sample(copy):
     before = samples(copy)["images"]
-    perform("sample", "--workdir", copy, "--sample.micro-batch", 16, "--train.log-every", 7,
-            "--train.keep", 5)  # fmt: skip
+    perform(
+        "sample",
+        "--workdir",
+        copy,
+        "--sample.micro-batch",
+        16,
+        "--train.log-every",
+        7,
+        "--train.keep",
+        5,
+    )
     np.testing.assert_allclose(samples(copy)["images"], before, atol=1e-5)
 
 
@@ -145,7 +186,7 @@ def test_evaluation_without_samples_says_what_to_run(copy):
 
 
 def test_sampling_without_a_checkpoint_says_so(copy):
-    shutil.rmtree(copy / "checkpoints")
+    shutil.rmtree(copy / "model" / "checkpoints")
     with pytest.raises(FileNotFoundError, match="no checkpoint in"):
         perform("sample", "--workdir", copy)
 
@@ -167,7 +208,7 @@ def test_samples_of_another_step_are_not_evaluated(copy, capsys):
     with np.load(copy / "samples.npz") as file:
         arrays = dict(file)
     np.savez(copy / "samples.npz", **(arrays | {"step": 3}))
-    assert common.main(EXPERIMENT, ["evaluate", "--workdir", str(copy)]) == 2
+    assert cli.main(EXPERIMENT, ["evaluate", "--workdir", str(copy)]) == 2
     assert "was drawn at step 3, the checkpoint is of step 4" in capsys.readouterr().err
 
 

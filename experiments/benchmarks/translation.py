@@ -1,6 +1,6 @@
 """Times parallel decoding of trained translation models against the cached autoregressive one.
 
-    python -m experiments.benchmark_translation --runs AR_RUN MASKED_RUN ONE_SHOT_RUN CTC_RUN ...
+    python -m experiments.benchmarks.translation --runs AR_RUN MASKED_RUN ONE_SHOT_RUN CTC_RUN ...
 
 The runs are work directories of `nar_translation` over the same test pairs, one of them
 autoregressive: the baseline, with cached keys and values and a loop that ends with the longest
@@ -13,16 +13,24 @@ JSON object.
 """
 
 import dataclasses
-import json
+import pathlib
 import statistics
 import sys
 import time
-from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
-import tyro
 
-from experiments import common, timing
+from experiments.benchmarks import timing
+from gen_jax import config as config_lib
+from gen_jax import runs, sampling
+from gen_jax.metrics.translation import bleu
+from gen_jax.models.masked.config import MaskPredictOptions
+from gen_jax.task import Run
+from gen_jax.tasks.translation.config import TranslationData, TranslationRunConfig
+from gen_jax.tasks.translation.task import make_sampler, source_condition
+from gen_jax.workdir import Workdir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,31 +62,40 @@ class Config:
 
 @dataclasses.dataclass
 class Side:
-    """A run with one way to decode it."""
+    """A run with one way to decode it.
+
+    Attributes:
+      name: for the table.
+      config: of the run, with the way to decode it.
+      data: its pairs and tokenizer.
+      model: what was trained.
+      params: its averaged parameters.
+    """
 
     name: str
-    run: object
-    params: dict
+    config: TranslationRunConfig
+    data: TranslationData
+    model: Any
+    params: Any
 
     def __post_init__(self):
         self.programs, self.compile_seconds = {}, 0.0
 
-    def translate(self, rows: np.ndarray, batch: int, config: Config):
+    def translate(
+        self, rows: np.ndarray, batch: int, config: Config
+    ) -> tuple[dict[int, np.ndarray], list[float]]:
         """Tokens of the sources of these rows, a batch at a time, and the seconds of each."""
-        import jax
-
-        from gen_jax import sampling
-
-        pairs = self.run.pairs("test")
-        sources, outputs, seconds = pairs.all(self.run.columns), {}, []
+        pairs = self.data.pairs("test")
+        sources, outputs, seconds = pairs.all(self.config.data.max_length), {}, []
         for first in range(0, len(rows), batch):
             some = rows[np.minimum(np.arange(first, first + batch), len(rows) - 1)]
             longest = pairs.source_length[some].max()
             columns = next(size for size in pairs.buckets if size >= longest)
-            cut = {"source": sources["source"][some][:, :columns],
-                   "source_length": sources["source_length"][some]}  # fmt: skip
-            cond = self.run.condition(cut, batch)
-            keys = sampling.sample_keys(0, 0, batch)
+            cut = {
+                "source": sources["source"][some][:, :columns],
+                "source_length": sources["source_length"][some],
+            }
+            cond, keys = source_condition(cut, batch), sampling.sample_keys(0, 0, batch)
             program = self._program(columns, batch, keys, cond, config)
             began = time.perf_counter()
             tokens = np.asarray(jax.block_until_ready(program(self.prepared, keys, cond)))
@@ -88,12 +105,10 @@ class Side:
         return outputs, seconds
 
     def _program(self, columns, batch, keys, cond, config):
-        from gen_jax import sampling
-
         if (columns, batch) not in self.programs:
             began = time.perf_counter()
-            target = min(self.run.columns, round(columns * config.stretch))
-            sampler = self.run.sampler(target)
+            target = min(self.config.data.max_length, round(columns * config.stretch))
+            sampler = make_sampler(self.config, self.model, self.data.tokenizer.eos, target)
             self.nfe = sampler.nfe
             self.prepared = sampler.prepare(self.params)
             program = sampling.compile_generate(sampler, self.prepared, keys, cond)
@@ -102,46 +117,59 @@ class Side:
             self.compile_seconds += time.perf_counter() - began
         return self.programs[columns, batch]
 
-    def texts(self, outputs: dict) -> list[str]:
+    def texts(self, outputs: dict[int, np.ndarray]) -> list[str]:
         """Translations in the order of the rows."""
-        return [self.run.texts_of(line[None])[0] for _, line in sorted(outputs.items())]
+        return [self.data.texts_of(line[None])[0] for _, line in sorted(outputs.items())]
 
 
 def sides(config: Config) -> list[Side]:
-    """Every run with every way to decode it, the baseline first."""
-    from experiments import nar_translation, translation_run
-    from gen_jax.config import from_dict
-    from gen_jax.workdir import Workdir
+    """Every run with every way to decode it, the baseline first.
 
+    Raises:
+      FileNotFoundError: there is no run in one of the directories.
+      ValueError: none of the runs is autoregressive.
+    """
     found = []
     for path in config.runs:
-        workdir = Workdir(Path(path).expanduser())
-        stored = from_dict(nar_translation.Config, workdir.stored_config())
-        choices = [("", {})]
-        if stored.strategy == "masked":
-            choices = [(f", {r} rounds, {n} lengths", {"rounds": r, "lengths": n})
-                       for r in config.rounds for n in config.lengths]  # fmt: skip
-        elif stored.strategy == "one_shot":
-            choices = [(f", {n} lengths", {"lengths": n}) for n in config.lengths]
-        params = None
-        for label, choice in choices:
-            sample = dataclasses.replace(stored.sample, split="test", **choice)
-            ours = dataclasses.replace(stored, sample=sample)
-            run = translation_run.Run("nar_translation", ours, workdir, ("sample",))
-            params = run.restore() if params is None else params
-            found.append(Side(f"{workdir.path.name}{label}", run, params))
-    baselines = [side for side in found if side.run.config.strategy == "ar"]
+        found += _sides_of(pathlib.Path(path).expanduser(), config)
+    baselines = [side for side in found if side.config.strategy == "ar"]
     if not baselines:
         raise ValueError("none of the runs is autoregressive: the others have no baseline")
     return [baselines[0], *(side for side in found if side is not baselines[0])]
 
 
+def _sides_of(path, config):
+    """A run with every way to decode it."""
+    workdir = Workdir(path)
+    stored = workdir.stored_config()
+    if stored is None or stored.pop("task", None) != TranslationRunConfig.task:
+        raise FileNotFoundError(f"{path} holds no run of a translation model")
+    stored = config_lib.from_dict(TranslationRunConfig, stored)
+    ways = [("", {}, {})]
+    if stored.strategy == "masked":
+        ways = [
+            (f", {r} rounds, {n} lengths", {"sampler": MaskPredictOptions(r)}, {"lengths": n})
+            for r in config.rounds
+            for n in config.lengths
+        ]
+    elif stored.strategy == "one_shot":
+        ways = [(f", {n} lengths", {}, {"lengths": n}) for n in config.lengths]
+    sides, params = [], None
+    for label, changes, sample in ways:
+        sample = dataclasses.replace(stored.sample, split="test", **sample)
+        ours = dataclasses.replace(stored, workdir=str(path), sample=sample, **changes)
+        data = ours.load(path, ("sample",))
+        task = runs.make_task(ours, workdir, ("sample",), data)
+        if params is None:
+            params, _ = runs.restore(Run("benchmark", ours, workdir, ("sample",), task))
+        sides.append(Side(f"{path.name}{label}", ours, data, task.model, params))
+    return sides
+
+
 def measure(config: Config) -> list[dict]:
     """One row per side."""
-    from gen_jax.metrics.translation import bleu
-
     every = sides(config)
-    pairs, (_, references) = every[0].run.pairs("test"), every[0].run.texts("test")
+    pairs, (_, references) = every[0].data.pairs("test"), every[0].data.texts("test")
     order = np.argsort(pairs.source_length, kind="stable")
     some = order[np.linspace(0, len(order) - 1, min(config.alone, len(order))).astype(int)]
     best, latency, outputs = {}, {}, {}
@@ -150,11 +178,15 @@ def measure(config: Config) -> list[dict]:
         alone, _ = side.translate(some, 1, config)
         for batch in config.batches:
             outputs[side.name], _ = side.translate(order, batch, config)
-        same = [np.array_equal(*_cut(side, line, outputs[side.name][row]))
-                for row, line in alone.items()]  # fmt: skip
+        same = [
+            np.array_equal(*_cut(side, line, outputs[side.name][row]))
+            for row, line in alone.items()
+        ]
         if np.mean(same) < config.same:
-            raise RuntimeError(f"{side.name}: only {np.mean(same):.0%} of translations are the "
-                               "same alone and in a batch")  # fmt: skip
+            raise RuntimeError(
+                f"{side.name}: only {np.mean(same):.0%} of translations are the "
+                "same alone and in a batch"
+            )
     for _ in range(config.repeats):
         for side in every:
             seconds = statistics.median(side.translate(some, 1, config)[1])
@@ -180,32 +212,31 @@ def measure(config: Config) -> list[dict]:
 
 
 def _cut(side, *lines):
-    """Sequences up to their END."""
-    end = side.run.tokenizer.eos
-    return [line[: np.argmax(np.append(line, end) == end)] for line in lines]
+    """Sequences up to their EOS."""
+    eos = side.data.tokenizer.eos
+    return [line[: np.argmax(np.append(line, eos) == eos)] for line in lines]
 
 
 def show(rows: list[dict]) -> None:
     """Prints the table."""
-    print(f"{'run':<44}{'NFE':>5}{'BLEU':>7}{'ms alone':>10}{'x AR':>7}{'sent/s':>9}{'batch':>7}"
-          f"{'x AR':>7}")  # fmt: skip
+    print(
+        f"{'run':<44}{'NFE':>5}{'BLEU':>7}{'ms alone':>10}{'x AR':>7}{'sent/s':>9}{'batch':>7}"
+        f"{'x AR':>7}"
+    )
     for row in rows:
-        print(f"{row['run']:<44}{row['nfe']:>5}{row['bleu']:>7.2f}{row['latency_ms']:>10.2f}"
-              f"{row['latency_ratio']:>7.2f}{row['sentences_per_second']:>9.0f}"
-              f"{row['best_batch']:>7}{row['throughput_ratio']:>7.2f}")  # fmt: skip
+        print(
+            f"{row['run']:<44}{row['nfe']:>5}{row['bleu']:>7.2f}{row['latency_ms']:>10.2f}"
+            f"{row['latency_ratio']:>7.2f}{row['sentences_per_second']:>9.0f}"
+            f"{row['best_batch']:>7}{row['throughput_ratio']:>7.2f}"
+        )
 
 
-def main() -> int:
-    """Runs the command line; the exit code."""
-
-    def run():
-        config = tyro.cli(Config, description=__doc__)
-        rows = measure(config)
-        show(rows)
-        print(json.dumps({"machine": timing.machine(), "rows": rows}))
-
-    return common.guarded(run)
+def benchmark(config: Config) -> dict:
+    """Runs everything and prints the table; the figures as JSON values."""
+    rows = measure(config)
+    show(rows)
+    return {"machine": timing.machine(), "rows": rows}
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(timing.main(Config, benchmark, __doc__))

@@ -1,12 +1,16 @@
-"""What `multimodality` prints and draws."""
+"""What the exact comparison prints and draws."""
 
 import itertools
 from pathlib import Path
 
 import numpy as np
+from matplotlib import pyplot
+
+__all__ = ["LIMIT", "figure", "findings", "show", "show_facts"]
 
 _COLUMNS = (("KL", "kl", "drawn_kl", "network_kl"), ("TV", "tv", "drawn_tv", "network_tv"))
 LIMIT = 4096  # rounds of repair that stand for infinitely many
+_NETWORKS = ("one_shot", "ar", "latent")
 _VALID = ("valid", "drawn_valid", "network_valid")
 
 
@@ -44,29 +48,32 @@ def findings(tables: dict) -> list[str]:
     """What the numbers say, one line each."""
     lines = []
     for name, table in tables.items():
-        rows = {row["strategy"]: row for row in table["rows"]}
-        whole, gap = rows["all at once"], table["total_correlation"]
+        rows = {network: _first(table["rows"], network) for network in _NETWORKS}
+        whole, gap = rows["one_shot"], table["total_correlation"]
         lines.append(
-            f"{name}: all at once loses {gap:.4f} nats, its total correlation; the trained "
+            f"{name}: {whole['strategy']} loses {gap:.4f} nats, its total correlation; the trained "
             f"decoder {whole['network_kl']:.4f}."
         )
-        for strategy in ("one by one", "shared latent"):
-            left = rows[strategy]["network_kl"]
+        for row in (rows["ar"], rows["latent"]):
+            left = row["network_kl"]
             lines.append(
-                f"{name}: {strategy} leaves {left:.4f} nats when trained, {left / gap:.1%} of it, "
-                f"with {rows[strategy]['nfe']} evaluations."
+                f"{name}: {row['strategy']} leaves {left:.4f} nats when trained, "
+                f"{left / gap:.1%} of it, with {row['nfe']} evaluations."
             )
         lines += _schedules(name, table["rows"])
     lines += _repairs(tables)
     return lines
 
 
+def _first(rows, network):
+    return next(row for row in rows if row["network"] == network)
+
+
 def _schedules(name, rows):
-    found = []
-    for rounds in sorted({row["nfe"] for row in rows if row["family"].startswith("random, ")}):
-        gaps = {row["family"].split(", ")[1]: row["kl"] for row in rows
-                if row["family"].startswith("random, ") and row["nfe"] == rounds}  # fmt: skip
-        ranks = sorted(gaps, key=lambda schedule: round(gaps[schedule], 9))
+    found, rows = [], [row for row in rows if row["schedule"]]
+    for rounds in sorted({row["nfe"] for row in rows}):
+        gaps = {row["schedule"]: row["kl"] for row in rows if row["nfe"] == rounds}
+        ranks = sorted(gaps, key=lambda schedule, gaps=gaps: round(gaps[schedule], 9))
         steps = [ranks[0]]
         for before, after in itertools.pairwise(ranks):
             equal = abs(gaps[before] - gaps[after]) < 1e-9
@@ -82,8 +89,10 @@ def _repairs(tables):
         kinds = {"reaches the data": 1e-3, "stops at a floor of its own": 1.0}
         for rule, tv in limits.items():
             what = next(words for words, bound in kinds.items() if tv < bound)
-            lines.append(f"{name}: {rule}, one position a round, {what}: total variation "
-                         f"{tv:.4f} after {LIMIT} rounds.")  # fmt: skip
+            lines.append(
+                f"{name}: {rule}, one position a round, {what}: total variation {tv:.4f} after "
+                f"{LIMIT} rounds."
+            )
     return lines
 
 
@@ -92,11 +101,7 @@ def figure(tables: dict, path: Path) -> None:
 
     Lines are exact, crosses are samplers with exact conditionals, circles trained networks.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot.switch_backend("Agg")  # a figure is a file, with a display or without
     families = list(dict.fromkeys(row["family"] for t in tables.values() for row in t["rows"]))
     colours = dict(zip(families, pyplot.get_cmap("tab20")(np.linspace(0, 1, 20)), strict=False))
     fig, axes = pyplot.subplots(2, len(tables), figsize=(4.6 * len(tables), 9), sharex=True)
@@ -117,8 +122,17 @@ def figure(tables: dict, path: Path) -> None:
     handles = [pyplot.Line2D([], [], color=colours[f], marker="s", label=f) for f in families]
     handles += [pyplot.Line2D([], [], color="black", linestyle="-", label="exact")]
     handles += [pyplot.Line2D([], [], color="black", linestyle="", marker="x", label="sampler")]
-    handles += [pyplot.Line2D([], [], color="black", linestyle="", marker="o",
-                              markerfacecolor="none", label="trained network")]  # fmt: skip
+    handles += [
+        pyplot.Line2D(
+            [],
+            [],
+            color="black",
+            linestyle="",
+            marker="o",
+            markerfacecolor="none",
+            label="trained network",
+        )
+    ]
     fig.legend(handles=handles, loc="lower center", ncols=6, frameon=False)
     fig.tight_layout(rect=(0, 0.12, 1, 1))
     fig.savefig(path, dpi=100)
@@ -135,5 +149,14 @@ def _points(axis, rows, key, marker, colour):
     known = [(r["nfe"], max(r[key], 0), r.get(f"{key}_error", 0)) for r in rows if key in r]
     if known:
         nfe, value, error = zip(*known, strict=True)
-        axis.errorbar(nfe, value, error, linestyle="", marker=marker, color=colour,
-                      markerfacecolor="none", capsize=2, lw=0.8)  # fmt: skip
+        axis.errorbar(
+            nfe,
+            value,
+            error,
+            linestyle="",
+            marker=marker,
+            color=colour,
+            markerfacecolor="none",
+            capsize=2,
+            lw=0.8,
+        )

@@ -1,6 +1,6 @@
 """Trains and samples nanoGPT's CPU configuration with nanoGPT and with us, in one run.
 
-    python -m experiments.benchmark_nanogpt --nanogpt CHECKOUT --text tinyshakespeare.txt
+    python -m experiments.benchmarks.nanogpt --nanogpt CHECKOUT --text tinyshakespeare.txt
 
 Needs the extra `oracles` (PyTorch) and a checkout of github.com/karpathy/nanoGPT, which is copied
 before it is used. Training is the command of nanoGPT's README against preset shakespeare_char of
@@ -23,10 +23,20 @@ import tempfile
 import time
 from pathlib import Path
 
+import jax
+import lazy_loader
 import numpy as np
-import tyro
 
-from experiments import common, timing
+import gen_jax
+from experiments import gpt_text
+from experiments.benchmarks import timing
+from gen_jax import sampling
+from gen_jax.condition import Condition
+from gen_jax.data import TextConfig, TokenStream, load_text, tokenizers
+from gen_jax.models.autoregressive import AutoregressiveModel, AutoregressiveSampler
+from gen_jax.nn.transformer import TokenNetwork
+
+torch = lazy_loader.load("torch")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,10 +73,6 @@ _TURN = 0.25  # seconds of one timed run: as many samples, one after the other, 
 def benchmark(config: Config) -> dict:
     """Runs everything; the figures as JSON values."""
     timing.require("torch")
-    import jax
-    import torch
-
-    from gen_jax.data import TextConfig, TokenStream, load_text, tokenizers
 
     source = TextConfig(name="file", path=config.text)
     splits = [load_text(source, split) for split in ("train", "test")]
@@ -93,18 +99,13 @@ def benchmark(config: Config) -> dict:
     return report
 
 
-def _network(vocabulary):
-    from experiments import gpt_text
-    from gen_jax.nn.transformer import TokenNetwork
-
-    model = gpt_text.EXPERIMENT.presets["shakespeare_char"].model
-    return TokenNetwork(dataclasses.replace(model, vocabulary=vocabulary))
+def _model(vocabulary):
+    sizes = gpt_text.EXPERIMENT.presets["shakespeare_char"].model
+    return AutoregressiveModel(TokenNetwork(dataclasses.replace(sizes, vocabulary=vocabulary)))
 
 
 def _train_theirs(config, folder, tokens, vocabulary):
     """Seconds, and the weights in our form."""
-    import torch
-
     checkout = folder / "nanoGPT"
     ignored = shutil.ignore_patterns(".git", "*.bin", "*.pt")
     shutil.copytree(config.nanogpt, checkout, ignore=ignored)
@@ -127,22 +128,14 @@ def _train_theirs(config, folder, tokens, vocabulary):
 
 def _train_ours(config, folder):
     """Seconds, and the weights."""
-    import jax
-
-    from gen_jax import checkpoint, keys
-
     arguments = (
         f"-m experiments.gpt_text train --preset shakespeare_char --data.path {config.text} "
         f"--workdir {folder / 'ours'} --train.steps {config.steps}"
     )
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     seconds = _time([sys.executable, *arguments.split()], root)
     print(f"gen_jax trained in {seconds:.1f} s", flush=True)
-    saved = checkpoint.restore(folder / "ours" / "checkpoints", {}).record
-    network = _network(saved["tokenizer"]["vocabulary"])
-    template = {"params": network.init(keys.root(0, "init"))}
-    trees = checkpoint.restore(folder / "ours" / "checkpoints", template).trees
-    return seconds, jax.device_put(trees["params"])
+    return seconds, gen_jax.load(folder / "ours").params
 
 
 def _time(command, directory):
@@ -155,8 +148,6 @@ def _time(command, directory):
 
 def _convert(state):
     """nanoGPT's names and [out, in] matrices as our tree, on the device."""
-    import jax
-
     params = {
         "token": state["transformer.wte.weight"],
         "position": state["transformer.wpe.weight"],
@@ -180,30 +171,22 @@ def _convert(state):
 
 def _loss(vocabulary, params, validation):
     """Cross-entropy in nats per token over the whole split."""
-    import jax
-
-    from gen_jax.models.autoregressive import losses as autoregressive
-
-    network = _network(vocabulary)
-    score = jax.jit(functools.partial(autoregressive.log_prob, network))
+    score = jax.jit(_model(vocabulary).log_prob)
     windows, targets = validation.windows(CONTEXT)
     total = 0.0
     for first in range(0, len(windows), 64):
-        rows = windows[first : first + 64]
-        values = np.asarray(score(params, np.pad(rows, ((0, 64 - len(rows)), (0, 0)))))[: len(rows)]
-        seen = np.arange(CONTEXT) < targets[first : first + 64, None]
-        total -= values[seen].sum(dtype=np.float64)
+        rows, counted = windows[first : first + 64], targets[first : first + 64]
+        missing = 64 - len(rows)
+        batch = {
+            "tokens": np.pad(rows, ((0, missing), (0, 0))),
+            "length": np.pad(counted, (0, missing)),
+        }
+        total -= np.asarray(score(params, batch))[: len(rows)].sum(dtype=np.float64)
     return total / targets.sum()
 
 
 def _sample(config, folder, vocabulary, params):
     """Characters per second of both sides on the same weights, after their logits agree."""
-    import jax
-    import torch
-
-    from gen_jax import sampling
-    from gen_jax.models.autoregressive.losses import AutoregressiveSampler
-
     sys.path.insert(0, str(folder / "nanoGPT"))
     from model import GPT, GPTConfig
 
@@ -211,18 +194,18 @@ def _sample(config, folder, vocabulary, params):
     saved = torch.load(folder / "theirs" / "ckpt.pt", map_location="cpu", weights_only=True)
     model = GPT(GPTConfig(**saved["model_args"])).eval()
     model.load_state_dict(saved["model"])
-    network, number = _network(vocabulary), CONTEXT - 1
+    ours, number = _model(vocabulary), CONTEXT - 1
     tokens = np.random.default_rng(0).integers(0, vocabulary, (2, CONTEXT))
     with torch.no_grad():  # with targets, or it gives the last logits only
         expected = model(torch.from_numpy(tokens), torch.from_numpy(tokens))[0].numpy()
-    difference = float(np.abs(np.asarray(network(params, tokens)) - expected).max())
+    difference = float(np.abs(np.asarray(ours.network(params, tokens)) - expected).max())
     if not difference <= _TOLERANCE:
         raise FloatingPointError(f"the logits of the two sides differ by {difference}: not timed")
-    sampler, rows = AutoregressiveSampler(network, 1, number), []
+    sampler, rows = AutoregressiveSampler(ours, 1, number), []
     prepared = jax.block_until_ready(jax.jit(sampler.prepare)(params))
     for batch in config.batches:
         keys, start = sampling.sample_keys(0, 0, batch), np.zeros((batch, 1), np.int32)
-        cond = {"tokens": jax.device_put(start)}
+        cond = Condition(prompt=jax.device_put(start))
         began = time.perf_counter()
         program = sampling.compile_generate(sampler, prepared, keys, cond)
         compile_seconds = time.perf_counter() - began
@@ -255,14 +238,5 @@ def _times(number, run):
         run()
 
 
-def main() -> int:
-    """Runs the command line; the exit code."""
-
-    def run():
-        print(json.dumps(benchmark(tyro.cli(Config, description=__doc__))))
-
-    return common.guarded(run)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(timing.main(Config, benchmark, __doc__))

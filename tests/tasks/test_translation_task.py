@@ -5,34 +5,49 @@ import shutil
 import numpy as np
 import pytest
 
-from experiments import benchmark_translation, common
-from experiments.nar_translation import EXPERIMENT, Config, EvaluateConfig, SampleConfig
+from experiments.benchmarks import translation as benchmark
+from experiments.nar_translation import EXPERIMENT
+from gen_jax import cli
 from gen_jax.config import TrainConfig
 from gen_jax.data import tokenizers
 from gen_jax.data.config import TranslationConfig
 from gen_jax.data.synonyms import Synonyms
+from gen_jax.models.masked.config import MaskPredictOptions
 from gen_jax.nn.config import TransformerConfig
+from gen_jax.tasks.translation.config import (
+    EvaluateConfig,
+    TranslationRunConfig,
+    TranslationSampleConfig,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_compile", "one_device")
 
 # The least that the experiment can be asked for on eight devices.
-MINUTE = Config(
+MINUTE = TranslationRunConfig(
     workdir="",
     data=TranslationConfig(pairs=40, max_length=12, max_words=3),
     model=TransformerConfig(layers=1, width=16, heads=2, mlp_dim=16),
     encoder_layers=1,
     train=TrainConfig(
-        steps=2, batch=8, learning_rate=1e-2, warmup=0, log_every=1, checkpoint_every=2,
-        evaluate_every=2, ema=0.5,
+        steps=2,
+        batch=8,
+        learning_rate=1e-2,
+        warmup=0,
+        log_every=1,
+        checkpoint_every=2,
+        evaluate_every=2,
+        ema=0.5,
     ),
-    sample=SampleConfig(number=5, micro_batch=8, rounds=2, lengths=2),
+    sample=TranslationSampleConfig(number=5, micro_batch=8, lengths=2),
+    sampler=MaskPredictOptions(rounds=2),
     evaluate=EvaluateConfig(batch=1000),
-)  # fmt: skip
+)
+USUAL = ("--sampler", "usual")
 MINIATURE = dataclasses.replace(EXPERIMENT, presets={"minute": MINUTE})
 
 
 def main(*argv):
-    return common.main(MINIATURE, [str(item) for item in argv])
+    return cli.main(MINIATURE, [str(item) for item in argv])
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +56,7 @@ def runs(tmp_path_factory, quick_compile, one_device):
     path = tmp_path_factory.mktemp("translation") / "my runs"
     path.mkdir()
     assert main("--workdir", path / "masked") == 0
-    assert main("--workdir", path / "ar", "--strategy", "ar") == 0
+    assert main("--workdir", path / "ar", "--strategy", "ar", *USUAL) == 0
     return path
 
 
@@ -52,14 +67,26 @@ def summary(workdir):
 def test_the_command_all_leaves_everything(runs):
     names = {path.name for path in (runs / "masked").iterdir() if not path.name.startswith(".")}
     assert names == {
-        "checkpoints", "config.json", "metrics.jsonl", "samples.npz", "summary.json",
-        "tokenizer.json", "translations.txt",
-    }  # fmt: skip
+        "config.json",
+        "model",
+        "samples.npz",
+        "summary.json",
+        "tokenizer.json",
+        "translations.txt",
+    }
     wanted = {
-        "exact_accuracy", "one_shot_valid_mass", "repeated_token_rate", "length_exact", "nfe",
-        "nats_per_pair", "conditional_total_correlation_left", "nats_per_token",
-        "length_loss", "pairs_per_second", "sampling_latency_seconds",
-    }  # fmt: skip
+        "exact_accuracy",
+        "one_shot_valid_mass",
+        "repeated_token_rate",
+        "length_exact",
+        "nfe",
+        "nats_per_pair",
+        "conditional_total_correlation_left",
+        "nats_per_token",
+        "length_loss",
+        "pairs_per_second",
+        "sampling_latency_seconds",
+    }
     assert wanted <= summary(runs / "masked").keys()
     assert summary(runs / "masked")["nfe"] == 2
     commands = ["all", "train", "sample", "evaluate", "distill", "complete"]
@@ -84,8 +111,20 @@ def test_the_translations_are_those_of_the_samples(runs, name):
 @pytest.mark.parametrize("decoder", ["maskgit", "random_order", "absorbing"])
 def test_a_masked_model_is_decoded_in_other_ways(runs, tmp_path, decoder):
     copy = shutil.copytree(runs / "masked", tmp_path / "copy")
-    assert main("sample", "--workdir", copy, "--sample.decoder", decoder,
-                "--sample.rounds", 3, "--sample.schedule", "cosine") == 0  # fmt: skip
+    assert (
+        main(
+            "sample",
+            "--workdir",
+            copy,
+            "--sampler",
+            decoder,
+            "--sampler.rounds",
+            3,
+            "--sampler.schedule",
+            "cosine",
+        )
+        == 0
+    )
     assert summary(copy)["nfe"] == 3
     assert summary(copy)["samples"] == 5
 
@@ -96,7 +135,7 @@ def test_a_masked_model_is_decoded_in_other_ways(runs, tmp_path, decoder):
     ids=["ctc", "latent"],
 )
 def test_other_strategies_run(tmp_path, options):
-    assert main("--workdir", tmp_path / "run", *options) == 0
+    assert main("--workdir", tmp_path / "run", *options, *USUAL) == 0
     report = summary(tmp_path / "run")
     assert report["nfe"] == (2 if "gaussian" in options else 1)
     assert np.isfinite(report["nats_per_token"])
@@ -109,7 +148,7 @@ def test_a_student_learns_from_the_translations_of_a_teacher(runs, tmp_path, cap
     targets = teacher / "distilled.txt"
     assert len(targets.read_text().split("\n")) == MINUTE.data.pairs + 1
     student = tmp_path / "student"
-    options = ["--strategy", "one_shot", "--data.targets", targets]
+    options = ["--strategy", "one_shot", "--data.targets", targets, *USUAL]
     assert main("train", "--workdir", student, *options) == 0
     targets.write_text("s1\n" * 3)
     assert main("train", "--workdir", student) == 2
@@ -141,12 +180,15 @@ def test_holes_are_filled_and_prefixes_are_gone_on_from(runs, tmp_path, capsys):
         ("ar", ["--complete.source", "s1"], "complete is for masked models"),
         ("masked", ["--complete.source", "what"], "not in the vocabulary: 'what'"),
         ("masked", ["--complete.source", "s1", "--complete.target", "t?"], "not in the vocab"),
-        ("masked", ["--complete.source", "s1", "--complete.target", "_" * 12],
-         "complete.target has 13 tokens, the model at most 12"),
+        (
+            "masked",
+            ["--complete.source", "s1", "--complete.target", "_" * 12],
+            "complete.target has 13 tokens, the model at most 12",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_completed_is_one_line(runs, capsys, name, options, message):
-    strategy = ["--strategy", "ar"] if name == "ar" else []
+    strategy = ["--strategy", "ar", *USUAL] if name == "ar" else []
     assert main("complete", "--workdir", runs / name, *strategy, *options) == 2
     assert message in capsys.readouterr().err
 
@@ -159,7 +201,7 @@ def test_files_are_translated_with_byte_pairs_and_bleu(tmp_path):
             lines = [f"{word} {number}" for number in range(12)]
             (folder / f"{split}.{language}").write_text("\n".join(lines) + "\n")
     options = ["--data.name", "files", "--data.dir", folder, "--data.pairs", 0]
-    options += ["--data.vocabulary", 280, "--strategy", "one_shot", "--data.max-length", 16]
+    options += ["--data.vocabulary", 280, "--strategy", "one_shot", "--data.max-length", 16, *USUAL]
     assert main("--workdir", tmp_path / "run", *options) == 0
     report = summary(tmp_path / "run")
     assert 0 <= report["bleu"] <= 100
@@ -167,18 +209,23 @@ def test_files_are_translated_with_byte_pairs_and_bleu(tmp_path):
 
 
 def test_the_benchmark_times_the_runs_against_the_autoregressive_one(runs, capsys):
-    config = benchmark_translation.Config(
+    config = benchmark.Config(
         runs=(str(runs / "masked"), str(runs / "ar")),
-        rounds=(1, 2), lengths=(1,), batches=(256,), alone=3, repeats=1, same=0.6,
-    )  # fmt: skip
-    rows = benchmark_translation.measure(config)
+        rounds=(1, 2),
+        lengths=(1,),
+        batches=(256,),
+        alone=3,
+        repeats=1,
+        same=0.6,
+    )
+    rows = benchmark.measure(config)
     names = ["ar", "masked, 1 rounds, 1 lengths", "masked, 2 rounds, 1 lengths"]
     assert [row["run"] for row in rows] == names
     assert rows[0]["latency_ratio"] == rows[0]["throughput_ratio"] == 1
     assert [row["nfe"] for row in rows[1:]] == [1, 2]
     assert all(row["latency_ms"] > 0 and 0 <= row["bleu"] <= 100 for row in rows)
     with pytest.raises(ValueError, match="none of the runs is autoregressive"):
-        benchmark_translation.sides(dataclasses.replace(config, runs=config.runs[:1]))
+        benchmark.sides(dataclasses.replace(config, runs=config.runs[:1]))
 
 
 @pytest.mark.parametrize(

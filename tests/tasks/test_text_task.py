@@ -6,34 +6,40 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import common, text_run
-from experiments.gpt_text import EXPERIMENT, Config, EvaluateConfig, SampleConfig
-from gen_jax import checkpoint, interop, keys
+import gen_jax
+from experiments.gpt_text import EXPERIMENT
+from gen_jax import cli, interop
 from gen_jax.config import TrainConfig
 from gen_jax.data import TextConfig, load_text, tokenizers
-from gen_jax.models.autoregressive import losses as autoregressive
 from gen_jax.nn.config import TransformerConfig
-from gen_jax.nn.transformer import TokenNetwork
+from gen_jax.tasks.text.config import EvaluateConfig, TextRunConfig, TextSampleConfig
+from gen_jax.tasks.text.task import score
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 # The least that the experiment can be asked for on eight devices.
-MINUTE = Config(
+MINUTE = TextRunConfig(
     workdir="",
     data=TextConfig(characters=4000),
     model=TransformerConfig(context=16, layers=1, width=16, heads=2),
     train=TrainConfig(
-        steps=4, batch=8, learning_rate=1e-2, warmup=0, log_every=1, checkpoint_every=2,
-        evaluate_every=2, ema=0.5,
+        steps=4,
+        batch=8,
+        learning_rate=1e-2,
+        warmup=0,
+        log_every=1,
+        checkpoint_every=2,
+        evaluate_every=2,
+        ema=0.5,
     ),
-    sample=SampleConfig(prompt="The ", number=3, tokens=24, micro_batch=8),
+    sample=TextSampleConfig(prompt="The ", number=3, tokens=24, micro_batch=8),
     evaluate=EvaluateConfig(tokens=100, batch=8),
-)  # fmt: skip
+)
 MINIATURE = dataclasses.replace(EXPERIMENT, presets={"minute": MINUTE})
 
 
 def main(*argv):
-    return common.main(MINIATURE, [str(item) for item in argv])
+    return cli.main(MINIATURE, [str(item) for item in argv])
 
 
 @pytest.fixture(scope="module")
@@ -66,28 +72,40 @@ def text_run_split(whole):
     return whole.split("\0")
 
 
-def network_of(workdir):
-    """The network and the averaged parameters of the last checkpoint."""
-    vocabulary = tokenizers.load(workdir / "tokenizer.json").vocabulary
-    network = TokenNetwork(dataclasses.replace(MINUTE.model, vocabulary=vocabulary))
-    template = {"ema": network.init(keys.root(0, "init"))}
-    return network, checkpoint.restore(workdir / "checkpoints", template).trees["ema"]
+def model_of(workdir):
+    """The model and the averaged parameters of the last checkpoint."""
+    loaded = gen_jax.load(workdir)
+    return loaded.model, loaded.params
 
 
 def test_the_command_all_leaves_everything(finished):
     names = {path.name for path in finished.iterdir() if not path.name.startswith(".")}
     assert names == {
-        "checkpoints", "config.json", "metrics.jsonl", "samples.npz", "samples.txt",
-        "summary.json", "tokenizer.json",
-    }  # fmt: skip
+        "config.json",
+        "model",
+        "samples.npz",
+        "samples.txt",
+        "summary.json",
+        "tokenizer.json",
+    }
     assert [path.name for path in finished.rglob(".*") if path.name != ".lock"] == []
     wanted = {
-        "nats_per_token", "bits_per_character", "perplexity", "test_tokens", "known_words",
-        "distinct_2", "nfe", "tokens_per_second", "sampled_tokens_per_second",
-        "sampling_latency_seconds", "wall_seconds",
-    }  # fmt: skip
+        "nats_per_token",
+        "bits_per_character",
+        "perplexity",
+        "test_tokens",
+        "known_words",
+        "distinct_2",
+        "nfe",
+        "tokens_per_second",
+        "sampled_tokens_per_second",
+        "sampling_latency_seconds",
+        "wall_seconds",
+    }
     assert wanted <= summary(finished).keys()
-    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (finished / "model" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [line["step"] for line in lines if "eval/nats_per_token" in line] == [2, 4]
 
 
@@ -104,13 +122,13 @@ def test_the_samples_are_written_as_text_and_as_tokens(finished):
 
 def test_the_likelihood_is_that_of_the_model_summed_by_hand(finished):
     """Windows of 16 targets that overlap in one token; 99 targets, the last window cut."""
-    network, params = network_of(finished)
+    model, params = model_of(finished)
     tokenizer = tokenizers.load(finished / "tokenizer.json")
     tokens = tokenizer.encode(load_text(MINUTE.data, "test"))[:100]
     nats = 0.0
     for first in range(0, 99, 16):
         window = tokens[first : first + 17]
-        nats -= float(autoregressive.log_prob(network, params, window[None]).sum())
+        nats -= float(model.log_prob(params, {"tokens": window[None]})[0])
     report = summary(finished)
     assert report["test_tokens"] == 99
     assert report["nats_per_token"] == pytest.approx(nats / 99, rel=1e-5)
@@ -122,7 +140,7 @@ def test_a_resumed_run_is_the_one_that_was_not_cut(finished, tmp_path, capsys):
     run = tmp_path / "run"
     assert main("train", "--workdir", run, "--train.steps", 2) == 0
     assert main("train", "--workdir", run, "--train.steps", 4) == 0
-    (_, expected), (_, resumed) = network_of(finished), network_of(run)
+    (_, expected), (_, resumed) = model_of(finished), model_of(run)
     for left, right in zip(jax.tree.leaves(expected), jax.tree.leaves(resumed), strict=True):
         np.testing.assert_array_equal(left, right)
     capsys.readouterr()
@@ -157,26 +175,29 @@ def test_a_sample_ends_before_its_stop_token(finished, copy, capsys):
 
 
 def test_a_search_finds_what_is_at_least_as_probable(copy, capsys):
-    pytest.importorskip("gen_jax.models.autoregressive.beam_search")
-    network, params = network_of(copy)
+    model, params = model_of(copy)
     found = []
-    for option in (("--sample.beams", 4), ("--sample.temperature", 0)):
+    for option in (
+        ("--sampler", "beam_search", "--sampler.beams", 4),
+        ("--sampler", "sample", "--sampler.temperature", 0),
+    ):
         options = ("--workdir", copy, "--sample.number", 1, "--sample.tokens", 3, *option)
         assert main("sample", *options) == 0
         with np.load(copy / "samples.npz") as file:
             both = np.concatenate([file["prompt"], file["tokens"][0]])
-        found.append(float(autoregressive.log_prob(network, params, both[None])[0, -3:].sum()))
+        values = model.token_log_prob(params, {"tokens": both[None]})
+        found.append(float(values[0, -3:].sum()))
     assert found[0] >= found[1] - 1e-5
     capsys.readouterr()
 
 
 def test_weights_travel_through_transformers_format(finished, copy, tmp_path, capsys):
     assert main("export", "--workdir", copy) == 0
-    network, params = interop.load_gpt2(copy / "gpt2")
-    _, expected = network_of(finished)
-    tokens = np.arange(16)[None] % network.config.vocabulary
-    ours = network_of(copy)[0](expected, tokens)
-    np.testing.assert_allclose(network.apply({"params": params}, tokens), ours, atol=1e-5)
+    model, params = interop.load_gpt2(copy / "gpt2")
+    _, expected = model_of(finished)
+    tokens = np.arange(16)[None] % model.network.config.vocabulary
+    ours = model_of(copy)[0].network(expected, tokens)
+    np.testing.assert_allclose(model.network(params, tokens), ours, atol=1e-5)
 
     options = ("--pretrained", copy / "gpt2", "--tokenizer", copy / "tokenizer.json")
     drawn = tmp_path / "published"
@@ -184,7 +205,7 @@ def test_weights_travel_through_transformers_format(finished, copy, tmp_path, ca
     assert samples(drawn) == samples(finished)
     assert main("train", "--workdir", drawn, *options, "--train.learning-rate", 0) == 0
     for left, right in zip(
-        jax.tree.leaves(expected), jax.tree.leaves(network_of(drawn)[1]), strict=True
+        jax.tree.leaves(expected), jax.tree.leaves(model_of(drawn)[1]), strict=True
     ):
         np.testing.assert_allclose(left, right, atol=1e-7)
     assert main("sample", "--workdir", tmp_path, *options, "--model.width", 32) == 2
@@ -208,18 +229,21 @@ def test_other_tokens(tmp_path, capsys, options, unit):
 REFUSED = [
     ("--sample.prompt ß€", "sample.prompt: 2 characters of the text are not in the vocabulary"),
     ("--sample.prompt=", "sample.prompt is empty"),
-    (f"--sample.prompt {'a' * 17}", "sample.prompt has 17 tokens; it needs at least 1, and at "
-     "most the context of the model, 16"),
-    ("--sample.top-p 0", "top_p must be in (0, 1], got 0.0"),
-    ("--sample.top-p 2", "top_p must be in (0, 1], got 2.0"),
-    ("--sample.top-k -1", "top_k must not be negative"),
-    ("--sample.temperature nan", "temperature must be 0, or finite"),
+    (
+        f"--sample.prompt {'a' * 17}",
+        "sample.prompt has 17 tokens; it needs at least 1, and at "
+        "most the context of the model, 16",
+    ),
+    ("--sampler.top-p 0", "top_p must be in (0, 1], got 0.0"),
+    ("--sampler.top-p 2", "top_p must be in (0, 1], got 2.0"),
+    ("--sampler.top-k -1", "top_k must not be negative"),
+    ("--sampler.temperature nan", "temperature must be finite, got nan"),
     ("--sample.stop the", "sample.stop must be one token; 'the' is 3"),
     ("--sample.stop €", "sample.stop: 1 characters of the text are not in the vocabulary"),
-    ("--sample.stop end", "sample.stop: this tokenizer has no end"),
-    ("--sample.tokens 0", "sample.tokens and sample.beams must be at least 1"),
-    ("--sample.beams 2", "set sample.number to 1"),
-    ("--sample.beams 2 --sample.number 1", "sample.beams searches within the context"),
+    ("--sample.stop eos", "sample.stop: this tokenizer has no EOS"),
+    ("--sample.tokens 0", "sample.tokens must be at least 1, got 0"),
+    ("--sampler beam_search", "set sample.number to 1"),
+    ("--sampler beam_search --sample.number 1", "beam search stays within the context"),
     ("--evaluate.tokens 1", "evaluate.tokens must be 0 or at least 2"),
     ("--tokenizer nowhere.json", "nowhere.json is no file; choose bytes, chars or the path"),
     ("--tokenizer=", "tokenizer is empty"),
@@ -231,7 +255,7 @@ REFUSED = [
     ("--data.name file", "data.name=file needs --data.path"),
     ("--data.name file --data.path nowhere", "nowhere is no file; give --data.path"),
     ("sample", "train one first, or give its --workdir"),
-]  # fmt: skip
+]
 
 
 def one_line(text):
@@ -251,17 +275,21 @@ def test_bad_input_is_refused_in_one_line(tmp_path, monkeypatch, capsys, line, m
     assert code == 2
     assert message in one_line(printed.err)
     assert printed.out == ""
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("command", "option", "value", "message"), [
-    ("sample", "--sample.prompt", "ß", "sample.prompt: 1 characters of the text are not in"),
-    ("sample", "--tokenizer", "bytes", "tokenizer: 'chars' -> 'bytes'"),
-    ("train", "--tokenizer", "bytes", "tokenizer: 'chars' -> 'bytes'"),
-    ("train", "--data.characters", "3000", "data.characters: 4000 -> 3000"),
-])  # fmt: skip
-def test_a_run_keeps_its_tokenizer_and_its_text(finished, copy, capsys, command, option, value,
-                                                message):  # fmt: skip
+@pytest.mark.parametrize(
+    ("command", "option", "value", "message"),
+    [
+        ("sample", "--sample.prompt", "ß", "sample.prompt: 1 characters of the text are not in"),
+        ("sample", "--tokenizer", "bytes", "tokenizer: 'chars' -> 'bytes'"),
+        ("train", "--tokenizer", "bytes", "tokenizer: 'chars' -> 'bytes'"),
+        ("train", "--data.characters", "3000", "data.characters: 4000 -> 3000"),
+    ],
+)
+def test_a_run_keeps_its_tokenizer_and_its_text(
+    finished, copy, capsys, command, option, value, message
+):
     assert main(command, "--workdir", copy, option, value) == 2
     assert message in capsys.readouterr().err
     assert main("evaluate", "--workdir", copy) == 0
@@ -288,7 +316,7 @@ def test_files_that_were_exchanged_are_noticed(tmp_path, copy, capsys):
 
 def test_the_score_of_texts():
     known = "It is a cat, and a dog."
-    perfect = text_run.score(["a cat is a dog, a cat is cu"], known)
+    perfect = score(["a cat is a dog, a cat is cu"], known)
     assert perfect == {"known_words": 1.0, "distinct_2": 5 / 7}
-    assert text_run.score(["xx cat."], known) == {"known_words": 0.6, "distinct_2": 1.0}
-    assert text_run.score([""], known) == {"known_words": 0.0, "distinct_2": 0.0}
+    assert score(["xx cat."], known) == {"known_words": 0.6, "distinct_2": 1.0}
+    assert score([""], known) == {"known_words": 0.0, "distinct_2": 0.0}

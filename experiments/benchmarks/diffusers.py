@@ -1,6 +1,6 @@
 """Times our sampling loop against the pipelines of diffusers, on the same weights in one run.
 
-    python -m experiments.benchmark_diffusers
+    python -m experiments.benchmarks.diffusers
 
 Needs the extra `oracles` (PyTorch and diffusers). Random weights are made by diffusers, saved, and
 read through `gen_jax.interop`; before anything is timed, both sides must agree on every step.
@@ -9,16 +9,22 @@ table gives medians. The last line is one JSON object.
 """
 
 import dataclasses
-import json
 import os
 import statistics
 import sys
 import tempfile
 import time
 
-import tyro
+import jax
+import lazy_loader
+import numpy as np
 
-from experiments import common, timing
+from experiments.benchmarks import timing
+from gen_jax import interop, sampling
+from gen_jax.condition import Condition
+from gen_jax.models.diffusion import DDIM, Ancestral, DiffusionConfig, DiffusionSampler
+
+diffusers, torch = lazy_loader.load("diffusers"), lazy_loader.load("torch")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,38 +79,25 @@ class Sides:
     """One network with the same weights on both sides."""
 
     def __init__(self, options: dict, config: Config):
-        import diffusers
-        import jax
-        import torch
-
-        from gen_jax import interop
-        from gen_jax.nn.unet import Denoiser
-
         torch.manual_seed(0)
         torch.set_num_threads(config.threads)
         self.device = timing.torch_device()
         self.torch_unet = diffusers.UNet2DModel(**options).eval().to(self.device)
         with tempfile.TemporaryDirectory() as directory:
             self.torch_unet.save_pretrained(directory)
-            unet, params = interop.load_diffusers_unet(directory)
-        self.network, self.params = Denoiser(unet.config), jax.device_put(params)
-        self.side, self.tolerance = options["sample_size"], config.tolerance
+            process = DiffusionConfig(variance="fixed_small")
+            self.model, params = interop.load_diffusers_unet(directory, process)
+        self.params, self.tolerance = jax.device_put(params), config.tolerance
         self.repeats, self.threads = config.repeats, config.threads
         self.parameters = sum(p.numel() for p in self.torch_unet.parameters())
 
-    def sampler(self, solver: str, steps: int):
+    def sampler(self, solver: str, steps: int) -> DiffusionSampler:
         """Our sampler with the settings that the pipeline has by default."""
-        from gen_jax.models.diffusion.config import DiffusionConfig, SolverConfig
-        from gen_jax.models.diffusion.samplers import make_sampler
-
-        process = DiffusionConfig(variance="fixed_small")
-        shape = (self.side, self.side, 3)
-        return make_sampler(self.network, process, shape, SolverConfig(solver, steps))
+        kinds = {"ddpm": Ancestral, "ddim": DDIM}
+        return DiffusionSampler(self.model, kinds[solver](steps))
 
     def pipeline(self, solver: str, unet):
         """The pipeline of diffusers, without its progress bar."""
-        import diffusers
-
         if solver == "ddim":
             pipe = diffusers.DDIMPipeline(unet, diffusers.DDIMScheduler())
         else:
@@ -121,16 +114,10 @@ class Sides:
         Raises:
           FloatingPointError: it is above the tolerance.
         """
-        import diffusers
-        import numpy as np
-        import torch
-
-        from gen_jax import sampling
-
         sampler, keys = self.sampler("ddim", steps), sampling.sample_keys(0, 0, 2)
-        noise = sampler.init(self.params, keys, None).x
-        _, states = sampling.generate(sampler, self.params, keys, trajectory=True)
-        ours = np.concatenate([np.asarray(noise)[None], states.x]).transpose(0, 1, 4, 2, 3)
+        noise = sampler.init(self.params, keys, Condition()).x
+        _, (noisy, _) = sampling.generate(sampler, self.params, keys, trajectory=sampler.trajectory)
+        ours = np.concatenate([np.asarray(noise)[None], noisy]).transpose(0, 1, 4, 2, 3)
         scheduler = diffusers.DDIMScheduler()
         scheduler.set_timesteps(steps)
         difference = 0.0
@@ -147,18 +134,12 @@ class Sides:
 
     def compare(self, solver: str, batch: int, steps: int, compiled: bool) -> list[dict]:
         """Rows of the table: seconds of one run of each side, and what the ratio is."""
-        import jax
-        import numpy as np
-        import torch
-
-        from gen_jax import sampling
-
         sampler, keys = self.sampler(solver, steps), sampling.sample_keys(1, 0, batch)
         began = time.perf_counter()
         params = jax.block_until_ready(jax.jit(sampler.prepare)(self.params))
         program = sampling.compile_generate(sampler, params, keys)
         compile_seconds = time.perf_counter() - began
-        sides = {"gen_jax": lambda: np.asarray(program(params, keys, None))}
+        sides = {"gen_jax": lambda: np.asarray(program(params, keys, Condition()))}
         units = {"diffusers eager": self.torch_unet}
         if compiled:
             units["diffusers compiled"] = torch.compile(self.torch_unet)
@@ -191,9 +172,6 @@ class Sides:
 def benchmark(config: Config) -> dict:
     """Runs everything; the table as JSON values."""
     timing.require("torch", "diffusers")
-    import diffusers
-    import jax
-    import torch
 
     rows, differences = [], {}
     small = Sides(SMALL, config)
@@ -229,11 +207,5 @@ def _print(rows, last):
         )
 
 
-def main() -> int:
-    """Runs the command line; the exit code."""
-    config = tyro.cli(Config, description=__doc__)
-    return common.guarded(lambda: print(json.dumps(benchmark(config))))
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(timing.main(Config, benchmark, __doc__))

@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import common, multimodality, multimodality_facts, multimodality_report
-from experiments import multimodality_run as runs
 from experiments.multimodality import EXPERIMENT, TINY
+from gen_jax import cli
 from gen_jax.metrics import gaps
+from gen_jax.models.masked import ExactDenoiser
 from gen_jax.models.masked.schedules import SCHEDULES, Optimal
+from gen_jax.tasks.exact import facts, measure, report, task
 
 pytestmark = pytest.mark.usefixtures("quick_compile", "one_device")
 
@@ -30,27 +31,28 @@ def finished(tmp_path_factory, quick_compile, one_device):
     path = tmp_path_factory.mktemp("multimodality") / "my run"
     patch = pytest.MonkeyPatch()
     with patch.context() as context:
-        context.setattr(runs, "_SCHEDULES", ("cosine",))
-        context.setattr(runs, "_ROUNDS", (2,))
-        context.setattr(multimodality_facts, "facts", lambda config: [])
+        context.setattr(task, "_SCHEDULES", ("cosine",))
+        context.setattr(measure, "_ROUNDS", (2,))
+        context.setattr(facts, "facts", lambda config: [])
         experiment = dataclasses.replace(EXPERIMENT, presets={"minute": MINUTE})
-        assert common.main(experiment, ["--workdir", str(path)]) == 0
+        assert cli.main(experiment, ["--workdir", str(path)]) == 0
     return path, json.loads((path / "gaps.json").read_text())
 
 
 def test_a_run_leaves_numbers_and_a_figure(finished):
-    path, report = finished
-    assert list(report["tables"]) == list(runs.known_sets(MINUTE))
+    path, found = finished
+    assert list(found["tables"]) == list(measure.known_sets(MINUTE))
     with Image.open(path / "gaps.png") as figure:
         assert figure.size[0] > 1000
-    assert any("at once loses" in line for line in report["findings"])
-    assert any("repair at random, one position a round, reaches" in line
-               for line in report["findings"])  # fmt: skip
+    assert any("at once loses" in line for line in found["findings"])
+    assert any(
+        "repair at random, one position a round, reaches" in line for line in found["findings"]
+    )
 
 
 def test_samplers_have_the_gaps_that_are_known(finished):
-    _, report = finished
-    for table in report["tables"].values():
+    _, found = finished
+    for table in found["tables"].values():
         for row in table["rows"]:
             for kind in ("kl", "tv"):
                 if kind in row and f"drawn_{kind}" in row:
@@ -59,8 +61,8 @@ def test_samplers_have_the_gaps_that_are_known(finished):
 
 
 def test_no_trained_network_is_better_than_what_it_can_be(finished):
-    _, report = finished
-    for table in report["tables"].values():
+    _, found = finished
+    for table in found["tables"].values():
         rows = {row["strategy"]: row for row in table["rows"]}
         assert rows["all at once"]["network_kl"] >= table["total_correlation"] - 1e-4
         for row in rows.values():
@@ -69,29 +71,25 @@ def test_no_trained_network_is_better_than_what_it_can_be(finished):
 
 def test_strategies_cost_what_they_say():
     schedules = {"cosine": SCHEDULES["cosine"]}
-    for strategy in runs.strategies(9, schedules):
+    for strategy in measure.strategies(9, schedules):
         if strategy.groups is not None:
             assert sum(map(len, strategy.groups)) == 9
             assert len(strategy.groups) == strategy.nfe
         if strategy.sizes is not None:
             assert (sum(strategy.sizes), len(strategy.sizes)) == (9, strategy.nfe)
-        assert strategy.make(_Denoiser(), 9).nfe == strategy.nfe
-
-
-@dataclasses.dataclass(frozen=True)
-class _Denoiser:
-    vocabulary: int = 2
-    mask: int = 2
+        assert strategy.make(ExactDenoiser(2), 9).nfe == strategy.nfe
 
 
 def test_no_schedule_is_best_everywhere():
     table = {}
-    for name, dist in runs.known_sets(TINY).items():
+    for name, dist in measure.known_sets(TINY).items():
         profile = tuple(map(float, dist.entropy_profile))
-        schedules = {s: SCHEDULES[s] for s in runs._SCHEDULES} | {"optimal": Optimal(profile)}
+        schedules = {s: SCHEDULES[s] for s in task._SCHEDULES} | {"optimal": Optimal(profile)}
         for rounds in (2, 3, 4):
-            found = {s: gaps.random_order_gap(dist.entropy_profile, schedule.sizes(9, rounds))
-                     for s, schedule in schedules.items()}  # fmt: skip
+            found = {
+                s: gaps.random_order_gap(dist.entropy_profile, schedule.sizes(9, rounds))
+                for s, schedule in schedules.items()
+            }
             assert found["optimal"] <= min(found.values()) + 1e-12
             table[name, rounds] = found
     for name in ("modes behind noise", "Markov chain"):
@@ -103,9 +101,11 @@ def test_no_schedule_is_best_everywhere():
 
 
 def test_findings_say_which_schedule_wins():
-    rows = [{"family": f"random, {name}", "nfe": 2, "kl": kl}
-            for name, kl in (("linear", 0.2), ("cosine", 0.1), ("optimal", 0.1))]  # fmt: skip
-    lines = multimodality_report._schedules("set", rows)
+    rows = [
+        {"schedule": name, "nfe": 2, "kl": kl}
+        for name, kl in (("linear", 0.2), ("cosine", 0.1), ("optimal", 0.1))
+    ]
+    lines = report._schedules("set", rows)
     assert lines == ["set, 2 rounds in a random order: cosine = optimal < linear."]
 
 
@@ -120,29 +120,29 @@ def test_findings_say_which_schedule_wins():
 )
 def test_bad_input_is_one_line(tmp_path, capsys, options, message):
     with pytest.raises(SystemExit) as stop:
-        common.main(EXPERIMENT, ["--workdir", str(tmp_path / "run"), *options])
+        cli.main(EXPERIMENT, ["--workdir", str(tmp_path / "run"), *options])
     assert stop.value.code == 2
     assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
 @pytest.mark.slow
 def test_facts_agree_with_what_was_run():
-    facts = multimodality_facts.facts(dataclasses.replace(TINY, samples=5000))
-    for fact in facts:
+    known = facts.facts(dataclasses.replace(TINY, samples=5000))
+    for fact in known:
         if "run" in fact:
             tolerance = 5 * fact["error"] if fact["error"] else 2e-3
             assert abs(fact["run"] - fact["exact"]) < tolerance, fact
-    exact = {fact["claim"]: fact["exact"] for fact in facts}
+    exact = {fact["claim"]: fact["exact"] for fact in known}
     np.testing.assert_allclose(exact["permutations of 4, at once: KL"], 2.367124, atol=1e-6)
 
 
 @pytest.mark.slow
 def test_the_default_job_closes_the_gaps(tmp_path):
-    assert multimodality.EXPERIMENT.commands.keys() == {"all"}
-    assert common.main(EXPERIMENT, ["--workdir", str(tmp_path / "run")]) == 0
-    report = json.loads((tmp_path / "run" / "gaps.json").read_text())
+    assert EXPERIMENT.commands == ("all", "train", "evaluate")
+    assert cli.main(EXPERIMENT, ["--workdir", str(tmp_path / "run")]) == 0
+    found = json.loads((tmp_path / "run" / "gaps.json").read_text())
     for name in ("two modes", "modes behind noise"):
-        table = report["tables"][name]
+        table = found["tables"][name]
         rows = {row["strategy"]: row for row in table["rows"]}
         gap = table["total_correlation"]
         np.testing.assert_allclose(rows["all at once"]["network_kl"], gap, rtol=0.02)

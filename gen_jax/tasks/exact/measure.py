@@ -1,25 +1,32 @@
-"""The strategies, and their three gaps on each set: exact, of the sampler, of a trained network.
-
-jax is imported by the functions, not by this module.
-"""
+"""The strategies, and their three gaps on each set: exact, of the sampler, of a trained network."""
 
 import dataclasses
 import functools
-import time
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
+import jax
 import numpy as np
 
-from experiments import common
-from gen_jax.config import to_dict
+from gen_jax import sampling
 from gen_jax.data.exact import Enumerated
 from gen_jax.data.exact_sets import NoisyMixture, binary_chain, even_parity
 from gen_jax.metrics import gaps, repair
-from gen_jax.models.masked.schedules import SCHEDULES, Fixed, Optimal, Schedule
-from gen_jax.workdir import Workdir
+from gen_jax.models.masked import (
+    AbsorbingDiffusion,
+    Denoiser,
+    ExactDenoiser,
+    MaskGIT,
+    OrderedGroups,
+    Repair,
+    log_prob_in_order,
+)
+from gen_jax.models.masked.schedules import Fixed, Schedule
+from gen_jax.sampling import Sampler
+from gen_jax.tasks.exact.config import ExactConfig
+from gen_jax.tasks.exact.networks import Networks
 
-_SCHEDULES = ("cosine", "linear", "square_root")
+__all__ = ["Measure", "Strategy", "known_sets", "mixtures", "strategies"]
+
 _ROUNDS = (2, 3, 4)
 _REPAIRS = {"random": "random_one", "least_likely": "confidence_one"}
 
@@ -34,8 +41,10 @@ class Strategy:
       nfe: sequential evaluations for one sample.
       groups: positions of each round, where the order is fixed.
       sizes: positions of each round, where the order is random.
-      sampler: of a denoiser and a length, where neither of them says it.
+      sampler: made of a denoiser, a length and the NFE, where neither of them says it.
       erase: what is erased, for rounds of repair.
+      network: the family of trained networks that it is measured with.
+      schedule: name of the schedule of the sizes, where they follow one.
     """
 
     name: str
@@ -43,19 +52,19 @@ class Strategy:
     nfe: int
     groups: gaps.Groups | None = None
     sizes: tuple[int, ...] | None = None
-    sampler: Any = None
+    sampler: Callable[[Denoiser, int, int], Sampler] | None = None
     erase: str = ""
+    network: str = "masked"
+    schedule: str = ""
 
-    def make(self, denoiser, length: int):
+    def make(self, denoiser: Denoiser, length: int) -> Sampler:
         """The sampler with this denoiser."""
-        from gen_jax.models.masked import samplers as masked_samplers
-
         if self.groups is not None:
-            return masked_samplers.InOrder.of_groups(denoiser, self.groups)
+            return OrderedGroups.of_groups(denoiser, self.groups)
         if self.sizes is not None:
-            return masked_samplers.InOrder(denoiser, length, self.nfe, Fixed(self.sizes))
+            return OrderedGroups(denoiser, length, self.nfe, Fixed(self.sizes))
         if self.erase:
-            return masked_samplers.Repair(denoiser, length, self.nfe - 1, self.erase)
+            return Repair(denoiser, length, self.nfe - 1, self.erase)
         return self.sampler(denoiser, length, self.nfe)
 
     @property
@@ -83,7 +92,7 @@ class Strategy:
         return gaps.kl(dist.dense(), self.law(dist)) if self.erase else None
 
 
-def mixtures(config) -> dict[str, NoisyMixture]:
+def mixtures(config: ExactConfig) -> dict[str, NoisyMixture]:
     """The distributions that a latent of two codes can express, by name."""
     return {
         "two modes": NoisyMixture(2, config.length, 2, 0.0),
@@ -91,7 +100,7 @@ def mixtures(config) -> dict[str, NoisyMixture]:
     }
 
 
-def known_sets(config) -> dict[str, Enumerated]:
+def known_sets(config: ExactConfig) -> dict[str, Enumerated]:
     """The distributions, by name."""
     length = config.length
     return {name: mixture.data for name, mixture in mixtures(config).items()} | {
@@ -107,27 +116,37 @@ def strategies(length: int, schedules: dict[str, Schedule]) -> list[Strategy]:
       length: L.
       schedules: of the random orders, by name.
     """
-    from gen_jax.models.masked import samplers
-
     whole = tuple(range(length))
-    orders = {
-        "all at once": (whole,),
-        "one by one": tuple((i,) for i in whole),
-        "halves": gaps.half_groups(length),
-        "every other one": gaps.checkerboard_groups(length),
-        "small to large": gaps.dyadic_groups(length),
-        "small to large, ends together": gaps.dyadic_groups(length, ends_together=True),
-        "code of every 2nd, then the rest": gaps.code_groups(length, 2),
-        "code of every 4th, then the rest": gaps.code_groups(length, 4),
-    }
-    family = lambda name: name.split(",")[0].split(" of ")[0]  # noqa: E731
-    every = [Strategy(n, family(n), len(g), groups=g) for n, g in orders.items()]
+    every = [
+        Strategy("all at once", "all at once", 1, groups=(whole,), network="one_shot"),
+        Strategy(
+            "one by one", "one by one", length, groups=tuple((i,) for i in whole), network="ar"
+        ),
+    ]
+    orders = (
+        ("halves", "halves", gaps.half_groups(length)),
+        ("every other one", "every other one", gaps.checkerboard_groups(length)),
+        ("small to large", "small to large", gaps.dyadic_groups(length)),
+        (
+            "small to large, ends together",
+            "small to large",
+            gaps.dyadic_groups(length, ends_together=True),
+        ),
+        ("code of every 2nd, then the rest", "code", gaps.code_groups(length, 2)),
+        ("code of every 4th, then the rest", "code", gaps.code_groups(length, 4)),
+    )
+    every += [Strategy(name, family, len(g), groups=g) for name, family, g in orders]
     for name, schedule in schedules.items():
         for rounds in (r for r in _ROUNDS if r <= length):
-            label = name.replace("_", " ")
-            sizes = schedule.sizes(length, rounds)
+            label, sizes = name.replace("_", " "), schedule.sizes(length, rounds)
             every.append(
-                Strategy(f"random order, {label}", f"random, {label}", rounds, sizes=sizes)
+                Strategy(
+                    f"random order, {label}",
+                    f"random, {label}",
+                    rounds,
+                    sizes=sizes,
+                    schedule=label,
+                )
             )
     for erase, name, rounds in (
         ("random", "repair at random", (4, 16, 64)),
@@ -135,9 +154,9 @@ def strategies(length: int, schedules: dict[str, Schedule]) -> list[Strategy]:
     ):
         every += [Strategy(name, name, 1 + r, erase=erase) for r in rounds]
     few = [rounds for rounds in (2, 4) if rounds <= length]
-    every += [Strategy("MaskGIT", "MaskGIT", r, sampler=samplers.MaskGIT) for r in few]
+    every += [Strategy("MaskGIT", "MaskGIT", r, sampler=MaskGIT) for r in few]
     for name, remask in (("absorbing diffusion", 0.0), ("absorbing diffusion, remasking", 1.0)):
-        sampler = functools.partial(samplers.AbsorbingDiffusion, remask=remask)
+        sampler = functools.partial(AbsorbingDiffusion, remask=remask)
         every.append(Strategy(name, "absorbing diffusion", few[-1], sampler=sampler))
     return every
 
@@ -148,10 +167,10 @@ class Measure:
     Args:
       config: of the experiment.
       dist: the set.
-      networks: trained ones, see `multimodality_networks.Networks`; its parameters for this set.
+      networks: the trained ones of this set; None where none is measured.
     """
 
-    def __init__(self, config, dist: Enumerated, networks):
+    def __init__(self, config: ExactConfig, dist: Enumerated, networks: Networks | None):
         self.config, self.dist, self.networks = config, dist, networks
         self.dense = dist.dense()
         shape = self.dense.shape
@@ -160,6 +179,7 @@ class Measure:
     def row(self, strategy: Strategy) -> dict:
         """The gaps of a strategy: KL and total variation, each exact, drawn, and of a network."""
         row = {"strategy": strategy.name, "family": strategy.family, "nfe": strategy.nfe}
+        row |= {"network": strategy.network, "schedule": strategy.schedule}
         law, gap = strategy.law(self.dist), strategy.gap(self.dist)
         if law is not None:
             row |= {"kl": max(gap, 0.0), "tv": gaps.total_variation(self.dense, law)}
@@ -172,9 +192,6 @@ class Measure:
         Total variation is that of samples. KL is the mean of log p - log q over data in the order
         of the strategy; over samples its weights p / q would have a tail too heavy to average.
         """
-        from gen_jax import sampling
-        from gen_jax.models.masked.losses import ExactDenoiser
-
         dist, number, seed = self.dist, self.config.samples, self.config.seed
         denoiser = ExactDenoiser(dist.vocabulary)
         params = {"support": self.every, "prob": self.dense.reshape(-1)}
@@ -197,11 +214,7 @@ class Measure:
 
     @functools.cached_property
     def _in_order(self):
-        import jax
-
-        from gen_jax.models.masked import losses as masked
-
-        return jax.jit(masked.log_prob_in_order, static_argnums=(0, 4))
+        return jax.jit(log_prob_in_order, static_argnums=(0, 4))
 
     def _variation(self, tokens, law):
         """Total variation from samples, and its standard error.
@@ -225,16 +238,16 @@ class Measure:
     def _trained(self, strategy):
         """Of a trained network: exact where its law can be summed up, else from samples."""
         networks, config = self.networks, self.config
-        if strategy.name in ("all at once", "one by one"):
-            family = "one_shot" if strategy.name == "all at once" else "ar"
-            return self._of_law(networks.log_prob(family, self.every))
+        if strategy.network != "masked":
+            return self._of_law(networks.log_prob(strategy.network, self.every))
         if strategy.groups is not None:
             return self._of_law(networks.log_prob_in_order(self.every, *strategy.order_and_sizes))
         if strategy.sizes is not None:
             random = np.random.default_rng(config.seed)
             orders = [random.permutation(self.dist.length) for _ in range(config.orders)]
-            laws = [networks.log_prob_in_order(self.every, order, strategy.sizes)
-                    for order in orders]  # fmt: skip
+            laws = [
+                networks.log_prob_in_order(self.every, order, strategy.sizes) for order in orders
+            ]
             kls = [self._of_law(law)["network_kl"] for law in laws]
             error = np.std(kls) / len(kls) ** 0.5
             return {"network_kl": float(np.mean(kls)), "network_kl_error": float(error)}
@@ -255,20 +268,17 @@ class Measure:
         """
         log_q = self.networks.log_prob("latent", self.every)
         row = {"strategy": "shared latent", "family": "shared latent", "nfe": 2}
+        row |= {"network": "latent", "schedule": ""}
         if mixture is not None:
             row |= {"kl": 0.0, "tv": 0.0, "valid": 1.0} | self._drawn_by_code(mixture)
         return row | self._of_law(log_q)
 
     def _drawn_by_code(self, mixture):
         """As `drawn`, over the codes and the sequences behind them."""
-        from gen_jax import sampling
-        from gen_jax.models.masked.losses import ExactDenoiser
-        from gen_jax.models.masked.samplers import InOrder
-
         joint, number, seed = mixture.joint, self.config.samples, self.config.seed
         denoiser = ExactDenoiser(joint.vocabulary)
         params = {"support": joint.support, "prob": joint.prob}
-        sampler = InOrder.of_groups(denoiser, ((0,), tuple(range(1, joint.length))))
+        sampler = OrderedGroups.of_groups(denoiser, ((0,), tuple(range(1, joint.length))))
         keys = sampling.sample_keys(seed, 0, number)
         tokens = np.asarray(sampling.generate(sampler, params, keys))[:, 1:]
         data = self.dist.sample(seed, number)
@@ -284,8 +294,10 @@ class Measure:
 
     def limits(self, rounds: int) -> dict[str, float]:
         """Total variation after many rounds of each repair, with exact conditionals."""
-        laws = {name: repair.repair_curve(self.dist, rule, (rounds,))[0]
-                for name, rule in _REPAIRS.items()}  # fmt: skip
+        laws = {
+            name: repair.repair_curve(self.dist, rule, (rounds,))[0]
+            for name, rule in _REPAIRS.items()
+        }
         words = {"random": "repair at random", "least_likely": "repair of the least likely"}
         return {words[name]: gaps.total_variation(self.dense, law) for name, law in laws.items()}
 
@@ -294,52 +306,14 @@ class Measure:
         seen = p > 0
         kl = (p[seen] * (np.log(p[seen]) - log_q[seen])).sum()
         tv = 0.5 * np.abs(np.exp(log_q) - p).sum()
-        return {"network_kl": float(kl), "network_tv": float(tv),
-                "network_valid": float(np.exp(log_q[seen]).sum())}  # fmt: skip
+        return {
+            "network_kl": float(kl),
+            "network_tv": float(tv),
+            "network_valid": float(np.exp(log_q[seen]).sum()),
+        }
 
 
 def _mean_kl(terms):
     """The mean of log p - log q over data, with its standard error."""
-    return {"drawn_kl": float(terms.mean()),
-            "drawn_kl_error": float(terms.std() / len(terms) ** 0.5)}  # fmt: skip
-
-
-def run_all(config) -> None:
-    """Trains, measures, prints, draws the figure; leaves gaps.json and gaps.png."""
-    from experiments import multimodality_facts, multimodality_networks, multimodality_report
-    from gen_jax import parallel
-
-    workdir, began = Workdir(Path(config.workdir).expanduser()), time.perf_counter()
-    with workdir.lock():
-        free = ("workdir", "samples", "network_samples", "orders", "seed", "train.log_every")
-        workdir.write_config(to_dict(config), free)
-        print(f"multimodality: {parallel.device_banner()}; {workdir.path}")
-        sets = known_sets(config)
-        networks = multimodality_networks.Networks(config, sets, workdir)
-        trained = time.perf_counter() - began
-        tables = {}
-        for name, dist in sets.items():
-            schedules = {name: SCHEDULES[name] for name in _SCHEDULES}
-            schedules["optimal"] = Optimal(tuple(map(float, dist.entropy_profile)))
-            measure = Measure(config, dist, networks.of(name))
-            rows = [measure.row(strategy) for strategy in strategies(config.length, schedules)]
-            rows.insert(1, measure.latent(mixtures(config).get(name)))
-            tables[name] = {
-                "entropy": dist.entropy,
-                "total_correlation": dist.total_correlation(),
-                "valid": len(dist.support) < measure.dense.size,
-                "repair_limits": measure.limits(multimodality_report.LIMIT),
-                "rows": rows,
-            }
-            multimodality_report.show(name, tables[name])
-        facts = multimodality_facts.facts(config)
-        multimodality_report.show_facts(facts)
-        findings = multimodality_report.findings(tables)
-        print("\n" + "\n".join(findings))
-        multimodality_report.figure(tables, workdir.path / "gaps.png")
-        report = {"tables": tables, "facts": facts, "findings": findings}
-        workdir.write_json("gaps.json", report)
-        seconds = {"train_seconds": trained, "wall_seconds": time.perf_counter() - began}
-        workdir.write_json("summary.json", seconds)
-        common.print_summary("multimodality", seconds)
-        print(f"\nin {workdir.path}: gaps.png, gaps.json, summary.json")
+    error = terms.std() / len(terms) ** 0.5
+    return {"drawn_kl": float(terms.mean()), "drawn_kl_error": float(error)}

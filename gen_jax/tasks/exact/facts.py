@@ -4,13 +4,18 @@ A fact is a dictionary with "claim", "exact" and, where something was run, "run"
 """
 
 import dataclasses
-import functools
 
+import jax
 import numpy as np
+import optax
+from jaxtyping import Float
 
+from gen_jax import keys as key_streams
+from gen_jax import sampling
 from gen_jax.data import gaussian_process as gaussian
+from gen_jax.data.exact import Enumerated
 from gen_jax.data.exact_sets import (
-    END,
+    EOS,
     BinaryPyramid,
     NoisyMixture,
     binary_chain,
@@ -20,18 +25,31 @@ from gen_jax.data.exact_sets import (
     permutations,
 )
 from gen_jax.metrics import gaps, repair
+from gen_jax.models.masked import ExactDenoiser, OrderedGroups
+from gen_jax.models.parallel import ParallelModel
+from gen_jax.nn.transformer import TokenNetwork
+from gen_jax.tasks.exact.config import ExactConfig
+from gen_jax.tasks.exact.measure import Measure, Strategy
+
+__all__ = ["facts", "one_law"]
 
 
-def facts(config) -> list[dict]:
+def facts(config: ExactConfig) -> list[dict]:
     """All of them, in the order of the table.
 
     Args:
       config: of the experiment; says how many samples are drawn.
     """
     return [
-        *_modes(config), *_conditioning(), *_permutations(), *_signals(config), *_pyramid(),
-        *_bound(), *_repair(config), *_lengths(config),
-    ]  # fmt: skip
+        *_modes(config),
+        *_conditioning(),
+        *_permutations(),
+        *_signals(config),
+        *_pyramid(),
+        *_bound(),
+        *_repair(config),
+        *_lengths(config),
+    ]
 
 
 def _fact(claim, exact, run=None, error=None):
@@ -43,11 +61,7 @@ def _fact(claim, exact, run=None, error=None):
 
 def _at_once(dist, number, seed):
     """Samples of the one-shot sampler with exact conditionals, int32 [number, L]."""
-    from gen_jax import sampling
-    from gen_jax.models.masked.losses import ExactDenoiser
-    from gen_jax.models.masked.samplers import InOrder
-
-    sampler = InOrder(ExactDenoiser(dist.vocabulary), dist.length, 1)
+    sampler = OrderedGroups(ExactDenoiser(dist.vocabulary), dist.length, 1)
     params = {"support": dist.support, "prob": dist.prob}
     keys = sampling.sample_keys(seed, 0, number)
     return np.asarray(sampling.generate(sampler, params, keys))
@@ -78,7 +92,7 @@ def _conditioning():
     ]
 
 
-def one_law(dist):
+def one_law(dist: Enumerated) -> Float[np.ndarray, "..."]:
     """The law of the first sequence alone."""
     law = np.zeros_like(dist.dense())
     law[tuple(dist.support[0])] = 1.0
@@ -87,8 +101,12 @@ def one_law(dist):
 
 def _permutations():
     dist = permutations(4)
-    ways = {"at once": ((0, 1, 2, 3),), "two and two": ((0, 1), (2, 3)),
-            "one, then three": ((0,), (1, 2, 3)), "1, 1, 2": ((0,), (1,), (2, 3))}  # fmt: skip
+    ways = {
+        "at once": ((0, 1, 2, 3),),
+        "two and two": ((0, 1), (2, 3)),
+        "one, then three": ((0,), (1, 2, 3)),
+        "1, 1, 2": ((0,), (1,), (2, 3)),
+    }
     return [
         _fact(f"permutations of 4, {name}: KL", gaps.kl_of_groups(dist, groups))
         for name, groups in ways.items()
@@ -122,16 +140,16 @@ def _bound():
     """The ELBO of absorbing diffusion with an exact denoiser is the entropy."""
     sets = {"even parity, 8 bits": even_parity(8), "Markov chain, 8 bits": binary_chain(8, 0.9)}
     return [
-        _fact(f"{name}: bound of absorbing diffusion, entropy {dist.entropy:.6f}",
-              gaps.any_order_bound(dist))
+        _fact(
+            f"{name}: bound of absorbing diffusion, entropy {dist.entropy:.6f}",
+            gaps.any_order_bound(dist),
+        )
         for name, dist in sets.items()
-    ]  # fmt: skip
+    ]
 
 
 def _repair(config):
     """Total variation after rounds of repair, for 2 modes over 4 bits behind noise 0.1."""
-    from experiments.multimodality_run import Measure, Strategy
-
     dist = NoisyMixture(2, 4, 2, 0.1).data
     measure, found = Measure(config, dist, None), []
     rules = {"random": "one at random", "least_likely": "the least likely"}
@@ -150,16 +168,19 @@ def _repair(config):
 
 
 def _lengths(config):
-    """Lengths uniform on 1 to 4: predicted; by END, all columns trained; by END, up to it."""
+    """Lengths uniform on 1 to 4: predicted; by EOS, all columns trained; by EOS, up to it."""
     dist = lengths(4)
     law = gaps.law_of_groups(dist, ((0, 1, 2, 3),))
-    wanted = gaps.lengths_of_law(dist.dense(), END)
-    cut = gaps.lengths_of_law(law, END)
-    hazards = gaps.lengths_of_hazards(gaps.end_hazards(dist, END))
+    wanted = gaps.lengths_of_law(dist.dense(), EOS)
+    cut = gaps.lengths_of_law(law, EOS)
+    hazards = gaps.lengths_of_hazards(gaps.eos_hazards(dist, EOS))
     learned = _learned_lengths(config, dist)
-    rows = {"length": ("predicted first", wanted), "end": ("cut at END", cut),
-            "end_masked": ("cut at END, loss masked after it", hazards)}  # fmt: skip
-    found = [_fact("lengths 1 to 4 by END, at once: KL before the cut", dist.total_correlation())]
+    rows = {
+        "length": ("predicted first", wanted),
+        "eos": ("cut at EOS", cut),
+        "eos_masked": ("cut at EOS, loss masked after it", hazards),
+    }
+    found = [_fact("lengths 1 to 4 by EOS, at once: KL before the cut", dist.total_correlation())]
     for ending, (name, exact) in rows.items():
         for measure, of in (("KL", gaps.kl), ("total variation", gaps.total_variation)):
             run = of(wanted, learned[ending])
@@ -169,36 +190,28 @@ def _lengths(config):
 
 def _learned_lengths(config, dist):
     """The laws of the lengths of trained one-shot decoders, by how they end."""
-    from gen_jax import keys as key_streams
-    from gen_jax.models.parallel import losses as nonautoregressive
-    from gen_jax.nn.transformer import TokenNetwork
-
     sizes = {"vocabulary": 2, "context": 4, "extra_inputs": 1, "causal": False, "layers": 1}
     network = TokenNetwork(dataclasses.replace(config.model, **sizes))
-    ends = dist.support == END
+    ends = dist.support == EOS
     content = np.where(ends.any(1), ends.argmax(1), dist.length)
     found = {}
-    for ending in ("length", "end", "end_masked"):
-        decoder = nonautoregressive.ParallelDecoder(network, dist.length, ending)
+    for ending in ("length", "eos", "eos_masked"):
+        model = ParallelModel(network, dist.length, ending)
         counted = content if ending == "length" else np.minimum(content + 1, dist.length)
         batch = {"tokens": dist.support, "length": counted.astype(np.int32)}
-        loss = functools.partial(nonautoregressive.one_shot_loss, decoder)
-        params = _descend(loss, decoder.init(key_streams.root(config.seed, "init")), batch)
-        found[ending] = _lengths_of(decoder, params)
+        params = model.init(key_streams.root(config.seed, "init"))
+        found[ending] = _lengths_of(model, _descend(model, params, batch))
     return found
 
 
-def _descend(loss, params, batch):
+def _descend(model, params, batch):
     """The parameters after Adam on the whole of a tiny set."""
-    import jax
-    import optax
-
     optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, 1500))
     keys = jax.random.split(jax.random.key(0), len(batch["tokens"]))
 
     def step(carry, _):
         params, state = carry
-        gradients = jax.grad(lambda params: loss(params, batch, keys)[0])(params)
+        gradients = jax.grad(lambda params: model.loss(params, batch, keys)[0])(params)
         updates, state = optimizer.update(gradients, state)
         return (optax.apply_updates(params, updates), state), None
 
@@ -206,15 +219,13 @@ def _descend(loss, params, batch):
     return run((params, optimizer.init(params)))[0]
 
 
-def _lengths_of(decoder, params):
-    """The law float64 [L + 1] of the number of tokens before END."""
-    import jax
-
-    if decoder.ending == "length":
-        logits = decoder.length_logits(
-            params, np.zeros((1, decoder.network.config.width)), np.zeros(1, np.int32)
+def _lengths_of(model, params):
+    """The law float64 [L + 1] of the number of tokens before EOS."""
+    if model.ending == "length":
+        logits = model.length_logits(
+            params, np.zeros((1, model.network.config.width)), np.zeros(1, np.int32)
         )
         return np.append(0.0, np.asarray(jax.nn.softmax(logits[0]), np.float64))
-    blank = np.full((1, decoder.columns), decoder.denoiser.mask, np.int32)
-    logits = decoder.network(params["network"], blank)[0]
-    return gaps.lengths_of_hazards(np.asarray(jax.nn.softmax(logits), np.float64)[:, END])
+    blank = np.full((1, model.max_length), model.denoiser.mask, np.int32)
+    logits = model.network(params["network"], blank)[0]
+    return gaps.lengths_of_hazards(np.asarray(jax.nn.softmax(logits), np.float64)[:, EOS])
