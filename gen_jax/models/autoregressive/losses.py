@@ -1,6 +1,5 @@
 """The autoregressive model: its loss and its exact likelihood."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ from gen_jax.nn.transformer import TokenNetwork
 
 __all__ = ["AutoregressiveModel"]
 
-Batch = Mapping[str, Array | np.ndarray]
+Batch = dict[str, Array | np.ndarray]
 
 
 @frozen
