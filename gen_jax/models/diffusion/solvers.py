@@ -2,8 +2,8 @@
 
 DDPM, DDIM and DPM-Solver++ (2M) are the same affine update, `kernels.diffusion_step`, with other
 coefficients. A solver computes the table of them in float64 on the host, for any sequence of noise
-levels; the sampling loop reads a row of it. A new solver of this form is one class, here or anywhere:
-it is an option of the command line from its definition on (see `config.Choice`).
+levels; the sampling loop reads a row of it. A new solver of this form is one class, here or
+anywhere: it is an option of the command line from its definition on (see `config.Choice`).
 """
 
 from typing import ClassVar, NamedTuple
