@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import optax
 
 
-def existing(tokens, length=None) -> jax.Array:
+def valid_mask(tokens, length=None) -> jax.Array:
     """Bool [B, L]: the first `length` int [B] positions of each row, or all."""
     if length is None:
         return jnp.ones(tokens.shape, bool)
-    return jnp.arange(tokens.shape[1]) < length[:, None]
+    return jnp.arange(tokens.shape[1])[None] < length[:, None]
 
 
 def cross_entropy(logits, targets, smoothing: float = 0.0) -> jax.Array:
@@ -26,10 +26,10 @@ def cross_entropy(logits, targets, smoothing: float = 0.0) -> jax.Array:
 
 def mean_of_first(values, length=None) -> jax.Array:
     """The mean of [B, L] over all, or over the first `length` int [B] of each row."""
-    counts = existing(values, length)
+    counts = valid_mask(values, length)
     return jnp.where(counts, values, 0).sum() / jnp.maximum(counts.sum(), 1)
 
 
-def ended(tokens, end: int) -> jax.Array:
-    """Tokens int [B, L] with all that follows the first `end` of a row replaced by `end`."""
-    return jnp.where(jnp.cumsum(tokens == end, axis=1) > 0, end, tokens)
+def fill_after_eos(tokens, eos: int) -> jax.Array:
+    """Tokens int [B, L] with all that follows the first `eos` of a row replaced by `eos`."""
+    return jnp.where(jnp.cumsum(tokens == eos, axis=1) > 0, eos, tokens)
