@@ -1,1 +1,1 @@
-"""One file per experiment: `python -m experiments.<name> --help`."""
+"""Experiments, each its docstring and its presets: `python -m experiments.NAME --help`."""

@@ -18,27 +18,38 @@ DIR holds cifar-10-batches-bin. What was measured, with hardware and time, is in
 
 import sys
 
-from experiments import common, diffusion, run
-from experiments.diffusion import Config, EvaluateConfig, SampleConfig
+from gen_jax.models.diffusion.solvers import DDIM, Ancestral
+
+from gen_jax import cli
 from gen_jax.config import TrainConfig
 from gen_jax.data import DataConfig
 from gen_jax.models.diffusion.config import DiffusionConfig
 from gen_jax.nn.config import UNetConfig
+from gen_jax.tasks.images.config import EvaluateConfig, ImagesConfig, LabelledSampleConfig
 
-TINY = Config(
+TINY = ImagesConfig(
     workdir="runs/ddpm_cifar_tiny",
     data=DataConfig(name="shapes", size=16),
     model=UNetConfig(widths=(32, 64), blocks=1, attention=(8,), groups=8, dropout=0.0, patch=2),
     diffusion=DiffusionConfig(schedule="cosine", prediction="v", variance="fixed_small"),
     train=TrainConfig(
-        steps=4000, batch=32, learning_rate=2e-3, warmup=100, decay="cosine", beta2=0.99,
-        ema=0.995, ema_warmup=True, log_every=50, checkpoint_every=1000,
+        steps=4000,
+        batch=32,
+        learning_rate=2e-3,
+        warmup=100,
+        decay="cosine",
+        beta2=0.99,
+        ema=0.995,
+        ema_warmup=True,
+        log_every=50,
+        checkpoint_every=1000,
     ),
-    sample=SampleConfig(solver="ddpm", steps=100, spacing="trailing", number=256),
+    sample=LabelledSampleConfig(number=256),
+    sampler=Ancestral(steps=100, spacing="trailing"),
     evaluate=EvaluateConfig(images=256, draws=32),
-)  # fmt: skip
+)
 
-CPU = Config(
+CPU = ImagesConfig(
     workdir="runs/ddpm_cifar_cpu",
     data=DataConfig(name="cifar10", flip=True),
     model=UNetConfig(
@@ -46,45 +57,50 @@ CPU = Config(
     ),
     diffusion=DiffusionConfig(schedule="cosine", prediction="v", variance="fixed_small"),
     train=TrainConfig(
-        steps=20_000, batch=64, learning_rate=1e-3, warmup=500, beta2=0.99,
-        ema=0.999, ema_warmup=True, checkpoint_every=1000, evaluate_every=1000,
+        steps=20_000,
+        batch=64,
+        learning_rate=1e-3,
+        warmup=500,
+        beta2=0.99,
+        ema=0.999,
+        ema_warmup=True,
+        checkpoint_every=1000,
+        evaluate_every=1000,
     ),
-    sample=SampleConfig(solver="ddpm", steps=250, spacing="trailing", number=64),
+    sampler=Ancestral(steps=250, spacing="trailing"),
     evaluate=EvaluateConfig(images=256, draws=16),
-)  # fmt: skip
+)
 
-SMALL = Config(
+SMALL = ImagesConfig(
     workdir="runs/ddpm_cifar_small",
     data=DataConfig(name="cifar10", flip=True),
     model=UNetConfig(widths=(64, 128, 128, 128), dropout=0.1, dtype="bfloat16"),
     diffusion=DiffusionConfig(schedule="cosine", prediction="v", variance="fixed_small"),
     train=TrainConfig(
-        steps=40_000, learning_rate=5e-4, warmup=1000, ema=0.999, ema_warmup=True,
+        steps=40_000,
+        learning_rate=5e-4,
+        warmup=1000,
+        ema=0.999,
+        ema_warmup=True,
         checkpoint_every=5000,
     ),
-    sample=SampleConfig(solver="ddim", steps=50, spacing="trailing", number=1024, micro_batch=512),
+    sample=LabelledSampleConfig(number=1024, micro_batch=512),
+    sampler=DDIM(steps=50, spacing="trailing"),
     evaluate=EvaluateConfig(images=2048, draws=64, batch=512),
-)  # fmt: skip
+)
 
-PAPER = Config(
+PAPER = ImagesConfig(
     workdir="runs/ddpm_cifar_paper",
     data=DataConfig(name="cifar10", flip=True),
-    sample=SampleConfig(solver="ddpm", steps=1000, number=50_000, micro_batch=512),
+    sample=LabelledSampleConfig(number=50_000, micro_batch=512),
     evaluate=EvaluateConfig(images=10_000, draws=0, batch=512),
 )
 
-EXPERIMENT = common.Experiment(
+EXPERIMENT = cli.Experiment(
     name="ddpm_cifar",
     about="DDPM on CIFAR-10, or on the embedded shapes set (the default).",
     presets={"tiny": TINY, "cpu": CPU, "small": SMALL, "paper": PAPER},
-    commands=run.commands("ddpm_cifar", diffusion.Run),
 )
 
-
-def main() -> int:
-    """Runs the command line; the exit code."""
-    return common.main(EXPERIMENT)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.main(EXPERIMENT))

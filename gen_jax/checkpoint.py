@@ -1,7 +1,7 @@
 """Checkpoints: Orbax behind three functions, with a digest of every leaf.
 
 Orbax commits a step atomically but does not notice a flipped bit in array data; the digests do.
-A checkpoint is a few named trees (say "params" and "ema") and a JSON record.
+A checkpoint is a few named trees (say "ema" and "state") and a JSON record.
 """
 
 import dataclasses
@@ -20,7 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-FORMAT = 1
+__all__ = ["DamagedCheckpoint", "Restored", "restore", "save", "steps"]
+
+FORMAT = 2  # 1 had the trees "params", "ema" and "state", in the work directory itself
 
 # An error of a thread of Orbax is raised by `save`; its traceback, once for each thread, is noise.
 logging.getLogger("absl").addFilter(lambda record: "_SignalingThread" not in record.getMessage())
@@ -79,7 +81,7 @@ def save(
     """
     items, digests = {}, {}
     for name, tree in trees.items():
-        items[name] = _flatten(tree)
+        items[name] = {leaf: np.asarray(value) for leaf, value in _named(tree).items()}
         for leaf, value in items[name].items():
             # By jnp, for which bfloat16 is a float too.
             if jnp.issubdtype(value.dtype, jnp.inexact) and not np.isfinite(value).all():
@@ -105,20 +107,22 @@ def save(
 
 
 def restore(
-    directory: str | os.PathLike, templates: Mapping[str, Any], *, step: int | None = None
+    directory: str | os.PathLike, abstract: Mapping[str, Any], *, step: int | None = None
 ) -> Restored:
     """Reads a checkpoint and verifies every leaf.
 
     Args:
       directory: where the steps are kept.
-      templates: for each tree to read, a tree of the same structure whose leaves have the shape
-        and dtype expected (arrays or `jax.ShapeDtypeStruct`).
+      abstract: for each tree to read, a tree of the same structure whose leaves have the shape
+        and dtype expected (arrays or `jax.ShapeDtypeStruct`). Where it is empty, only the record is
+        read.
       step: which one; None for the latest that is whole, with a warning for each that is not.
 
     Raises:
       FileNotFoundError: there is no checkpoint, or not this step.
       DamagedCheckpoint: the step asked for, or every step, is damaged.
-      ValueError: names, shapes or dtypes are not those of the templates.
+      ValueError: names, shapes or dtypes are not the expected ones, or the checkpoint is of another
+        version of gen_jax.
     """
     available = steps(directory)
     if not available:
@@ -128,22 +132,22 @@ def restore(
             raise FileNotFoundError(
                 f"no checkpoint of step {step} in {directory}; there are {available}"
             )
-        return _restore(directory, templates, step)
+        return _restore(directory, abstract, step)
     for candidate in reversed(available):
         try:
-            return _restore(directory, templates, candidate)
+            return _restore(directory, abstract, candidate)
         except DamagedCheckpoint as error:
             warnings.warn(f"{error}; falling back to the one before", stacklevel=2)
     raise DamagedCheckpoint(f"every checkpoint in {directory} is damaged: steps {available}")
 
 
-def _restore(directory, templates, step):
+def _restore(directory, abstract, step):
     path = pathlib.Path(directory).absolute()
     with _manager(path) as manager:
         meta = _read_meta(manager, step)
         trees = {}
-        for name, template in templates.items():
-            expected = _flatten(template, abstract=True)
+        for name, tree in abstract.items():
+            expected = _named(tree)
             _check_layout(name, expected, meta["digests"], step)
             leaves = _read_leaves(manager, step, name, list(expected))
             for leaf, wanted in expected.items():
@@ -157,7 +161,7 @@ def _restore(directory, templates, step):
                         f"checkpoint of step {step}: {name}.{leaf} is {value.dtype}{value.shape}, "
                         f"expected {wanted.dtype}{wanted.shape}; was it another configuration?"
                     )
-            structure = jax.tree.structure(template)
+            structure = jax.tree.structure(tree)
             trees[name] = jax.tree.unflatten(structure, [leaves[leaf] for leaf in expected])
     return Restored(step, trees, meta["record"])
 
@@ -173,7 +177,11 @@ def _read_meta(manager, step):
         raise DamagedCheckpoint(f"{problem} is not what was saved")
     meta = json.loads(body)
     if meta["format"] != FORMAT:
-        raise ValueError(f"checkpoint of step {step} has format {meta['format']}, not {FORMAT}")
+        age = "an older" if meta["format"] < FORMAT else "a newer"
+        raise ValueError(
+            f"checkpoint of step {step} in {manager.directory} is of {age} version of gen_jax "
+            f"(format {meta['format']}, not {FORMAT}); train again in another --workdir"
+        )
     return meta
 
 
@@ -231,10 +239,9 @@ def _manager(path, *, keep=None, create=False):
     return ocp.CheckpointManager(path, options=options)
 
 
-def _flatten(tree, abstract=False):
+def _named(tree):
     paths, _ = jax.tree.flatten_with_path(tree)
-    named = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in paths}
-    return named if abstract else {name: np.asarray(leaf) for name, leaf in named.items()}
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in paths}
 
 
 def _digest(value: np.ndarray) -> str:

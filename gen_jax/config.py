@@ -9,20 +9,24 @@ import importlib
 import json
 import math
 import numbers
+import pathlib
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 T = TypeVar("T")
 
 __all__ = [
+    "Choice",
     "DistributedConfig",
+    "RunConfig",
     "SampleConfig",
     "TrainConfig",
     "added",
     "check_fields",
     "choices",
+    "choices_of",
     "differences",
     "flatten",
     "from_dict",
@@ -66,8 +70,16 @@ def check_fields(value: Any) -> None:
 
 
 @functools.cache
-def _hints(kind):
-    return typing.get_type_hints(kind)
+def _hints(kind, extras=False):
+    return typing.get_type_hints(kind, include_extras=extras)
+
+
+def choices_of(kind: type) -> dict[str, dict[str, type]]:
+    """The fields of a configuration that are a choice, each with its options by name."""
+    found = {name: choices(hint) for name, hint in _hints(kind, True).items()}
+    return {
+        field.name: found[field.name] for field in dataclasses.fields(kind) if found[field.name]
+    }
 
 
 _NUMBERS = {int: (numbers.Integral, "a whole number"), float: (numbers.Real, "a number")}
@@ -222,26 +234,112 @@ class DistributedConfig:
             raise ValueError("several processes need a coordinator, host:port of process 0")
 
 
+@frozen
+class RunConfig:
+    """What the configurations of all runs have; each task adds its own fields.
+
+    Attributes:
+      task: the name of the task, that is of its package in `gen_jax.tasks`; kept in config.json.
+      kinds: the classes of all tasks that were imported, by name.
+      make_task: "module:function", which makes the `task.Task` once the arguments are accepted.
+      commands: what the command line offers; "train", "sample" and "evaluate" make up "all".
+      resumable: dotted keys, or prefixes that end in a dot, of fields that may change on resume:
+        how long, how often, how to sample; not what is learned.
+    """
+
+    workdir: str
+    """Directory of the run: records, checkpoints, samples. A run in it is resumed."""
+    train: TrainConfig = TrainConfig()
+    distributed: DistributedConfig = DistributedConfig()
+
+    task: ClassVar[str]
+    kinds: ClassVar[dict[str, type["RunConfig"]]] = {}
+    make_task: ClassVar[str]
+    commands: ClassVar[tuple[str, ...]] = ("train", "sample", "evaluate")
+    resumable: ClassVar[tuple[str, ...]] = (
+        "workdir",
+        "sample.",
+        "sampler",
+        "sampler.",
+        "evaluate.",
+        "distributed.",
+        "data.dir",
+        "pretrained",
+        "train.log_every",
+        "train.checkpoint_every",
+        "train.evaluate_every",
+        "train.keep",
+        "train.max_skipped",
+    )
+
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        if "task" in cls.__dict__:
+            cls.kinds[cls.task] = cls
+
+    def load(self, workdir: pathlib.Path, phases: tuple[str, ...]) -> Any:
+        """Reads the data that the phases need, before anything is written and jax is loaded.
+
+        Args:
+          workdir: the work directory, which may not exist yet.
+          phases: the commands to come.
+
+        Returns:
+          What the function that makes the task gets as `Context.data`.
+
+        Raises:
+          ValueError, FileNotFoundError: data or files do not fit; the message says what to do.
+        """
+        return None
+
+    def splits(self, phases: tuple[str, ...]) -> tuple[str, ...]:
+        """The splits of the data that the phases need, of "train" and "test"."""
+        testing = "evaluate" in phases or ("train" in phases and self.train.evaluate_every)
+        return ("train",) * ("train" in phases) + ("test",) * bool(testing)
+
+
+class Choice:
+    """Base of configurations of which one is chosen by name.
+
+    A direct subclass is a choice, say that of a sampler, and annotates a field. Each of its own
+    subclasses with a class attribute `name` is one of the options, from its definition on. The
+    command line offers them as --field NAME, and their fields as --field.option.
+    """
+
+    name: ClassVar[str]
+    kinds: ClassVar[dict[str, type]]
+
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        if Choice in cls.__bases__:
+            cls.kinds = {}
+        elif "name" in cls.__dict__:
+            if cls.kinds.get(cls.name, cls).__qualname__ != cls.__qualname__:
+                raise ValueError(f"{cls.name!r} is the name of {cls.kinds[cls.name].__qualname__}")
+            cls.kinds[cls.name] = cls
+
+
 def choices(hint: Any) -> dict[str, type]:
-    """The dataclasses of a union annotation by their class attribute `name`; empty for others."""
-    if typing.get_origin(hint) not in (typing.Union, types.UnionType):
-        return {}
-    kinds = [kind for kind in typing.get_args(hint) if dataclasses.is_dataclass(kind)]
-    return {kind.name: kind for kind in kinds}
+    """The options of a field with this annotation by name; empty where it is no `Choice`.
+
+    A field whose options are those of several choices is annotated with `Annotated[Choice, A, B]`.
+    """
+    found = {}
+    for kind in (hint, *typing.get_args(hint)):
+        if isinstance(kind, type) and issubclass(kind, Choice) and kind is not Choice:
+            found |= kind.kinds
+    return found
 
 
 def to_dict(config: Any) -> dict:
     """A dataclass of dataclasses as nested dictionaries, tuples as lists.
 
-    A field that is a choice among several dataclasses also says which, under "name".
+    A `Choice` also says which one it is, under "name".
     """
-    hints, values = _hints(type(config)), {}
+    values = {"name": config.name} if isinstance(config, Choice) else {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            name = {"name": value.name} if choices(hints[field.name]) else {}
-            value = name | to_dict(value)
-        values[field.name] = value
+        values[field.name] = to_dict(value) if dataclasses.is_dataclass(value) else value
     return json.loads(json.dumps(values))
 
 
@@ -253,23 +351,26 @@ def from_dict(kind: type[T], values: Mapping) -> T:
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"{kind.__name__} cannot be read from {values!r}: it must be an object")
-    hints = _hints(kind)
+    hints = _hints(kind, True)
     unknown = sorted(set(values) - {field.name for field in dataclasses.fields(kind)})
     if unknown:
         raise ValueError(f"{kind.__name__} has no fields {unknown}; were they of another version?")
     try:
-        return kind(**{name: _read(hints[name], value) for name, value in values.items()})
+        return kind(**{name: _read(name, hints[name], value) for name, value in values.items()})
     except TypeError as error:
         raise ValueError(f"{kind.__name__} cannot be read from {dict(values)}: {error}") from error
 
 
-def _read(hint, value):
+def _read(field, hint, value):
     if kinds := choices(hint):
-        value = dict(value) if isinstance(value, Mapping) else {}
-        name = value.pop("name", None)
+        rest = dict(value) if isinstance(value, Mapping) else {}
+        name = rest.pop("name", None)
         if name not in kinds:
-            raise ValueError(f"{name!r} is none of {', '.join(kinds)}; was it of another version?")
-        return from_dict(kinds[name], value)
+            raise ValueError(
+                f"{field} {name!r} is none of {', '.join(kinds)}; where it is your own, name the "
+                f"file that defines it: --{field} MODULE:CLASS"
+            )
+        return from_dict(kinds[name], rest)
     if dataclasses.is_dataclass(hint):
         return from_dict(hint, value)
     return tuple(value) if typing.get_origin(hint) is tuple and isinstance(value, list) else value

@@ -5,6 +5,7 @@ is a mesh of one. Parameters are replicated, examples are split.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,6 +13,21 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gen_jax.config import DistributedConfig
+
+__all__ = [
+    "AXIS",
+    "data_mesh",
+    "device_banner",
+    "is_varying",
+    "local_mesh",
+    "map_devices",
+    "mean",
+    "replicate",
+    "split",
+    "start",
+    "sum",
+    "varying",
+]
 
 AXIS = "data"
 
@@ -34,7 +50,7 @@ def local_mesh() -> Mesh:
     return Mesh(np.array(jax.local_devices()), (AXIS,))
 
 
-def split(mesh: Mesh, tree):
+def split(mesh: Mesh, tree: Any) -> Any:
     """This host's share of the examples, [B / hosts, ...], as global arrays [B, ...]."""
     sharding = NamedSharding(mesh, P(AXIS))
     return jax.tree.map(
@@ -42,7 +58,7 @@ def split(mesh: Mesh, tree):
     )
 
 
-def replicate(mesh: Mesh, tree):
+def replicate(mesh: Mesh, tree: Any) -> Any:
     """The same values on every device; each host passes all of them."""
     sharding = NamedSharding(mesh, P())
     return jax.tree.map(
@@ -51,11 +67,43 @@ def replicate(mesh: Mesh, tree):
 
 
 def map_devices(
-    mesh: Mesh, f: Callable, in_specs, out_specs, *, donate: tuple[int, ...] = ()
+    mesh: Mesh, f: Callable, in_specs: Any, out_specs: Any, *, donate: tuple[int, ...] = ()
 ) -> Callable:
     """The per-device program `f` over the mesh, compiled; collectives name the axis "data"."""
     mapped = jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
     return jax.jit(mapped, donate_argnums=donate)
+
+
+def mean(tree: Any) -> Any:
+    """The mean of each leaf over all devices; only inside a program of `map_devices`."""
+    return jax.lax.pmean(tree, AXIS)
+
+
+def sum(tree: Any) -> Any:
+    """The sum of each leaf over all devices; only inside a program of `map_devices`.
+
+    A leaf that is equal on every device is counted once for each of them.
+    """
+    return jax.lax.psum(tree, AXIS)
+
+
+def varying(tree: Any) -> Any:
+    """The same values, marked as each device's own; only inside a program of `map_devices`.
+
+    The gradient with respect to a value that is equal on every device is summed over devices by
+    jax. With respect to a value that is marked in this way, each device has the gradient of its own
+    share of the batch, which `mean` then averages.
+    """
+    return jax.tree.map(
+        lambda leaf: leaf if is_varying(leaf) else jax.lax.pcast(leaf, AXIS, to="varying"), tree
+    )
+
+
+def is_varying(leaf: Any) -> bool:
+    """Whether an array inside a program of `map_devices` may differ from device to device."""
+    kind = jax.typeof(leaf)
+    # Which axes a value varies over is `vma` in older releases of jax 0.10.
+    return AXIS in (kind.vma if hasattr(kind, "vma") else kind.mat.varying)
 
 
 def device_banner() -> str:

@@ -1,56 +1,43 @@
-"""TrainState, and the only training loop.
+"""The only training loop, over a `Trainable`.
 
-State is (params, EMA, optimiser state, step) and a seed; the batch of a step is a function of
-(seed, step), and so is its randomness. A run that was cut off anywhere and resumed therefore ends
-with the parameters of one that was not, bit for bit.
+The state is a tree of the Trainable's, its moving average, and a step; the batch of a step is a
+function of (seed, step), and so is its randomness. A run that was cut off anywhere and resumed
+therefore ends with the state of one that was not, bit for bit.
 """
 
 import contextlib
 import dataclasses
-import functools
+import math
 import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
-import flax.struct
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from gen_jax import checkpoint, keys, parallel
+from gen_jax import checkpoint, parallel
 from gen_jax.config import TrainConfig
+from gen_jax.training_step import Trainable, TrainState, init_state, make_step
 from gen_jax.workdir import MetricsLog, Workdir
 
-# (params, batch, keys [B]) -> (scalar, metrics): means over the examples given.
-Loss = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
-
-
-@flax.struct.dataclass
-class TrainState:
-    """All that training carries from step to step.
-
-    Attributes:
-      params: tree of float32 arrays.
-      ema: moving average of `params`, the same structure; None inside the loop where
-        `TrainConfig.ema` is 0, and it is the parameters.
-      optimizer: state of the Optax transformation.
-      step: int32, updates tried so far.
-      skipped: int32, updates skipped in a row, up to now, for values that were not finite.
-    """
-
-    params: dict
-    ema: dict | None
-    optimizer: optax.OptState
-    step: jax.Array
-    skipped: jax.Array
+__all__ = [
+    "Interrupted",
+    "NotFinite",
+    "StopSignal",
+    "TrainState",
+    "Trainable",
+    "Trained",
+    "fit",
+    "init_state",
+    "make_step",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +58,16 @@ class Trained:
     seconds: float
     examples_per_second: float
 
+    @property
+    def averaged(self) -> Any:
+        """The moving average, which samples come from."""
+        return self.state.ema
+
+    @property
+    def step(self) -> int:
+        """Updates tried in all."""
+        return int(self.state.step)
+
 
 class Interrupted(Exception):
     """Training stopped for a signal, after saving; `signum` is the signal, `step` where it was."""
@@ -84,152 +81,52 @@ class NotFinite(FloatingPointError):
     """Too many updates in a row had a loss or gradient that was not finite."""
 
 
-def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """Adam with clipping of the global norm, linear warm-up, and the decays asked for.
-
-    The decay of weights is that of AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), of
-    parameters of two or more axes; biases and the scales of normalisation are left alone.
-    """
-    rate = config.learning_rate
-    if config.decay == "cosine":
-        warmup, final = min(config.warmup, config.steps - 1), rate * config.final_rate
-        rate = optax.warmup_cosine_decay_schedule(0, rate, warmup, config.steps, final)
-    elif config.warmup:
-        rate = optax.linear_schedule(0, rate, config.warmup)
-    adam = optax.adam(rate, b1=config.beta1, b2=config.beta2)
-    if config.weight_decay:
-        matrices = functools.partial(jax.tree.map, lambda leaf: leaf.ndim >= 2)
-        adam = optax.adamw(
-            rate, config.beta1, config.beta2, weight_decay=config.weight_decay, mask=matrices
-        )
-    return (
-        optax.chain(optax.clip_by_global_norm(config.clip_norm), adam) if config.clip_norm else adam
-    )
-
-
-def init_state(params, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step; the average starts at the parameters."""
-    return TrainState(
-        params=params,
-        ema=jax.tree.map(jnp.copy, params),
-        optimizer=optimizer.init(params),
-        step=jnp.int32(0),
-        skipped=jnp.int32(0),
-    )
-
-
-def make_step(
-    loss: Loss, optimizer: optax.GradientTransformation, config: TrainConfig, mesh: Mesh
-) -> Callable:
-    """The compiled update: (state, batch, stop) -> (state, metrics).
-
-    `batch` is split over the mesh (see `parallel.split`); `stop` is int32 [devices], and the
-    metric "stop" is its maximum, by which all hosts agree to stop after the same step. The state
-    is donated; where its `ema` is None, none is kept.
-    """
-    step = functools.partial(_device_step, loss, optimizer, config)
-    return parallel.map_devices(
-        mesh, step, (P(), P(parallel.AXIS), P(parallel.AXIS)), (P(), P()), donate=(0,)
-    )
-
-
-def _device_step(loss, optimizer, config, state, batch, stop):
-    size = jax.tree.leaves(batch)[0].shape[0]
-    first = jax.lax.axis_index(parallel.AXIS) * size
-    step_key = jax.random.fold_in(keys.root(config.seed, "train"), state.step)
-    examples = jax.vmap(lambda i: jax.random.fold_in(step_key, i))(first + jnp.arange(size))
-    gradients, metrics = _gradients(loss, state.params, batch, examples, config.accumulate)
-    gradients, metrics = jax.lax.pmean((gradients, metrics), parallel.AXIS)
-
-    norm = optax.tree.norm(gradients)
-    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
-    updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
-    params = optax.apply_updates(state.params, updates)
-    ema = state.ema
-    if ema is not None:
-        decay = config.ema
-        if config.ema_warmup:
-            decay = jnp.minimum(decay, (1 + state.step) / (10 + state.step))
-        ema = optax.incremental_update(params, ema, 1 - decay)
-    updated = (params, ema, optimizer_state)
-    kept = (state.params, state.ema, state.optimizer)
-    params, ema, optimizer_state = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old), updated, kept
-    )
-    skipped = jnp.where(finite, 0, state.skipped + 1)
-    stop = jax.lax.pmax(stop.max(), parallel.AXIS)
-    state = TrainState(params, ema, optimizer_state, state.step + 1, skipped)
-    return state, metrics | {"gradient_norm": norm, "skipped": skipped, "stop": stop}
-
-
-def _gradients(loss, params, batch, keys, slices):
-    """Mean gradient and metrics over this device's examples, a slice at a time."""
-    # Varying over devices from here, so that gradients are summed once, at the end.
-    params = jax.lax.pcast(params, parallel.AXIS, to="varying")
-
-    def one(batch, keys):
-        (value, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(params, batch, keys)
-        return gradients, metrics | {"loss": value}
-
-    if slices == 1:
-        return one(batch, keys)
-    cut = lambda leaf: leaf.reshape(slices, -1, *leaf.shape[1:])  # noqa: E731
-    batch, keys = jax.tree.map(cut, batch), cut(keys)
-    total = one(jax.tree.map(lambda leaf: leaf[0], batch), keys[0])
-
-    def add(total, some):
-        return jax.tree.map(jnp.add, total, one(*some)), None
-
-    rest = jax.tree.map(lambda leaf: leaf[1:], batch), keys[1:]
-    total, _ = jax.lax.scan(add, total, rest)
-    return jax.tree.map(lambda leaf: leaf / slices, total)
-
-
 def fit(
     config: TrainConfig,
-    loss: Loss,
-    params,
+    trainable: Trainable,
     batch: Callable[[int], dict[str, np.ndarray]],
     workdir: Workdir,
     *,
     mesh: Mesh,
     record: dict | None = None,
-    evaluate: Callable[[TrainState], dict[str, float]] | None = None,
+    evaluate: Callable[[Any], dict[str, float]] | None = None,
+    initial: Any | None = None,
     progress: bool | None = None,
 ) -> Trained:
-    """Trains from the latest checkpoint in the work directory, or from `params`.
+    """Trains from the latest checkpoint in the work directory, or from the start.
 
     SIGTERM and SIGINT finish the step, save, and raise `Interrupted`; a second signal ends the
     process at once. Losses are read one step late, so that the devices are never waited for.
 
     Args:
       config: of the loop.
-      loss: of the model, see `Loss`.
-      params: initial parameters.
+      trainable: what is trained; see `trainables`.
       batch: this host's share of the batch of a step, as NumPy arrays. Each combination of shapes
         is compiled when it first comes.
-      workdir: holds metrics.jsonl and the checkpoints.
+      workdir: holds metrics.jsonl and the checkpoints; made when it does not exist.
       mesh: all devices.
       record: JSON values to keep in each checkpoint.
-      evaluate: metrics of a state, logged every `config.evaluate_every` steps under "eval/".
+      evaluate: metrics of the moving average, logged every `config.evaluate_every` steps under
+        "eval/".
+      initial: what to start from in the place of `trainable.averaged`, say pretrained weights; it
+        is not read where there is a checkpoint.
       progress: show a bar with rate and time left; None to show it on a terminal only.
 
     Raises:
-      ValueError: the batch does not divide over devices and slices.
+      ValueError: the batch does not divide over devices and slices; the trainable cannot start
+        from `initial`; its update is not as `Trainable` says.
       Interrupted: a signal came; the state is saved.
       NotFinite: more than `config.max_skipped` updates in a row were not finite; names step and
         seed. The last checkpoint is from before the first of them, or from a step whose own
-        update was skipped, so that its parameters are finite.
+        update was skipped, so that its state is finite.
     """
-    if config.batch % (mesh.size * config.accumulate):
-        raise ValueError(
-            f"a batch of {config.batch} does not divide over {mesh.size} devices and "
-            f"{config.accumulate} slices; choose a multiple of {mesh.size * config.accumulate}"
-        )
-    optimizer = make_optimizer(config)
-    state = init_state(params, optimizer)
+    _check_start(config, trainable, mesh, initial)
+    if jax.process_index() == 0:
+        workdir.create()
     if checkpoint.steps(workdir.checkpoints):
-        state = _restore(workdir, state)
+        state = _restore(workdir, jax.eval_shape(lambda: init_state(config, trainable)))
+    else:
+        state = init_state(config, trainable, initial)
     start = int(state.step)
     _agree_on_start(start, workdir)
     if start >= config.steps:
@@ -237,9 +134,28 @@ def fit(
     if not config.ema:
         state = state.replace(ema=None)
     state = parallel.replicate(mesh, state)
-    loop = _Loop(config, workdir, record or {}, evaluate)
+    loop = _Loop(config, trainable, workdir, record or {}, evaluate)
     with loop.open(start, progress), StopSignal() as stop:
-        return loop.run(make_step(loss, optimizer, config, mesh), state, start, batch, mesh, stop)
+        return loop.run(make_step(trainable, config, mesh), state, start, batch, mesh, stop)
+
+
+def _check_start(config, trainable, mesh, initial):
+    slices = getattr(trainable, "accumulate", 1)
+    if slices != config.accumulate:
+        raise ValueError(
+            f"accumulate is {config.accumulate}, but {type(trainable).__name__} cuts its batch "
+            f"into {slices} slices"
+        )
+    if config.batch % (mesh.size * slices):
+        raise ValueError(
+            f"a batch of {config.batch} does not divide over {mesh.size} devices and "
+            f"{slices} slices; choose a multiple of {mesh.size * slices}"
+        )
+    if initial is not None and not hasattr(trainable, "replace_averaged"):
+        raise ValueError(
+            f"{type(trainable).__name__} cannot start from given values: it has no method "
+            "replace_averaged(state, tree)"
+        )
 
 
 def _agree_on_start(start, workdir):
@@ -253,30 +169,22 @@ def _agree_on_start(start, workdir):
             )
 
 
-def _restore(workdir, state):
-    restored = checkpoint.restore(workdir.checkpoints, _trees(state))
-    return TrainState(
-        **restored.trees["state"], **{n: restored.trees[n] for n in ("params", "ema")}
-    )
-
-
-def _whole(state: TrainState) -> TrainState:
-    """With an average, which is the parameters themselves where none is kept."""
-    return state.replace(ema=state.params) if state.ema is None else state
-
-
-def _trees(state: TrainState) -> dict:
-    state = _whole(state)
-    rest = {"optimizer": state.optimizer, "step": state.step, "skipped": state.skipped}
-    return {"params": state.params, "ema": state.ema, "state": rest}
+def _restore(workdir, abstract):
+    abstract = {
+        "ema": abstract.ema,
+        "state": abstract.state,
+        "loop": {"step": abstract.step, "skipped": abstract.skipped},
+    }
+    trees = checkpoint.restore(workdir.checkpoints, abstract).trees
+    return TrainState(trees["state"], trees["ema"], **trees["loop"])
 
 
 class _Loop:
     """The part of `fit` that has side effects: records, checkpoints, the progress bar."""
 
-    def __init__(self, config, workdir, record, evaluate):
+    def __init__(self, config, trainable, workdir, record, evaluate):
         self.config, self.workdir, self.record = config, workdir, record
-        self.evaluate = evaluate
+        self.trainable, self.evaluate = trainable, evaluate
         self.main = jax.process_index() == 0
 
     @contextlib.contextmanager
@@ -295,7 +203,10 @@ class _Loop:
 
     def run(self, step_fn, state, start, batch, mesh, stop):
         """Takes the steps from `start` to the last."""
-        flags = lambda: np.full(len(mesh.local_devices), stop.signum or 0, np.int32)  # noqa: E731
+
+        def flags():
+            return np.full(len(mesh.local_devices), stop.signum or 0, np.int32)
+
         arrays = parallel.split(mesh, batch(start))
         began = self.last_time = time.perf_counter()
         self.last_step, self.aside, self.compile_seconds = start, 0.0, 0.0
@@ -319,11 +230,11 @@ class _Loop:
             every = self.config.evaluate_every
             if self.evaluate and every and done % every == 0:
                 with self._apart():
-                    report = self.evaluate(_whole(state))
+                    report = self.evaluate(self._whole(state).ema)
                     self._write({"step": done} | _prefixed("eval/", report))
         seconds = time.perf_counter() - began - self.aside
         rate = (self.config.steps - start) * self.config.batch / seconds
-        return Trained(_whole(state), start, self.compile_seconds, seconds, rate)
+        return Trained(self._whole(state), start, self.compile_seconds, seconds, rate)
 
     def _program(self, step_fn, arguments):
         """The step compiled for a batch of these shapes, of which there are few."""
@@ -351,21 +262,8 @@ class _Loop:
         step, metrics = pending
         metrics = {name: value.item() for name, value in jax.device_get(metrics).items()}
         signum, skipped = metrics.pop("stop"), metrics["skipped"]
-        if skipped > self.config.max_skipped:
-            saved = checkpoint.steps(self.workdir.checkpoints)
-            left = "holds the last finite parameters" if saved else "is still empty"
-            raise NotFinite(
-                f"loss or gradient not finite in {skipped} steps in a row, up to step {step} of "
-                f"seed {self.config.seed} (loss {metrics['loss']}); training stopped, and "
-                f"{self.workdir.checkpoints} {left}. "
-                "Try a lower --train.learning-rate in another --workdir"
-            )
         if skipped:
-            print(
-                f"step {step}: loss or gradient not finite, update skipped "
-                f"({skipped} in a row, seed {self.config.seed})",
-                file=sys.stderr,
-            )
+            self._report_skipped(step, metrics)
         self.bar.update(step - self.bar.n)
         if step % self.config.log_every == 0 or step == self.config.steps:
             now = time.perf_counter()
@@ -375,14 +273,43 @@ class _Loop:
             self._write({"step": step} | metrics | {"examples_per_second": round(rate, 2)})
         return signum
 
+    def _report_skipped(self, step, metrics):
+        """Says which metrics of a skipped update are not finite; raises after too many in a row."""
+        skipped, seed = metrics["skipped"], self.config.seed
+        names = [name for name, value in metrics.items() if not math.isfinite(value)]
+        what = ", ".join(names) or "an entry of the state"
+        if skipped <= self.config.max_skipped:
+            print(
+                f"step {step}: {what} not finite, update skipped ({skipped} in a row, seed {seed})",
+                file=sys.stderr,
+            )
+            return
+        saved = checkpoint.steps(self.workdir.checkpoints)
+        left = "holds the last finite parameters" if saved else "is still empty"
+        raise NotFinite(
+            f"updates of {skipped} steps in a row, up to step {step} of seed {seed}, were not "
+            f"finite (the last in {what}); training stopped, and {self.workdir.checkpoints} "
+            f"{left}. Try a lower --train.learning-rate in another --workdir"
+        )
+
     def _write(self, record):
         if self.log is not None:
             self.log.write(record)
 
+    def _whole(self, state):
+        """With an average, which is the tree itself where none is kept."""
+        if state.ema is not None:
+            return state
+        return state.replace(ema=self.trainable.averaged(state.state))
+
     def _save(self, state, step):
-        checkpoint.save(
-            self.workdir.checkpoints, step, _trees(state), self.record, keep=self.config.keep
-        )
+        state = self._whole(state)
+        trees = {
+            "ema": state.ema,
+            "state": state.state,
+            "loop": {"step": state.step, "skipped": state.skipped},
+        }
+        checkpoint.save(self.workdir.checkpoints, step, trees, self.record, keep=self.config.keep)
 
 
 def _prefixed(prefix, metrics):

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 
 from gen_jax import config as config_lib
 
+__all__ = ["MetricsLog", "Workdir", "WorkdirError"]
+
 
 class WorkdirError(ValueError):
     """The work directory cannot be used as asked; the message is one line for the user."""
@@ -18,11 +20,14 @@ class WorkdirError(ValueError):
 class Workdir:
     """Where a run keeps its configuration, records, checkpoints and results.
 
+    Nothing is made on disk before `create` or `lock`, so that what is stored in a directory can be
+    read, and refused, without a trace.
+
     Args:
-      path: the directory; made when it does not exist.
+      path: the directory, which need not exist.
 
     Raises:
-      WorkdirError: it cannot be made or written to, or its name is not text in this locale.
+      WorkdirError: its name is not text in this locale.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -34,31 +39,72 @@ class Workdir:
                 f"the work directory {str(self.path)!a} has a name that is not text in this "
                 "locale; set PYTHONUTF8=1 or choose another with --workdir"
             ) from error
+
+    def create(self) -> None:
+        """Makes the directory where it does not exist.
+
+        Raises:
+          WorkdirError: it cannot be made or written to.
+        """
+        self._create()
+
+    def _create(self):
+        """The directories that were made for it, from the outermost on."""
+        made = []
         try:
+            while not os.path.lexists(parent := self.path if not made else made[-1].parent):
+                made.append(parent)
+            made.reverse()
             self.path.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.path) as file:
                 file.write(b"room?")
         except OSError as error:
+            _remove_empty(made)
             raise WorkdirError(
                 f"cannot write to the work directory {self.path} ({error.strerror}); "
                 "choose another with --workdir"
             ) from error
+        return made
+
+    def stage(self, name: str) -> "Workdir":
+        """The directory of a stage of the run, inside of this one; nothing is made on disk.
+
+        Raises:
+          WorkdirError: checkpoints lie in this directory itself, as older versions left them.
+        """
+        if any(self.checkpoints.glob("[0-9]*")):
+            raise WorkdirError(
+                f"the checkpoints in {self.checkpoints} are of an older version of gen_jax; "
+                "train again in another --workdir"
+            )
+        return Workdir(self.path / name)
 
     @property
     def checkpoints(self) -> pathlib.Path:
         """Where checkpoints are kept."""
         return self.path / "checkpoints"
 
+    def has_checkpoints(self) -> bool:
+        """Whether there are checkpoints, of the run or of one of its stages."""
+        places = ("checkpoints/[0-9]*", "*/checkpoints/[0-9]*")
+        return any(any(self.path.glob(place)) for place in places)
+
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Holds the directory for this process.
+        """Makes the directory and holds it for this process.
+
+        A directory that was made here is removed again where nothing was written to it, as when a
+        check fails.
 
         Raises:
-          WorkdirError: another process holds it.
+          WorkdirError: it cannot be made or written to, or another process holds it.
         """
-        with open(self.path / ".lock", "a+") as file:
+        made, path = self._create(), self.path / ".lock"
+        with open(path, "a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                    raise BlockingIOError  # removed by the process that held it until just now
             except OSError as error:
                 file.seek(0)
                 raise WorkdirError(
@@ -68,23 +114,35 @@ class Workdir:
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()
-            yield
+            try:
+                yield
+            finally:
+                if made and os.listdir(self.path) == [".lock"]:
+                    path.unlink()
+                    _remove_empty(made)
 
     def stored_config(self) -> dict | None:
         """The configuration in config.json, or None where there is none.
 
         Raises:
-          WorkdirError: the file is not valid JSON.
+          WorkdirError: the file cannot be read, is not valid JSON, or is no object.
         """
         path = self.path / "config.json"
-        if not path.exists():
+        if not os.path.lexists(path):
             return None
         try:
-            return json.loads(path.read_text())
-        except json.JSONDecodeError as error:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise WorkdirError(f"{path} cannot be read ({error.strerror})") from error
+        except ValueError as error:  # of JSON or of UTF-8
             raise WorkdirError(
                 f"{path} is damaged ({error}); restore it or start afresh"
             ) from error
+        if not isinstance(stored, dict):
+            raise WorkdirError(
+                f"{path} is damaged (it holds no object of fields); restore it or start afresh"
+            )
+        return stored
 
     def check_config(self, current: dict, free: tuple[str, ...]) -> None:
         """Refuses a configuration that changes what was being trained.
@@ -99,7 +157,7 @@ class Workdir:
           WorkdirError: keys that are not free differ from the stored ones; all are listed.
         """
         stored = self.stored_config()
-        if stored is not None and any(self.checkpoints.glob("[0-9]*")):
+        if stored is not None and self.has_checkpoints():
             changed = config_lib.differences(stored, current, free)
             if changed:
                 raise WorkdirError(
@@ -117,11 +175,30 @@ class Workdir:
         path = self.path / name
         temporary = path.with_name(f".{name}.{os.getpid()}")
         try:
-            temporary.write_text(json.dumps(values, indent=2) + "\n")
+            with _naming(path):
+                temporary.write_text(json.dumps(values, indent=2) + "\n")
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
         return path
+
+
+def _remove_empty(directories):
+    """Removes directories, each inside of the one before it, where they are empty."""
+    for directory in reversed(directories):
+        with contextlib.suppress(OSError):
+            directory.rmdir()
+
+
+@contextlib.contextmanager
+def _naming(path):
+    """Names the file in errors of the system: a write that fails does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 class MetricsLog:
@@ -131,31 +208,55 @@ class MetricsLog:
       path: the file.
       step: the step that training resumes from; records after it, and a last line cut short by
         a crash, are dropped.
+
+    Raises:
+      WorkdirError: as `read` does; the file is left as it is.
     """
 
     def __init__(self, path: pathlib.Path, step: int = 0):
         kept = [line for line in self.read(path) if line["step"] <= step]
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        with _naming(path):
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         os.replace(temporary, path)
+        self._path = path
         self._file = open(path, "a")  # noqa: SIM115, closed by close()
 
     @staticmethod
     def read(path: pathlib.Path) -> list[dict]:
-        """All whole records of a file; none when it does not exist."""
+        """All whole records of a file; none when it does not exist.
+
+        Raises:
+          WorkdirError: the file cannot be read, or a line is no record with a step; a last line
+            that a crash cut short is left out instead.
+        """
+        if not os.path.lexists(path):
+            return []
+        try:
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        except OSError as error:
+            raise WorkdirError(f"{path} cannot be read ({error.strerror})") from error
         records = []
-        if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    records.append(json.loads(line))
-                except json.JSONDecodeError:
+        for number, line in enumerate(lines, 1):
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                if number == len(lines) and not line.endswith("\n"):
                     break  # cut short by a crash: what follows was never written
+                record = None
+            if not isinstance(record, dict) or type(record.get("step")) is not int:
+                raise WorkdirError(
+                    f"{path} is damaged: line {number} is no record with a step; "
+                    "restore it or move it away"
+                )
+            records.append(record)
         return records
 
     def write(self, record: dict) -> None:
         """Appends one record, which has a "step"."""
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        with _naming(self._path):
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
         """Closes the file."""

@@ -1,16 +1,33 @@
-"""Settings of the whole suite: eight CPU devices, so that mapping over devices is exercised."""
+"""Settings of the whole suite: eight CPU devices, strict shapes, and one cache of programs.
 
-import jax
-import pytest
+Annotations of shapes are checked, ranks are not promoted silently, and warnings are errors. Programs
+are compiled once for all workers and processes, and for the next time that the suite is run.
+"""
 
-from gen_jax import parallel
+import os
+from pathlib import Path
+
+CACHE = Path(__file__).parents[1] / ".pytest_cache" / "programs"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+import jaxtyping  # noqa: E402
+
+jaxtyping.install_import_hook(["gen_jax", "kernels"], "beartype.beartype")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+from gen_jax import parallel  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 @pytest.fixture(scope="module")
 def quick_compile():
-    """For laws that do not hang on how well the compiler optimises: it takes half the time."""
+    """For laws that do not depend on how well the compiler optimises: it takes half the time."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)

@@ -1,22 +1,36 @@
-"""What losses and samplers of token sequences share: which positions count, and how much.
-
-B batch, L positions, V vocabulary.
-"""
+"""What losses and samplers of token sequences share: which positions count, and how much."""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+__all__ = ["cross_entropy", "fill_after_eos", "mean_of_first", "valid_mask"]
 
 
-def valid_mask(tokens, length=None) -> jax.Array:
-    """Bool [B, L]: the first `length` int [B] positions of each row, or all."""
+def valid_mask(
+    values: Shaped[Array | np.ndarray, "B L"], length: Int[Array | np.ndarray, " B"] | None = None
+) -> Bool[Array, "B L"]:
+    """Whether each position is among the first `length` of its row; all are where it is None."""
     if length is None:
-        return jnp.ones(tokens.shape, bool)
-    return jnp.arange(tokens.shape[1])[None] < length[:, None]
+        return jnp.ones(values.shape, bool)
+    return jnp.arange(values.shape[1])[None] < jnp.asarray(length)[:, None]
 
 
-def cross_entropy(logits, targets, smoothing: float = 0.0) -> jax.Array:
-    """[..., V] float32, int [...] -> nats [...], with label smoothing."""
+def cross_entropy(
+    logits: Float[Array | np.ndarray, "*positions V"],
+    targets: Int[Array | np.ndarray, "*positions"],
+    smoothing: float = 0.0,
+) -> Float[Array, "*positions"]:
+    """The negative log-probability of each target, in nats.
+
+    Args:
+      logits: float32.
+      targets: in 0 to V - 1.
+      smoothing: the share of the target's probability that is spread over all V tokens (label
+        smoothing: Szegedy et al. 2016), in [0, 1).
+    """
     values = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     if smoothing:
         uniform = jax.nn.logsumexp(logits, axis=-1) - logits.mean(axis=-1)
@@ -24,12 +38,14 @@ def cross_entropy(logits, targets, smoothing: float = 0.0) -> jax.Array:
     return values
 
 
-def mean_of_first(values, length=None) -> jax.Array:
-    """The mean of [B, L] over all, or over the first `length` int [B] of each row."""
+def mean_of_first(
+    values: Float[Array | np.ndarray, "B L"], length: Int[Array | np.ndarray, " B"] | None = None
+) -> Float[Array, ""]:
+    """The mean over the first `length` values of each row, or over all; 0 where there are none."""
     counts = valid_mask(values, length)
     return jnp.where(counts, values, 0).sum() / jnp.maximum(counts.sum(), 1)
 
 
-def fill_after_eos(tokens, eos: int) -> jax.Array:
-    """Tokens int [B, L] with all that follows the first `eos` of a row replaced by `eos`."""
+def fill_after_eos(tokens: Int[Array | np.ndarray, "B L"], eos: int) -> Int[Array, "B L"]:
+    """The tokens, with all that follows the first `eos` of a row replaced by `eos`."""
     return jnp.where(jnp.cumsum(tokens == eos, axis=1) > 0, eos, tokens)

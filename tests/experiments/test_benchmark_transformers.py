@@ -3,13 +3,25 @@ import json
 
 import pytest
 
-from experiments import benchmark_transformers
-from experiments.benchmark_transformers import Config
+from experiments.benchmarks import transformers as benchmark_transformers
+from experiments.benchmarks.transformers import Config
 
 TINY = Config(
-    batches=(1, 3), prompt=4, tokens=6, top_k=5, repeats=2, compiled=False, layers=2, width=16,
-    heads=2, vocabulary=40, context=16, threads=1, checked_tokens=8, bandwidth_bytes=2**16,
-)  # fmt: skip
+    batches=(1, 3),
+    prompt=4,
+    tokens=6,
+    top_k=5,
+    repeats=2,
+    compiled=False,
+    layers=2,
+    width=16,
+    heads=2,
+    vocabulary=40,
+    context=16,
+    threads=1,
+    checked_tokens=8,
+    bandwidth_bytes=2**16,
+)
 
 
 @pytest.fixture

@@ -4,12 +4,13 @@ import json
 
 import pytest
 
-from experiments import common, ddpm_cifar, gpt_pixels, gpt_text
+from experiments import ddpm_cifar, gpt_pixels, gpt_text
+from gen_jax import cli
 
 
 def perform(experiment, path):
     """The summary of the default job."""
-    assert common.main(experiment, ["--workdir", str(path / "run")]) == 0
+    assert cli.main(experiment, ["--workdir", str(path / "run")]) == 0
     return json.loads((path / "run" / "summary.json").read_text())
 
 

@@ -7,87 +7,114 @@ part of p - q, normalised. Every token then has distribution p, whatever the dra
 """
 
 import dataclasses
+from typing import Any, no_type_check
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
 
 import kernels
 from gen_jax import keys as key_streams
-from gen_jax.models.autoregressive.config import TokenChoice
-from gen_jax.models.autoregressive.losses import read_prompts
-from gen_jax.nn.transformer import PreparedParams, TokenNetwork
+from gen_jax.condition import Condition
+from gen_jax.config import frozen
+from gen_jax.models.autoregressive import prompts
+from gen_jax.models.autoregressive.config import SamplingOptions
+from gen_jax.models.autoregressive.losses import AutoregressiveModel
+from gen_jax.models.contract import check_params
+from gen_jax.nn.transformer import TokenNetwork
 from kernels import KVCache
 
+__all__ = ["SpeculativeSampler", "SpeculativeState"]
 
+
+@no_type_check  # jax also makes trees of this class whose leaves are no arrays
 @flax.struct.dataclass
 class SpeculativeState:
     """What speculative decoding carries from round to round.
 
     Attributes:
-      keys: [N, G + 1, B], for the drafted tokens and the one that ends a round.
-      uniforms: float32 [N, B, G], against which drafted tokens are kept.
-      tokens: int32 [B, P + N + G + 1], of which the first `known` of each sample are final.
-      known: int32 [B].
-      done: bool [B], whether N tokens, or the stop token, are there.
-      caches: of the large model; `draft_caches`: of the draft.
-      first: int32 [B], column of the first input of each sample, or None.
-      rounds: int32 [B], rounds that each sample took.
+      keys: for the G drafted tokens of each round and the one that ends it.
+      uniforms: float32, against which drafted tokens are kept.
+      tokens: int32, first inputs and new tokens, of which the first `known` of each sample are
+        final, with room for one round more.
+      known: int32, between the number of first inputs and that with all new tokens.
+      done: whether N tokens, or the token that ends a sample, are there.
+      caches: of the large model.
+      draft_caches: of the draft.
+      first: int32, the column of the first input of each sample; None where all rows are full.
+      rounds: int32, rounds that each sample took.
     """
 
-    keys: jax.Array
-    uniforms: jax.Array
-    tokens: jax.Array
-    known: jax.Array
-    done: jax.Array
+    keys: Key[Array, "N G+1 B"]
+    uniforms: Float[Array, "N B G"]
+    tokens: Int[Array, "B T"]
+    known: Int[Array, " B"]
+    done: Bool[Array, " B"]
     caches: tuple[KVCache, ...]
     draft_caches: tuple[KVCache, ...]
-    first: jax.Array | None
-    rounds: jax.Array
+    first: Int[Array, " B"] | None
+    rounds: Int[Array, " B"]
 
 
-@dataclasses.dataclass(frozen=True)
+@frozen
 class SpeculativeSampler:
     """Ancestral sampling of the large model, in fewer passes of it.
 
-    Takes params {"target": ..., "draft": ...}; the condition is `autoregressive.pad_prompts`. A
-    step is a round: `drafted` passes of the draft, one of the large model over one token more.
-    The loop ends when all samples are complete.
+    Its parameters are {"target": those of the model, "draft": those of the draft}. A step is a
+    round: `drafted` passes of the draft, and one of the large model over one token more. The loop
+    ends when all samples are complete.
 
     Attributes:
-      network: the large model, causal.
-      draft: a causal network over the same tokens.
-      prompt_length: P, columns of the prompts.
-      tokens: N, how many to draw.
-      drafted: G, tokens drafted in one round.
-      choice: how each token is drawn, by both models.
-      stop: the token that ends a sample; the rest of it is filled with the same. None for none.
+      model: the large one, which the samples are of; its network is a `TokenNetwork`.
+      draft: a model of the same tokens.
+      prompt_length: P, given tokens; at least 1 for models without a start token, which does not
+        count.
+      tokens: N, how many to draw, at least 1.
+      drafted: G, tokens drafted in one round, at least 1.
+      options: how each token is drawn, by both models.
+      eos: the token that ends a sample; the rest of it is filled with the same. None where nothing
+        ends them.
+
+    Raises:
+      ValueError: at construction, where the models do not go together, a number is out of range or
+        the tokens do not fit into both contexts.
     """
 
-    network: TokenNetwork
-    draft: TokenNetwork
+    model: AutoregressiveModel
+    draft: AutoregressiveModel
     prompt_length: int
     tokens: int
     drafted: int = 4
-    choice: TokenChoice = TokenChoice()
-    stop: int | None = None
+    options: SamplingOptions = SamplingOptions()
+    eos: int | None = None
 
     def __post_init__(self):
-        large, small = self.network.config, self.draft.config
-        if not (large.causal and small.causal):
-            raise ValueError("speculative decoding needs two causal networks")
+        networks = self.model.network, self.draft.network
+        if not all(isinstance(network, TokenNetwork) for network in networks):
+            raise ValueError("speculative decoding is for models without a source")
+        large, small = (network.config for network in networks)
         if (large.vocabulary, large.extra_inputs) != (small.vocabulary, small.extra_inputs):
             raise ValueError(
                 f"the draft reads {small.vocabulary} + {small.extra_inputs} tokens, the large "
                 f"model {large.vocabulary} + {large.extra_inputs}: they must be the same"
             )
-        if min(self.prompt_length, self.tokens, self.drafted) < 1:
-            raise ValueError("prompt_length, tokens and drafted must be at least 1")
-        if self._columns > min(large.context, small.context):
+        prompts.check_prompt_length(self.model, self.prompt_length)
+        if min(self.tokens, self.drafted) < 1:
             raise ValueError(
-                f"{self.prompt_length} + {self.tokens} tokens and {self.drafted} drafted ones do "
-                f"not fit into the context of {min(large.context, small.context)}"
+                f"tokens and drafted must be at least 1, got {self.tokens} and {self.drafted}"
             )
+        if self.cache_length > min(large.context, small.context):
+            raise ValueError(
+                f"{self._width} + {self.tokens} tokens and {self.drafted} drafted ones do not fit "
+                f"into the context of {min(large.context, small.context)}"
+            )
+        prompts.check_eos(self.model, self.eos)
+
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """See `Sampler`."""
+        return prompts.conditions_of(self.model)
 
     @property
     def steps(self) -> int:
@@ -97,109 +124,132 @@ class SpeculativeSampler:
     @property
     def nfe(self) -> int:
         """Passes of the large model at most."""
-        return self.tokens + (self.prompt_length > 1)
+        return self.tokens + (self._width > 1)
 
     @property
-    def _columns(self):
-        return self.prompt_length + self.tokens + self.drafted
+    def cache_length(self) -> int:
+        """Columns of the caches."""
+        return self._width + self.tokens + self.drafted
 
-    def prepare(self, params) -> dict[str, PreparedParams]:
+    @property
+    def _width(self):
+        return self.prompt_length + self.model.has_start
+
+    def check(self, params: Any, cond: Condition) -> None:
+        """See `Sampler`; `prompts.check_condition` says what is refused."""
+        if not isinstance(params, dict) or params.keys() != {"target", "draft"}:
+            raise ValueError(
+                'speculative decoding takes the parameters of two models: {"target": ..., '
+                '"draft": ...}'
+            )
+        check_params(self.model, params["target"])
+        check_params(self.draft, params["draft"])
+        prompts.check_condition(self.model, self.prompt_length, cond)
+
+    def prepare(self, params: dict[str, Any]) -> dict[str, Any]:
         """See `TokenNetwork.prepare`."""
         return {
-            "target": self.network.prepare(params["target"]),
-            "draft": self.draft.prepare(params["draft"]),
+            "target": self.model.network.prepare(params["target"]),
+            "draft": self.draft.network.prepare(params["draft"]),
         }
 
-    def init(self, params, keys, cond) -> SpeculativeState:
-        """Both models read the prompts, up to their last token."""
-        prompt = cond["tokens"].astype(jnp.int32)
-        batch, sizes = len(prompt), (self.prompt_length, self._columns)
+    def init(
+        self, params: dict[str, Any], keys: Key[Array, " B"], cond: Condition
+    ) -> SpeculativeState:
+        """Both models read the first inputs, up to their last."""
+        batch, cache_length = len(keys), self.cache_length
+        inputs, first = prompts.first_inputs(self.model, cond, batch)
+        target, draft = params["target"], params["draft"]
         keys = key_streams.grid(keys, self.tokens, self.drafted + 2)
         uniform = jax.vmap(jax.vmap(lambda key: jax.random.uniform(key, self.drafted)))
         return SpeculativeState(
             keys=keys[:, 1:],
             uniforms=uniform(keys[:, 0]),
-            tokens=jnp.pad(prompt, ((0, 0), (0, self.tokens + self.drafted + 1))),
-            known=jnp.full(batch, self.prompt_length, jnp.int32),
+            tokens=jnp.pad(inputs, ((0, 0), (0, self.tokens + self.drafted + 1))),
+            known=jnp.full(batch, self._width, jnp.int32),
             done=jnp.zeros(batch, bool),
-            caches=read_prompts(self.network, params["target"], cond, *sizes),
-            draft_caches=read_prompts(self.draft, params["draft"], cond, *sizes),
-            first=cond.get("first"),
+            caches=prompts.prefill(self.model.network, target, inputs, cache_length, first),
+            draft_caches=prompts.prefill(self.draft.network, draft, inputs, cache_length, first),
+            first=first,
             rounds=jnp.zeros(batch, jnp.int32),
         )
 
-    def step(self, params, state: SpeculativeState, i) -> SpeculativeState:
+    def step(
+        self, params: dict[str, Any], state: SpeculativeState, i: Int[Array, ""] | int
+    ) -> SpeculativeState:
         """One round: draft, check, keep what agrees and draw one token more."""
         drafted, proposal, draft_caches = self._draft(params["draft"], state, state.keys[i])
-        last = _at(state.tokens, state.known - 1)
-        hidden, caches = self.network.extend(
-            params["target"],
-            jnp.concatenate([last, drafted], axis=1),
-            state.caches,
-            state.known - 1,
-            state.first,
-        )
-        wanted = jax.nn.softmax(
-            self._filtered(self.network.logits(params["target"], hidden)), axis=-1
-        )
-        kept, end = self._check(
+        wanted, caches = self._wanted(params["target"], state, drafted)
+        kept, end = self._accept(
             drafted, proposal, wanted, state.uniforms[i], state.keys[i, self.drafted]
         )
-        places = jnp.arange(self.drafted + 1)
+        places = jnp.arange(self.drafted + 1)[None]
         block = jnp.where(places == kept[:, None], end[:, None], jnp.pad(drafted, ((0, 0), (0, 1))))
         tokens = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at,)))(
             state.tokens, block, state.known
         )
-        new, stopped = kept + 1, False
-        if self.stop is not None:
-            is_stop = (block == self.stop) & (places <= kept[:, None])
-            stopped = is_stop.any(axis=1)
-            new = jnp.where(stopped, jnp.argmax(is_stop, axis=1) + 1, new)
-        whole = self.prompt_length + self.tokens
+        new, ended = kept + 1, False
+        if self.eos is not None:
+            is_eos = (block == self.eos) & (places <= kept[:, None])
+            ended = is_eos.any(axis=1)
+            new = jnp.where(ended, jnp.argmax(is_eos, axis=1) + 1, new)
+        whole = self._width + self.tokens
         known = jnp.where(state.done, state.known, jnp.minimum(state.known + new, whole))
         return state.replace(
             tokens=tokens,
             known=known,
-            done=state.done | stopped | (known == whole),
+            done=state.done | ended | (known == whole),
             caches=caches,
             draft_caches=draft_caches,
             rounds=state.rounds + ~state.done,
         )
 
-    def stopped(self, state: SpeculativeState) -> jax.Array:
+    def stopped(self, state: SpeculativeState) -> Bool[Array, ""]:
         """Whether all samples are complete."""
         return state.done.all()
 
-    def finish(self, params, state: SpeculativeState) -> jax.Array:
-        """The new tokens, int32 [B, N]."""
-        places = jnp.arange(self.prompt_length, self.prompt_length + self.tokens)
-        tokens = state.tokens[:, self.prompt_length : self.prompt_length + self.tokens]
-        if self.stop is None:
+    def new_tokens(self, state: SpeculativeState) -> Int[Array, "B N"]:
+        """The new tokens so far; those after the first `known` of a sample may still change."""
+        return state.tokens[:, self._width : self._width + self.tokens]
+
+    def finish(self, params: Any, state: SpeculativeState) -> Int[Array, "B N"]:
+        """The new tokens, int32."""
+        tokens = self.new_tokens(state)
+        if self.eos is None:
             return tokens
-        return jnp.where(places < state.known[:, None], tokens, self.stop)
+        places = jnp.arange(self._width, self._width + self.tokens)[None]
+        return jnp.where(places < state.known[:, None], tokens, self.eos)
 
     def _draft(self, params, state, keys):
         """G drafted tokens [B, G], the logits that they were drawn from [B, G, V], and caches."""
         # The draft has not read the token before last where the round before kept all: it reads
         # two at once, which costs a small batch no more than one.
-        column = jnp.maximum(state.known - 2, 0)
+        network, column = self.draft.network, jnp.maximum(state.known - 2, 0)
         pair = jax.vmap(lambda row, at: jax.lax.dynamic_slice(row, (at,), (2,)))(
             state.tokens, column
         )
-        hidden, caches = self.draft.extend(params, pair, state.draft_caches, column, state.first)
+        hidden, caches = network.extend(params, pair, state.draft_caches, column, state.first)
         hidden = jnp.where((state.known == 1)[:, None, None], hidden[:, :1], hidden[:, 1:])
         tokens, proposals = [], []
         for j in range(self.drafted):
             if j:
-                hidden, caches = self.draft.extend(
+                hidden, caches = network.extend(
                     params, tokens[-1][:, None], caches, state.known - 1 + j, state.first
                 )
-            logits = self._filtered(self.draft.logits(params, hidden[:, 0]))
+            logits = self._filtered(network.logits(params, hidden[:, 0]))
             tokens.append(kernels.sample_logits(logits, keys[j]))
             proposals.append(logits)
         return jnp.stack(tokens, axis=1), jnp.stack(proposals, axis=1), caches
 
-    def _check(self, drafted, proposal, wanted, uniforms, keys):
+    def _wanted(self, params, state, drafted):
+        """The large model's distributions of G + 1 tokens [B, G + 1, V], and its caches."""
+        network, before = self.model.network, state.known - 1
+        last = jnp.take_along_axis(state.tokens, before[:, None], axis=1)
+        inputs = jnp.concatenate([last, drafted], axis=1)
+        hidden, caches = network.extend(params, inputs, state.caches, before, state.first)
+        return jax.nn.softmax(self._filtered(network.logits(params, hidden)), axis=-1), caches
+
+    def _accept(self, drafted, proposal, wanted, uniforms, keys):
         """How many drafted tokens are kept, int32 [B], and the token after them [B]."""
         proposal = jnp.pad(jax.nn.softmax(proposal, axis=-1), ((0, 0), (0, 1), (0, 0)))
         ids = drafted[..., None]
@@ -213,13 +263,10 @@ class SpeculativeSampler:
         return kept, kernels.sample_logits(jnp.log(rest), keys)
 
     def _filtered(self, logits):  # [..., V], -inf where excluded
-        if self.choice.temperature == 0:
-            best = logits.argmax(axis=-1, keepdims=True)
-            return jnp.where(jnp.arange(logits.shape[-1]) == best, 0.0, -jnp.inf)
         rows = logits.reshape(-1, logits.shape[-1])
-        filtered = kernels.filter_logits(rows, **dataclasses.asdict(self.choice))
+        if self.options.temperature == 0:
+            best = rows.argmax(axis=-1, keepdims=True)
+            filtered = jnp.where(jnp.arange(rows.shape[-1])[None] == best, 0.0, -jnp.inf)
+        else:
+            filtered = kernels.filter_logits(rows, **dataclasses.asdict(self.options))
         return filtered.reshape(logits.shape)
-
-
-def _at(tokens, place):  # [B, L], [B] -> [B, 1]
-    return jnp.take_along_axis(tokens, place[:, None], axis=1)

@@ -1,0 +1,67 @@
+"""What the benchmarks share."""
+
+import importlib.util
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import tyro
+
+from gen_jax import cli
+
+__all__ = ["alternate", "machine", "main", "require", "torch_device"]
+
+
+def main(kind: type, benchmark: Callable[[Any], Any], about: str) -> int:
+    """Runs a benchmark from the command line; what it returns is the last line, as JSON.
+
+    Args:
+      kind: the dataclass of its configuration.
+      benchmark: a function of a configuration.
+      about: what --help says first.
+
+    Returns:
+      The exit code of `cli.guarded`.
+    """
+    return cli.guarded(lambda: print(json.dumps(benchmark(tyro.cli(kind, description=about)))))
+
+
+def require(*packages: str) -> None:
+    """Raises a ValueError that says which are not installed."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(
+            f"{' and '.join(missing)} not installed; install the extra: pip install -e '.[oracles]'"
+        )
+
+
+def torch_device() -> str:
+    """PyTorch's device where jax runs: CUDA where that is a GPU."""
+    return {"gpu": "cuda"}.get(jax.default_backend(), "cpu")
+
+
+def machine() -> str:
+    """Processor, cores and, where jax runs on another, the device."""
+    device = jax.devices()[0]
+    kind = "" if device.platform == "cpu" else f", {device.device_kind}"
+    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores{kind}"
+
+
+def alternate(sides: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each run of each side, one run of each in turn; each must wait for its result.
+
+    A short pause comes before each: PyTorch's threads wait for more work by spinning, and would
+    take a core from what is timed next.
+    """
+    seconds = {name: [] for name in sides}
+    for _ in range(repeats):
+        for name, run in sides.items():
+            time.sleep(0.1)
+            began = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - began)
+    return seconds

@@ -1,0 +1,343 @@
+"""The command line: from arguments to a configuration, refusals in one line, exit codes.
+
+Nothing here imports jax. A mistyped option, missing data or a work directory of another run is
+refused in well under a second; then the phases of the run, in `gen_jax.runs`, are imported once.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import errno
+import os
+import pathlib
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Mapping
+
+import tyro
+
+from gen_jax import config as config_lib
+from gen_jax.config import RunConfig
+from gen_jax.workdir import Workdir, WorkdirError
+
+__all__ = [
+    "Experiment",
+    "claim",
+    "execute",
+    "guarded",
+    "main",
+    "parse",
+    "phases_of",
+    "print_summary",
+    "resume_command",
+    "stored_form",
+]
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_WHOLE = ("train", "sample", "evaluate")  # what "all" runs, as far as the task has them
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """An experiment: its name, and complete configurations of its task.
+
+    Attributes:
+      name: of its module in `experiments`.
+      about: what --help says first.
+      presets: configurations of one class by name; the first is the default.
+    """
+
+    name: str
+    about: str
+    presets: Mapping[str, RunConfig]
+
+    @property
+    def default(self) -> RunConfig:
+        """The first preset."""
+        return next(iter(self.presets.values()))
+
+    @property
+    def commands(self) -> tuple[str, ...]:
+        """All commands of the task; the first is the default."""
+        return "all", *self.default.commands
+
+
+def main(experiment: Experiment, argv: list[str] | None = None) -> int:
+    """Runs the command that the arguments ask for; the exit code of `guarded`."""
+
+    def run():
+        command, config = parse(experiment, sys.argv[1:] if argv is None else argv)
+        try:
+            execute(experiment, config, phases_of(config, command))
+        except OSError as error:  # a failed write does not name its file
+            if error.errno not in _DISK_FULL or error.filename is not None:
+                raise
+            raise OSError(f"{error}, in the work directory {config.workdir}") from error
+
+    return guarded(run)
+
+
+def phases_of(config: RunConfig, command: str) -> tuple[str, ...]:
+    """The phases that a command runs, in order."""
+    if command != "all":
+        return (command,)
+    return tuple(phase for phase in _WHOLE if phase in config.commands)
+
+
+def execute(experiment: Experiment, config: RunConfig, phases: tuple[str, ...]) -> None:
+    """Checks what can be checked without jax, holds the work directory, and runs the phases.
+
+    Raises:
+      ValueError, FileNotFoundError: the run, its data or its work directory do not fit; nothing was
+        written.
+    """
+    path = pathlib.Path(config.workdir).expanduser()
+    training, several = "train" in phases, bool(config.distributed.coordinator)
+    pretrained = getattr(config, "pretrained", "")
+    if not training and not pretrained and not (path / "config.json").exists():
+        raise WorkdirError(f"no run in {path}; train one first, or give its --workdir")
+    if several and phases != ("train",):
+        raise ValueError("several hosts train together; sample and evaluate on one of them")
+    data = config.load(path, phases)
+    workdir = Workdir(path)
+    with contextlib.nullcontext() if several else claim(workdir, config, training):
+        run = config_lib.resolve("gen_jax.runs:run")
+        run(experiment.name, config, workdir, phases, data)
+
+
+@contextlib.contextmanager
+def claim(workdir: Workdir, config: RunConfig, training: bool) -> Iterator[None]:
+    """Holds the work directory, which must be of this configuration.
+
+    Args:
+      workdir: the directory.
+      config: of the run, stored there when training.
+      training: whether the run trains.
+
+    Raises:
+      WorkdirError: another process holds it, or it holds another run.
+    """
+    with workdir.lock():
+        stored, current = workdir.stored_config(), stored_form(config)
+        resumable = _resumable(config, stored)
+        if training:
+            workdir.write_config(current, resumable)
+        else:
+            workdir.check_config(current, resumable)
+        yield
+
+
+def stored_form(config: RunConfig) -> dict:
+    """What config.json holds: the name of the task, and the fields."""
+    return {"task": config.task} | config_lib.to_dict(config)
+
+
+def _resumable(config, stored):
+    """Keys that may change on resume.
+
+    They are those of the task, the number of steps where the rate does not depend on it, and fields
+    at their defaults that the stored configuration is too old to have.
+    """
+    current = config_lib.flatten(config_lib.to_dict(config))
+    added = config_lib.added(type(config), stored or {})
+    same = tuple(key for key, value in added.items() if current.get(key) == value)
+    steps = ("train.steps",) if config.train.decay == "constant" else ()
+    return config.resumable + steps + same
+
+
+def guarded(run: Callable[[], None]) -> int:
+    """Runs to the end, or prints one line that says why not.
+
+    A ValueError that was not raised by this project is a defect, not bad input: it passes.
+
+    Returns:
+      The exit code: 0, 2 for bad input, 1 for a run that failed, 130 for SIGINT.
+    """
+    sys.unraisablehook = _unraisable
+    try:
+        run()
+    except ValueError as error:
+        if not _is_ours(error):
+            raise
+        return _fail(error, 2)
+    except FileNotFoundError as error:
+        return _fail(error, 2)
+    except (FloatingPointError, OSError) as error:
+        return _fail(error, 1)
+    except RuntimeError as error:  # of jax, which may not have been imported
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return _fail(
+            "out of memory; try a larger --train.accumulate, or a smaller --sample.micro-batch "
+            f"or --evaluate.batch ({str(error).splitlines()[0][:200]})",
+            1,
+        )
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parse(experiment: Experiment, argv: list[str]) -> tuple[str, RunConfig]:
+    """The command and the configuration.
+
+    The base is the preset named by --preset; without one, the configuration stored in the work
+    directory; without that, the first preset. A field that is a `config.Choice` is chosen by name,
+    as in --sampler ddim, or by "module:class" of one's own. Every option overrides a field.
+
+    Raises:
+      SystemExit: a value is ill-typed (code 2), or --help was asked for.
+      ValueError: a command, preset, choice or option is unknown, or values contradict each other.
+    """
+    commands = experiment.commands
+    command, rest = commands[0], argv
+    if argv and not argv[0].startswith("-"):
+        command, rest = argv[0], argv[1:]
+    if command not in commands:
+        close = difflib.get_close_matches(command, commands, n=1, cutoff=0.0)
+        raise ValueError(f"unknown command {command!r}; did you mean {close[0]}?")
+    preset, rest = _take(rest, "--preset")
+    workdir, _ = _take(rest, "--workdir")
+    chosen, rest = _take_choices(rest, type(experiment.default))
+    if preset is not None and preset not in experiment.presets:
+        raise ValueError(
+            f"unknown preset {preset!r}; choose one of {', '.join(experiment.presets)}"
+        )
+    default = experiment.presets[preset] if preset is not None else experiment.default
+    if preset is None:
+        default = _stored(experiment, default, workdir or default.workdir)
+    default = _with_choices(default, chosen)
+    _check_options(rest, default)
+    prog = f"python -m experiments.{experiment.name} [{'|'.join(commands)}] [--preset NAME]"
+    about = _description(experiment, default)
+    config = tyro.cli(type(default), prog=prog, description=about, default=default, args=rest)
+    return command, config
+
+
+def _description(experiment, default):
+    lines = [
+        f"{experiment.about}\n",
+        f"Commands: {', '.join(experiment.commands)} (default: {experiment.commands[0]}).",
+        f"Presets: {', '.join(experiment.presets)} (--preset NAME, default: "
+        f"{next(iter(experiment.presets))}).",
+    ]
+    for field, kinds in config_lib.choices_of(type(default)).items():
+        lines.append(
+            f"--{field} is one of {', '.join(kinds)} (here: {getattr(default, field).name}), or "
+            "MODULE:CLASS of your own; "
+            f"`--{field} NAME --help` shows its options."
+        )
+    return "\n".join(lines)
+
+
+def _take_choices(argv, kind):
+    """The options chosen by name, as classes by field, and the arguments without them."""
+    chosen = {}
+    for field, kinds in config_lib.choices_of(kind).items():
+        name, argv = _take(argv, f"--{field}")
+        if name is None:
+            continue
+        if ":" in name:
+            config_lib.resolve(name)  # importing it makes it known
+            name = getattr(config_lib.resolve(name), "name", name)
+        if name not in kinds:
+            close = difflib.get_close_matches(name, kinds, n=1, cutoff=0.0)
+            raise ValueError(
+                f"unknown --{field} {name!r}; did you mean {close[0]}? It is one of "
+                f"{', '.join(kinds)}, or MODULE:CLASS"
+            )
+        chosen[field] = kinds[name]
+    return chosen, argv
+
+
+def _with_choices(config, chosen):
+    """The configuration with these options, each at its defaults where it is another than now."""
+    changed = {
+        field: kind() for field, kind in chosen.items() if type(getattr(config, field)) is not kind
+    }
+    return dataclasses.replace(config, **changed) if changed else config
+
+
+def resume_command(experiment: str, config: RunConfig) -> str:
+    """The command line that goes on with a run."""
+    return f"python -m experiments.{experiment} train --workdir {shlex.quote(str(config.workdir))}"
+
+
+def print_summary(title: str, rows: Mapping[str, object]) -> None:
+    """A table of two columns on standard output."""
+    width = max(len(name) for name in rows)
+    print(f"\n{title}")
+    for name, value in rows.items():
+        text = f"{value:.4g}" if isinstance(value, float) else str(value)
+        print(f"  {name.replace('_', ' '):<{width}}  {text}")
+
+
+def _take(argv, option):
+    """The value of an option, and the arguments without it."""
+    rest, value, items = [], None, iter(argv)
+    for item in items:
+        if item == option:
+            value = next(items, None)
+            if value is None:
+                raise ValueError(f"{option} needs a value")
+        elif item.startswith(f"{option}="):
+            value = item.split("=", 1)[1]
+        else:
+            rest.append(item)
+    return value, rest
+
+
+def _check_options(argv, config):
+    """Refuses an option that is no field of the configuration, and says which is closest."""
+    names = []
+    for key, value in config_lib.flatten(config_lib.to_dict(config)).items():
+        prefix, _, field = key.replace("_", "-").rpartition(".")
+        prefix = f"--{prefix}." if prefix else "--"
+        names += [prefix + field] + ([f"{prefix}no-{field}"] if isinstance(value, bool) else [])
+    for item in argv:
+        option = item.split("=", 1)[0].replace("_", "-")
+        if not item.startswith("--") or option == "--help" or option in names:
+            continue
+        close = [name for name in names if _acronym(name) == option]
+        close += difflib.get_close_matches(option, names, n=1, cutoff=0.0)
+        raise ValueError(f"unknown option {item}; did you mean {close[0]}? (--help lists all)")
+
+
+def _acronym(name):
+    prefix, dot, field = name.rpartition(".")
+    return prefix + dot + "".join(word[0] for word in field.split("-") if word)
+
+
+def _stored(experiment, default, path):
+    """The configuration stored in a work directory, or the default where there is none."""
+    if not os.path.isfile(os.path.join(os.path.expanduser(path), "config.json")):
+        return default
+    values = Workdir(path).stored_config()
+    task = values.pop("task", None)
+    if task != default.task:
+        what = "is of an older version" if task is None else f"holds a run of the task {task!r}"
+        raise WorkdirError(
+            f"{path} {what}, and {experiment.name} is of the task {default.task!r}; "
+            "choose another --workdir"
+        )
+    return dataclasses.replace(config_lib.from_dict(type(default), values), workdir=path)
+
+
+def _is_ours(error):
+    """Whether the statement that raised it is in one of this project's packages."""
+    trace = error.__traceback__
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    module = trace.tb_frame.f_globals.get("__name__", "")
+    return module.partition(".")[0] in ("gen_jax", "experiments", "kernels", "__main__")
+
+
+def _unraisable(what):
+    # After an error, which is raised, TensorStore still calls back to an event loop that is gone.
+    if str(what.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(what)
+
+
+def _fail(error, code):
+    print(f"error: {error}", file=sys.stderr)
+    return code

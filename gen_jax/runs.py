@@ -1,0 +1,168 @@
+"""The phases of a run as functions of its task: train, sample, evaluate, and a task's own."""
+
+import contextlib
+import json
+import pathlib
+import sys
+import time
+from typing import Any
+
+import jax
+
+from gen_jax import checkpoint, cli, parallel, training
+from gen_jax import config as config_lib
+from gen_jax.config import RunConfig
+from gen_jax.task import Context, Run, Stage, Task
+from gen_jax.workdir import Workdir
+
+__all__ = ["evaluate", "make_task", "restore", "run", "sample", "train"]
+
+
+def run(name: str, config: RunConfig, workdir: Workdir, phases: tuple[str, ...], data: Any) -> None:
+    """Runs phases one after the other, prints the summary and adds it to summary.json.
+
+    Args:
+      name: of the experiment.
+      config: of the run.
+      workdir: its directory, held by the caller unless several hosts train.
+      phases: the commands, in order.
+      data: of `config.load` for these phases.
+    """
+    parallel.start(config.distributed)
+    main = jax.process_index() == 0
+    several = bool(config.distributed.coordinator)
+    claimed = cli.claim(workdir, config, "train" in phases) if several and main else None
+    with claimed or contextlib.nullcontext():
+        if main:
+            print(f"{name}: {parallel.device_banner()}; {workdir.path}")
+        task = make_task(config, workdir, phases, data)
+        current, report = Run(name, config, workdir, phases, task), {}
+        if "train" in phases:
+            report |= train(current)
+        if phases != ("train",):
+            current.params, current.step = restore(current)
+            report["step"] = current.step
+        for phase in phases:
+            if phase != "train":
+                report |= _PHASES.get(phase, _command(phase))(current)
+        if main:
+            report["wall_seconds"] = time.perf_counter() - current.began
+            _summarise(current, report)
+
+
+def make_task(config: RunConfig, workdir: Workdir, phases: tuple[str, ...], data: Any) -> Task:
+    """The task of a configuration, made for these phases."""
+    records, training = {}, "train" in phases
+    for folder in sorted(path for path in workdir.path.iterdir() if path.is_dir()):
+        if checkpoint.steps(folder / "checkpoints"):
+            step = _wanted_step(config, training)
+            restored = checkpoint.restore(folder / "checkpoints", {}, step=step)
+            records[folder.name] = restored.record
+    if not (training or records or getattr(config, "pretrained", "")):
+        raise FileNotFoundError(f"no checkpoint in {workdir.path} yet; run the command `train`")
+    make = config_lib.resolve(config.make_task)
+    return make(config, Context(workdir, phases, records, data))
+
+
+def _wanted_step(config, training):
+    """The step of the checkpoint that config.sample asks for; None for the latest whole one."""
+    step = getattr(getattr(config, "sample", None), "checkpoint", -1)
+    return None if training or step < 0 else step
+
+
+def train(run: Run) -> dict[str, Any]:
+    """Trains every stage from where the work directory left off; what it took."""
+    report, earlier = {}, {}
+    for stage in run.task.stages:
+        trained = _train_stage(run, stage, earlier)
+        several = len(run.task.stages) > 1
+        figures = _figures(stage, trained)
+        report |= {f"{stage.name}_{name}": v for name, v in figures.items()} if several else figures
+        earlier[stage.name] = trained.averaged
+    return report
+
+
+def _train_stage(run, stage, earlier):
+    shard = (jax.process_index(), jax.process_count())
+    try:
+        return training.fit(
+            run.config.train,
+            stage.trainable,
+            lambda step: stage.batch(step, shard, earlier),
+            run.workdir.stage(stage.name),
+            mesh=parallel.data_mesh(),
+            record={"config": cli.stored_form(run.config)} | dict(stage.record),
+            evaluate=stage.evaluate,
+            initial=stage.initial() if stage.initial is not None else None,
+        )
+    except training.Interrupted as stop:
+        command = cli.resume_command(run.name, run.config)
+        print(f"{stop}; saved. Resume with:\n  {command}", file=sys.stderr)
+        raise SystemExit(128 + stop.signum) from None
+
+
+def _figures(stage, trained):
+    size = sum(leaf.size for leaf in jax.tree.leaves(stage.abstract_params()))
+    report = {"parameters": size, "steps": trained.step}
+    if trained.start == trained.step:  # nothing was left to do
+        return report
+    rate = trained.examples_per_second * stage.units_per_example
+    return report | {
+        "train_compile_seconds": trained.compile_seconds,
+        "train_seconds": trained.seconds,
+        f"{stage.unit}_per_second": rate,
+    }
+
+
+def restore(run: Run) -> tuple[Any, int]:
+    """The averaged parameters to sample from, on the device, and their step.
+
+    Raises:
+      FileNotFoundError: there is no checkpoint, or not the one that config.sample asks for.
+    """
+    restored = {stage.name: _restore_stage(run, stage) for stage in run.task.stages}
+    step = max(step for _, step in restored.values())
+    params = {name: params for name, (params, _) in restored.items()}
+    return (params if len(params) > 1 else next(iter(params.values()))), step
+
+
+def _restore_stage(run: Run, stage: Stage):
+    folder = run.workdir.stage(stage.name).checkpoints
+    if stage.initial is not None and not checkpoint.steps(folder):
+        return jax.device_put(stage.initial()), 0
+    step = _wanted_step(run.config, False)
+    restored = checkpoint.restore(folder, {"ema": stage.abstract_params()}, step=step)
+    return jax.device_put(restored.trees["ema"]), restored.step
+
+
+def sample(run: Run) -> dict[str, Any]:
+    """Draws samples and writes them; rates and latency."""
+    samples, report = run.task.draw(run) if run.task.draw is not None else run.draw()
+    return report | run.task.write(run, samples, report)
+
+
+def evaluate(run: Run) -> dict[str, Any]:
+    """What the task measures of the trained model and of its samples."""
+    return run.task.evaluate(run)
+
+
+_PHASES = {"sample": sample, "evaluate": evaluate}
+
+
+def _command(phase):
+    return lambda run: run.task.commands[phase](run)
+
+
+def _summarise(run, report):
+    """Adds what was measured to summary.json, which keeps what was not measured again."""
+    path = run.workdir.path / "summary.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    trained = any(name.endswith("train_seconds") for name in report)
+    if "wall_seconds" in known and not trained:
+        report = report | {"wall_seconds": known["wall_seconds"]}  # that of the training
+    run.workdir.write_json("summary.json", known | report)
+    cli.print_summary(f"{run.name}: {', '.join(run.phases)}", report)
+    stages = [f"{stage.name}/{name}" for stage in run.task.stages for name in ("metrics.jsonl",)]
+    names = ("config.json", *stages, *run.task.results, "summary.json")
+    left = [name for name in names if (run.workdir.path / pathlib.Path(name)).exists()]
+    print(f"\nin {run.workdir.path}: {', '.join(left)}")

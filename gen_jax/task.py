@@ -1,0 +1,187 @@
+"""What a run is made of: a task is a value, with its stages, its sampler, and what they mean.
+
+A task says what is trained on what, and what sampling and evaluation mean there. It is made by a
+function of a configuration (see `gen_jax.tasks`); the phases of a run are functions of it (see
+`gen_jax.runs`). A task gives what it has, and leaves the rest at None.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from gen_jax import parallel, sampling
+from gen_jax.condition import Condition
+from gen_jax.config import RunConfig
+from gen_jax.sampling import Sampler
+from gen_jax.trainables import Trainable
+from gen_jax.workdir import Workdir
+
+__all__ = ["Context", "Run", "Stage", "Task"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What a task is made for, beside its configuration.
+
+    Attributes:
+      workdir: of the run.
+      phases: the commands to come; data that none of them needs need not be read.
+      records: the JSON records of the checkpoints to go on from or to sample, by stage.
+      data: what `config.load` read.
+    """
+
+    workdir: Workdir
+    phases: tuple[str, ...]
+    records: Mapping[str, dict]
+    data: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """Something that `training.fit` trains, in a directory of its own in that of the run.
+
+    Attributes:
+      name: of the stage, and of its directory.
+      trainable: what is trained.
+      batch: batch(step, shard, earlier) is part shard[0] of shard[1] of the batch of a step, in
+        NumPy arrays; `earlier` has the averaged parameters of the stages before this one, by name.
+      record: JSON values that are kept in each checkpoint, from which the task can be made again
+        without its data.
+      evaluate: metrics of the averaged parameters, every `config.train.evaluate_every` steps.
+      initial: parameters to start from, say published ones, and to sample where nothing was
+        trained; None for fresh ones.
+      unit: what the rate of training counts, and how many of them an example has.
+    """
+
+    name: str
+    trainable: Trainable
+    batch: Callable[[int, tuple[int, int], Mapping[str, Any]], dict[str, np.ndarray]]
+    record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    evaluate: Callable[[Any], dict[str, float]] | None = None
+    initial: Callable[[], Any] | None = None
+    unit: str = "images"
+    units_per_example: int = 1
+
+    def abstract_params(self) -> Any:
+        """Shapes and dtypes of the averaged parameters."""
+        trainable = self.trainable
+        return jax.eval_shape(lambda: trainable.averaged(trainable.init(jax.random.key(0))))
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What is trained on what, and what sampling and evaluation mean there.
+
+    Attributes:
+      stages: what is trained, in order.
+      model: what the sampler draws from, for users of `gen_jax.load`.
+      sampler: the strategy that `sample` runs.
+      condition: condition(n) conditions the first n samples; None for no condition.
+      number: most samples that there are conditions for; None for any number.
+      micro_batch: most samples that make sense at a time; None for config.sample.micro_batch.
+      draw: draws the samples, in place of `Run.draw`: say text that is shown while it is drawn.
+      write: write(run, samples, report) leaves samples in the work directory, and returns further
+        figures; `report` has those of the drawing.
+      evaluate: figures of the trained model, and of the samples drawn last.
+      commands: further commands by name; what they return joins the summary.
+      results: files that the phases leave in the work directory, for the last line.
+      tokenizer: of what the model reads and writes, where it is text.
+    """
+
+    stages: tuple[Stage, ...]
+    model: Any = None
+    sampler: Sampler | None = None
+    condition: Callable[[int], Condition] | None = None
+    number: int | None = None
+    micro_batch: int | None = None
+    draw: Callable[["Run"], tuple[Any, dict]] | None = None
+    write: Callable[["Run", Any, dict], dict] | None = None
+    evaluate: Callable[["Run"], dict] | None = None
+    commands: Mapping[str, Callable[["Run"], dict]] = dataclasses.field(default_factory=dict)
+    results: tuple[str, ...] = ()
+    tokenizer: Any = None
+
+
+@dataclasses.dataclass
+class Run:
+    """A run in its work directory, as the functions of a task see it.
+
+    Attributes:
+      name: of the experiment.
+      config: of the run.
+      workdir: its directory.
+      phases: the commands that it runs.
+      task: what is run.
+      step: the step of the restored parameters; 0 for published ones.
+      params: the averaged parameters: those of the only stage, or a dict by stage.
+    """
+
+    name: str
+    config: RunConfig
+    workdir: Workdir
+    phases: tuple[str, ...]
+    task: Task
+    step: int = 0
+    params: Any = None
+    began: float = dataclasses.field(default_factory=time.perf_counter)
+
+    def draw(self) -> tuple[Any, dict]:
+        """The samples that config.sample asks for, over all devices of this host; their figures."""
+        config, task, mesh = self.config.sample, self.task, parallel.local_mesh()
+        number = min(config.number, task.number or config.number)
+        condition = task.condition or (lambda number: None)
+        generate = functools.partial(sampling.generate_many, task.sampler, self.params, config.seed)
+        chunks = list(
+            generate(
+                number,
+                cond=condition(number),
+                micro_batch=task.micro_batch or config.micro_batch,
+                mesh=mesh if mesh.size > 1 else None,
+            )
+        )
+        few = min(3, task.number or 3)
+        alone = list(generate(few, cond=condition(few), micro_batch=1, progress=False))
+        samples = jax.tree.map(lambda *parts: np.concatenate(parts), *(c.samples for c in chunks))
+        return samples, {
+            "nfe": task.sampler.nfe,
+            "samples": number,
+            "sample_compile_seconds": sum(chunk.compile_seconds for chunk in chunks + alone),
+            "sampling_latency_seconds": float(np.median([chunk.seconds for chunk in alone])),
+            "samples_per_second": number / sum(chunk.seconds for chunk in chunks),
+        }
+
+    def keep_samples(self, **arrays: Any) -> None:
+        """Writes samples.npz whole: the arrays, the step and the seed."""
+        temporary = self.workdir.path / ".samples.npz"
+        np.savez(temporary, **arrays, step=self.step, seed=self.config.sample.seed)
+        temporary.replace(self.workdir.path / "samples.npz")
+
+    def kept_samples(self) -> dict[str, np.ndarray]:
+        """The arrays in samples.npz, which must be of the restored checkpoint.
+
+        Raises:
+          FileNotFoundError: no samples were drawn yet.
+          ValueError: they were drawn at another step.
+        """
+        path = self.workdir.path / "samples.npz"
+        if not path.exists():
+            raise FileNotFoundError(f"no samples in {path.parent}; run the command `sample` first")
+        with np.load(path) as file:
+            arrays = dict(file)
+        if (drawn := int(arrays["step"])) != self.step:
+            raise ValueError(
+                f"{path} was drawn at step {drawn}, the checkpoint is of step {self.step}; run the "
+                "command `sample` again"
+            )
+        return arrays
+
+    def keep_text(self, name: str, content: str) -> None:
+        """Writes a UTF-8 file of the work directory whole."""
+        temporary = self.workdir.path / f".{name}"
+        temporary.write_text(content, encoding="utf-8", newline="")
+        temporary.replace(self.workdir.path / name)

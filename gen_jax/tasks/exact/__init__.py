@@ -1,0 +1,1 @@
+"""What generating all units at once costs on known distributions, and what repairs get back."""

@@ -1,0 +1,1 @@
+"""Images by diffusion models, conditioned on their classes or not."""

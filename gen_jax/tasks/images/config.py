@@ -1,0 +1,108 @@
+"""The configuration of diffusion models of images, and their data; importing this loads no jax."""
+
+import pathlib
+
+from gen_jax import data as image_data
+from gen_jax.config import RunConfig, SampleConfig, frozen
+from gen_jax.data import DataConfig, Images
+from gen_jax.models.diffusion.config import DiffusionConfig
+from gen_jax.models.diffusion.solvers import Ancestral, Solver
+from gen_jax.nn.config import UNetConfig
+
+__all__ = ["EvaluateConfig", "ImagesConfig", "LabelledSampleConfig"]
+
+
+@frozen
+class LabelledSampleConfig(SampleConfig):
+    """How many samples to draw, and of which class."""
+
+    label: int = -1
+    """Class of all samples of a conditional model; -1 for all classes in turn."""
+
+
+@frozen
+class EvaluateConfig:
+    """What to measure."""
+
+    images: int = 256
+    """Test images for bits per dimension (all of them when there are fewer)."""
+    draws: int = 32
+    """Stratified draws of the time step per image; 0 for all T terms of the bound."""
+    batch: int = 64
+    """Images at a time."""
+
+    def __post_init__(self):
+        if self.images < 1 or self.batch < 1 or self.draws < 0:
+            raise ValueError("evaluate.images and .batch must be at least 1, .draws at least 0")
+
+
+@frozen
+class ImagesConfig(RunConfig):
+    """A diffusion model of images from data to samples."""
+
+    data: DataConfig = DataConfig()
+    model: UNetConfig = UNetConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    sample: LabelledSampleConfig = LabelledSampleConfig()
+    sampler: Solver = Ancestral()
+    """How the reverse process is solved."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    conditional: bool = False
+    """Condition on the labels of the data (set model.classes to their number)."""
+    pretrained: str = ""
+    """Folder of a UNet2DModel of diffusers: train starts from it, sample draws from it."""
+
+    task = "images"
+    make_task = "gen_jax.tasks.images.task:make"
+    commands = ("train", "sample", "evaluate", "export")
+
+    def __post_init__(self):
+        self.sampler.check(self.diffusion)
+        if self.conditional != bool(self.model.classes):
+            raise ValueError(
+                "conditional and model.classes go together: set both or neither "
+                f"(conditional is {self.conditional}, model.classes is {self.model.classes})"
+            )
+        if self.sampler.guidance != 1.0 and not self.conditional:
+            raise ValueError("sampler.guidance needs a conditional model")
+        if self.sampler.guidance != 1.0 and not self.diffusion.label_dropout:
+            raise ValueError("sampler.guidance needs a model trained with diffusion.label_dropout")
+        outputs = self.model.channels * (2 if self.diffusion.variance == "learned" else 1)
+        if self.model.out_channels != outputs:
+            raise ValueError(
+                f"model.out_channels must be {outputs} with diffusion.variance "
+                f"{self.diffusion.variance}, got {self.model.out_channels}"
+            )
+        if not -1 <= self.sample.label < max(self.model.classes, 1):
+            raise ValueError(f"sample.label must be -1 or a class, got {self.sample.label}")
+        if self.data.palette:
+            raise ValueError("a diffusion model takes RGB images: leave data.palette off")
+
+    def load(self, workdir: pathlib.Path, phases: tuple[str, ...]) -> dict[str, Images]:
+        """The images of the splits that the phases need; refuses those that do not fit."""
+        splits = {split: image_data.load(self.data, split) for split in self.splits(phases)}
+        for images in splits.values():
+            self._check_images(images)
+        return splits
+
+    def _check_images(self, images):
+        height, width, channels = images.images.shape[1:]
+        model = self.model
+        if channels != model.channels:
+            raise ValueError(
+                f"the images have {channels} channels, model.channels is {model.channels}"
+            )
+        if height % model.stride or width % model.stride:
+            raise ValueError(
+                f"images of {height} x {width} do not fit the model: height and width must be "
+                f"multiples of {model.stride} (model.patch x 2 per level of model.widths)"
+            )
+        heights = [height // model.patch // 2**level for level in range(len(model.widths))]
+        if not set(model.attention) <= set(heights):
+            raise ValueError(
+                f"model.attention {model.attention} names feature maps that are not there; "
+                f"their heights are {heights}"
+            )
+        classes = len(images.label_names)
+        if self.conditional and model.classes != classes:
+            raise ValueError(f"the data has {classes} classes, model.classes is {model.classes}")

@@ -1,0 +1,1 @@
+"""Images token by token in raster order, by autoregressive models."""

@@ -1,0 +1,146 @@
+"""Autoregressive models of pixels: what they are trained on, and how samples are judged."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+from jaxtyping import UInt8
+
+from gen_jax import evaluation, pictures
+from gen_jax.condition import Condition
+from gen_jax.data import ShapesSet
+from gen_jax.data.shapes import PALETTE
+from gen_jax.models.autoregressive import AutoregressiveModel, AutoregressiveSampler
+from gen_jax.nn.transformer import TokenNetwork
+from gen_jax.task import Context, Run, Stage, Task
+from gen_jax.tasks import image_files
+from gen_jax.tasks.pixels.config import PixelsConfig
+from gen_jax.trainables import ModelTrainable
+
+__all__ = ["filling", "make", "to_rgb"]
+
+_MOMENTS, _ROWS, _EMPTY = 8, 4, 64  # of trajectory.png: columns, rows, what is not drawn yet
+
+
+def make(config: PixelsConfig, context: Context) -> Task:
+    """The task of a configuration; `context.data` has the sequences by split."""
+    splits, record = context.data, context.records.get("model")
+    shape = tuple(record["image_shape"]) if record is not None else splits["train"].shape
+    network = TokenNetwork(dataclasses.replace(config.model, vocabulary=config.vocabulary))
+    model = AutoregressiveModel(network)
+    validate = functools.partial(_validate, config, model, splits.get("test"))
+    stage = Stage(
+        name="model",
+        trainable=ModelTrainable(model, config.train),
+        batch=functools.partial(_batch, config, splits.get("train")),
+        record={"image_shape": list(shape)},
+        evaluate=validate,
+    )
+    return Task(
+        stages=(stage,),
+        model=model,
+        sampler=AutoregressiveSampler(model, 0, config.model.context, config.sampler),
+        condition=functools.partial(_condition, config),
+        write=functools.partial(_write, shape),
+        evaluate=functools.partial(_evaluate, config, validate, splits.get("test")),
+        results=("samples.png", "samples.npz", "samples", "trajectory.png"),
+    )
+
+
+def _batch(config, sequences, step, shard, earlier):
+    """Images as tokens, and labels for a conditional model."""
+    del earlier
+    train = config.train
+    whole = sequences.batch(train.seed, step, train.batch, flip=config.data.flip, shard=shard)
+    return whole if config.conditional else {"tokens": whole["tokens"]}
+
+
+def _condition(config, number) -> Condition:
+    if not config.conditional:
+        return Condition()
+    return Condition(label=image_files.labels(number, config.sample.label, config.classes))
+
+
+def _validate(config, model, sequences, params) -> dict[str, float]:
+    """The exact likelihood of test images, its standard error, and its floor where known."""
+    choice, images = config.evaluate, sequences.images
+    number = min(choice.images, len(images))
+    chosen = images.indices(0, 0, number)
+    rows = {"tokens": sequences.tokens_of(images.images[chosen])}
+    if config.conditional:
+        rows["label"] = images.labels[chosen]
+    nats = -evaluation.map_rows(
+        functools.partial(_log_prob, model), params, rows, choice.batch
+    ).astype(np.float64)
+    bits = 1 / np.log(2) / sequences.length
+    error = nats.std(ddof=1) / np.sqrt(number) if number > 1 else np.nan
+    report = {
+        "bits_per_dim": float(nats.mean() * bits),
+        "bits_per_dim_standard_error": float(error * bits),
+        "nats_per_image": float(nats.mean()),
+        "test_images": number,
+    }
+    if config.data.name != "shapes":
+        return report
+    floor = ShapesSet(config.data.size).entropy
+    if config.conditional:  # the label tells one of equally many images
+        floor -= np.log(config.classes)
+    return report | {
+        "bits_per_dim_floor": float(floor * bits),
+        "nats_per_image_floor": float(floor),
+        "nats_over_floor": float(nats.mean() / floor),
+    }
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _log_prob(model, params, rows):
+    return model.log_prob(params, rows)
+
+
+def _evaluate(config, validate, sequences, run: Run) -> dict[str, float]:
+    """The likelihood of the test set, and the quality of the samples drawn last."""
+    images = run.kept_samples()["images"]
+    if not config.data.palette:
+        images = images / np.float32(127.5) - 1
+    return validate(run.params) | image_files.score(images, config.data, sequences.images)
+
+
+def _write(shape, run: Run, tokens: np.ndarray, report: dict) -> dict:
+    """Leaves the samples as pictures and arrays."""
+    images = tokens.reshape(-1, *shape).astype(np.uint8)
+    labels = run.task.condition(len(images)).label
+    known = {} if labels is None else {"labels": labels}
+    run.keep_samples(images=images, nfe=run.task.sampler.nfe, **known)
+    image_files.save_samples(run.workdir.path, to_rgb(images))
+    picture = filling(images[:_ROWS], image_files.scale(shape[0]))
+    pictures.save_png(run.workdir.path / "trajectory.png", picture)
+    return {"sampled_tokens_per_second": report["samples_per_second"] * tokens.shape[1]}
+
+
+def to_rgb(
+    images: UInt8[np.ndarray, "B height width *C"],
+) -> UInt8[np.ndarray, "B height width C"]:
+    """Images [B, height, width, C] as they are; palette indices [B, height, width] in colour."""
+    return PALETTE[images] if images.ndim == 3 else images
+
+
+def filling(
+    images: UInt8[np.ndarray, "B height width *C"], scale: int
+) -> UInt8[np.ndarray, "rows columns 3"]:
+    """A row for each image, which fills up in raster order from left to right.
+
+    Args:
+      images: [B, height, width, C], or palette indices [B, height, width].
+      scale: pixels drawn for one of an image.
+
+    Returns:
+      A picture; what is not drawn yet is grey.
+    """
+    drawn = to_rgb(images)
+    height, width = drawn.shape[1:3]
+    place = np.arange(height * width).reshape(height, width, 1)
+    ends = np.linspace(0, height * width, _MOMENTS + 1).round().astype(int)[1:]
+    frames = np.stack([np.where(place < end, drawn, _EMPTY) for end in ends], axis=1)
+    frames = frames.reshape(-1, *drawn.shape[1:]).astype(np.uint8)
+    return pictures.grid(frames, columns=_MOMENTS, scale=scale)

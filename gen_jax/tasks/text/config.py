@@ -1,0 +1,219 @@
+"""The configuration of models of text, and their data; importing this loads no jax."""
+
+import dataclasses
+import functools
+import pathlib
+
+import numpy as np
+from jaxtyping import Int
+
+from gen_jax.config import RunConfig, SampleConfig, frozen
+from gen_jax.data import TextConfig, TokenStream, load_text, tokenizers
+from gen_jax.models.autoregressive.config import DecodingOptions, SamplingOptions
+from gen_jax.nn.config import TransformerConfig
+
+__all__ = ["TOKENIZER", "EvaluateConfig", "TextData", "TextRunConfig", "TextSampleConfig"]
+
+TOKENIZER = "tokenizer.json"
+
+
+@frozen
+class TextSampleConfig(SampleConfig):
+    """How many samples to draw, of which length, and what they go on from."""
+
+    prompt: str = "\n"
+    """Text that every sample goes on from."""
+    tokens: int = 500
+    """New tokens of a sample."""
+    stop: str = ""
+    """Text of the one token that ends a sample; "eos" for the tokenizer's own, empty for none."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.prompt:
+            raise ValueError("sample.prompt is empty: a model of text needs a token to go on from")
+        if self.tokens < 1:
+            raise ValueError(f"sample.tokens must be at least 1, got {self.tokens}")
+
+
+@frozen
+class EvaluateConfig:
+    """What to measure."""
+
+    tokens: int = 0
+    """Tokens of the test split, the first ones; 0 for all."""
+    batch: int = 64
+    """Windows at a time."""
+
+    def __post_init__(self):
+        if self.batch < 1:
+            raise ValueError(f"evaluate.batch must be at least 1, got {self.batch}")
+        if self.tokens < 0 or self.tokens == 1:
+            raise ValueError(f"evaluate.tokens must be 0 or at least 2, got {self.tokens}")
+
+
+@frozen
+class TextRunConfig(RunConfig):
+    """A model of text from data to samples."""
+
+    data: TextConfig = TextConfig()
+    tokenizer: str = "chars"
+    """bytes, chars (those of the text), or the path of a tokenizer.json."""
+    model: TransformerConfig = TransformerConfig()
+    sample: TextSampleConfig = TextSampleConfig()
+    sampler: DecodingOptions = SamplingOptions()
+    """How tokens are chosen: drawn, or searched for."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    pretrained: str = ""
+    """Folder of a GPT2LMHeadModel of transformers: train starts from it, sample draws from it."""
+
+    task = "text"
+    make_task = "gen_jax.tasks.text.task:make"
+    commands = ("train", "sample", "evaluate", "export")
+    resumable = (*RunConfig.resumable, "data.path")
+
+    def __post_init__(self):
+        if not self.tokenizer:
+            raise ValueError("tokenizer is empty; choose bytes, chars or a tokenizer.json")
+        if self.pretrained and self.tokenizer in ("bytes", "chars"):
+            raise ValueError(
+                "pretrained goes with the tokenizer.json of its vocabulary: give --tokenizer its "
+                "path"
+            )
+        model = self.model
+        if not model.causal or model.memory or model.extra_inputs:
+            raise ValueError(
+                "a model of text is causal, without memory and extra inputs: leave model.causal, "
+                "model.memory and model.extra_inputs as they are"
+            )
+        if self.searches and self.sample.number > 1:
+            raise ValueError("beam search finds one text, always the same: set sample.number to 1")
+        if self.searches and self.sample.tokens >= model.context:
+            raise ValueError(
+                f"beam search stays within the context: sample.tokens ({self.sample.tokens}) "
+                f"must be less than model.context ({model.context})"
+            )
+
+    @property
+    def searches(self) -> bool:
+        """Whether sampling is a search, which draws nothing."""
+        return self.sampler.deterministic
+
+    def load(self, workdir: pathlib.Path, phases: tuple[str, ...]) -> "TextData":
+        """The text and its tokens; refuses a text, a tokenizer or a prompt that does not fit."""
+        data = TextData(self, workdir, phases)
+        _ = data.model
+        if "train" in self.splits(phases):
+            data.train_stream.batch(0, 0, 1, length=self.model.context)
+        if "test" in self.splits(phases):
+            data.test_stream.windows(self.model.context)
+        if "sample" in phases:
+            _ = data.prompt, data.eos
+        return data
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TextData:
+    """The texts of a run, its tokenizer, and what follows from both; each is read when needed.
+
+    Attributes:
+      config: of the run.
+      workdir: of the run; once a checkpoint is there, its tokenizer counts.
+      phases: the commands to come.
+    """
+
+    config: TextRunConfig
+    workdir: pathlib.Path
+    phases: tuple[str, ...]
+
+    @functools.cached_property
+    def train_text(self) -> str:
+        """The training split of the text."""
+        return load_text(self.config.data, "train")
+
+    @functools.cached_property
+    def test_text(self) -> str:
+        """The test split of the text."""
+        return load_text(self.config.data, "test")
+
+    @functools.cached_property
+    def tokenizer(self) -> tokenizers.Tokenizer:
+        """That of the work directory once a checkpoint is there, else the one asked for."""
+        path, choice = self.workdir / TOKENIZER, self.config.tokenizer
+        started = any((self.workdir / "model" / "checkpoints").glob("[0-9]*"))
+        if not started and ("train" in self.phases or self.config.pretrained):
+            both = self.train_text + self.test_text if choice == "chars" else ""
+            return tokenizers.make(choice, both)
+        kept = tokenizers.load(path)
+        same = choice == kept.describe()["kind"]
+        if choice not in ("bytes", "chars"):  # its file may be gone since
+            file = pathlib.Path(choice)
+            same = not file.is_file() or digest(tokenizers.load(choice)) == digest(kept)
+        if not same:
+            raise ValueError(
+                f"--tokenizer {choice} is not the tokenizer of the run, {path}: restore the file "
+                "that it was trained with, or choose another --workdir"
+            )
+        return kept
+
+    @functools.cached_property
+    def model(self) -> TransformerConfig:
+        """The network, with the vocabulary of the tokenizer where none is given."""
+        known, model = self.tokenizer.vocabulary, self.config.model
+        if model.vocabulary and model.vocabulary < known:
+            raise ValueError(
+                f"model.vocabulary is {model.vocabulary}, the tokenizer has {known} tokens; "
+                "set it to 0 to take theirs"
+            )
+        return dataclasses.replace(model, vocabulary=model.vocabulary or known)
+
+    @functools.cached_property
+    def train_stream(self) -> TokenStream:
+        """Tokens of the training split."""
+        return self._stream_of(self.train_text)
+
+    @functools.cached_property
+    def test_stream(self) -> TokenStream:
+        """Those tokens of the test split that are evaluated."""
+        tokens = self._stream_of(self.test_text).tokens
+        return TokenStream(tokens[: self.config.evaluate.tokens or None], self.tokenizer.vocabulary)
+
+    @functools.cached_property
+    def prompt(self) -> Int[np.ndarray, " P"]:
+        """Tokens of the prompt."""
+        try:
+            tokens = self.tokenizer.encode(self.config.sample.prompt)
+        except ValueError as error:
+            raise ValueError(f"sample.prompt: {error}") from None
+        if not 1 <= len(tokens) <= self.model.context:
+            raise ValueError(
+                f"sample.prompt has {len(tokens)} tokens; it needs at least 1, and at most the "
+                f"context of the model, {self.model.context}"
+            )
+        return np.asarray(tokens, np.int32)
+
+    @functools.cached_property
+    def eos(self) -> int | None:
+        """The token that ends a sample, or None."""
+        name = self.config.sample.stop
+        if not name:
+            return None
+        if name == "eos":
+            if self.tokenizer.eos is None:
+                raise ValueError("sample.stop: this tokenizer has no EOS; name a text of one token")
+            return self.tokenizer.eos
+        try:
+            tokens = self.tokenizer.encode(name)
+        except ValueError as error:
+            raise ValueError(f"sample.stop: {error}") from None
+        if len(tokens) != 1:
+            raise ValueError(f"sample.stop must be one token; {name!r} is {len(tokens)}")
+        return int(tokens[0])
+
+    def _stream_of(self, part):
+        return TokenStream(self.tokenizer.encode(part), self.tokenizer.vocabulary)
+
+
+def digest(tokenizer: tokenizers.Tokenizer) -> str:
+    """What tells a tokenizer from others."""
+    return tokenizer.describe()["digest"]

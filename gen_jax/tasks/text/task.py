@@ -1,0 +1,265 @@
+"""Autoregressive models of text: what they are trained on, and how samples are shown and judged."""
+
+import dataclasses
+import functools
+import itertools
+import re
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from gen_jax import config as config_lib
+from gen_jax import evaluation, interop, sampling
+from gen_jax.condition import Condition
+from gen_jax.data import text
+from gen_jax.models.autoregressive import AutoregressiveModel, make_prompts
+from gen_jax.nn.transformer import TokenNetwork
+from gen_jax.task import Context, Run, Stage, Task
+from gen_jax.tasks.text.config import TOKENIZER, TextData, TextRunConfig, digest
+from gen_jax.trainables import ModelTrainable
+
+__all__ = ["make", "score"]
+
+_SHOWN, _SHOWN_CHARACTERS = 3, 500
+_BETWEEN_WORDS = re.compile(r"[\W\d_]+")
+
+
+def make(config: TextRunConfig, context: Context) -> Task:
+    """The task of a configuration; `context.data` is its `TextData`."""
+    data, record, initial = context.data, context.records.get("model"), None
+    model = AutoregressiveModel(TokenNetwork(data.model))
+    if record is not None:
+        _check_record(data, record, context)
+    elif config.pretrained:
+        initial = _load_pretrained(config, data)
+    training = "train" in context.phases
+    if training and record is None and jax.process_index() == 0:
+        data.tokenizer.save(context.workdir.path / TOKENIZER)
+    stage = Stage(
+        name="model",
+        trainable=ModelTrainable(model, config.train),
+        batch=functools.partial(_batch, config, data),
+        record=_record(data) if training else {},
+        evaluate=functools.partial(_validate, config, data, model),
+        initial=None if initial is None else lambda: initial,
+        unit="tokens",
+        units_per_example=config.model.context,
+    )
+    sampler = None
+    if "sample" in context.phases:
+        build = config_lib.resolve(config.sampler.make)
+        sizes = len(data.prompt), config.sample.tokens
+        sampler = build(config.sampler, model, *sizes, data.eos)
+    streamed = config.sample.number == 1 and not config.searches
+    return Task(
+        stages=(stage,),
+        model=model,
+        sampler=sampler,
+        condition=functools.partial(_prompts, model, data),
+        micro_batch=1 if config.searches else None,  # a search finds one text
+        draw=functools.partial(_stream, data) if streamed else None,
+        write=functools.partial(_write, data, streamed),
+        evaluate=functools.partial(_evaluate, config, data, model),
+        commands={"export": functools.partial(_export, data)},
+        results=(TOKENIZER, "samples.txt", "samples.npz", "gpt2"),
+        tokenizer=data.tokenizer,
+    )
+
+
+def _record(data):
+    """Which tokenizer and which text."""
+    return {"tokenizer": data.tokenizer.describe(), "text": text.digest(data.train_text)}
+
+
+def _check_record(data, record, context):
+    """Refuses to go on with another tokenizer or text."""
+    path = context.workdir.path
+    if record["tokenizer"]["digest"] != digest(data.tokenizer):
+        raise ValueError(
+            f"{path / TOKENIZER} is not the tokenizer that the checkpoint was trained with; "
+            "restore that file"
+        )
+    if "train" in context.phases and record["text"] != text.digest(data.train_text):
+        raise ValueError(
+            f"the text is not what the run in {path} was trained with; choose another --workdir"
+        )
+
+
+def _batch(config, data, step, shard, earlier):
+    """Windows of one token more than the context, at random offsets."""
+    del earlier
+    train, length = config.train, config.model.context
+    return data.train_stream.batch(train.seed, step, train.batch, length=length, shard=shard)
+
+
+def _prompts(model, data, number) -> Condition:
+    return make_prompts(model, [data.prompt] * number)
+
+
+def _load_pretrained(config, data) -> Any:
+    """The weights of a GPT2LMHeadModel of transformers, which must be our network."""
+    model, params = interop.load_gpt2(config.pretrained)
+    ours, theirs = (config_lib.to_dict(_sizes(c)) for c in (data.model, model.network.config))
+    differing = config_lib.differences(ours, theirs, ("dropout", "dtype"))
+    if differing:
+        raise ValueError(
+            f"{config.pretrained} is another network than model ({'; '.join(differing)})"
+        )
+    return params
+
+
+def _sizes(model):
+    """With every size that follows from another written out."""
+    return dataclasses.replace(
+        model, kv_heads=model.key_heads, head_width=model.head_size, mlp_dim=model.mlp_size
+    )
+
+
+def _export(data, run: Run) -> dict:
+    """Writes the averaged parameters as a folder of transformers."""
+    path = run.workdir.path / "gpt2"
+    interop.save_gpt2(path, data.model, run.params)
+    if data.tokenizer.describe()["kind"] == "pretrained":
+        data.tokenizer.save(path / TOKENIZER)
+    return {"exported": str(path)}
+
+
+def _validate(config, data, model, params) -> dict[str, float]:
+    """The exact likelihood of the test split, in windows of one context each."""
+    windows, counted = data.test_stream.windows(config.model.context)
+    rows = {"tokens": windows, "length": counted}
+    values = evaluation.map_rows(
+        functools.partial(_log_prob, model), params, rows, config.evaluate.batch
+    )
+    nats, number = -values.astype(np.float64).sum(), int(counted.sum())
+    characters, unit = number, "character"
+    if (kind := data.tokenizer.describe()["kind"]) == "bytes":
+        unit = "byte"
+    elif kind != "chars":
+        characters = len(data.tokenizer.decode(data.test_stream.tokens[1:]))
+    return {
+        "nats_per_token": float(nats / number),
+        "perplexity": float(np.exp(nats / number)),
+        f"bits_per_{unit}": float(nats / np.log(2) / max(characters, 1)),
+        "test_tokens": number,
+    }
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _log_prob(model, params, rows):
+    return model.log_prob(params, rows)
+
+
+def _evaluate(config, data, model, run: Run) -> dict[str, float]:
+    """The likelihood of the test split, and how far the samples drawn last are of its kind."""
+    kept = run.kept_samples()
+    eos = int(kept["eos"]) if "eos" in kept else None
+    texts = [_decode(data.tokenizer, eos, kept["prompt"], row) for row in kept["tokens"]]
+    return _validate(config, data, model, run.params) | score(texts, data.train_text)
+
+
+def _write(data: TextData, streamed: bool, run: Run, tokens: np.ndarray, report: dict) -> dict:
+    """Leaves the samples as text and arrays, and shows the first of them."""
+    eos = data.eos
+    new = sum(len(_cut(row, eos)) for row in tokens)
+    known = {} if eos is None else {"eos": eos}
+    run.keep_samples(tokens=tokens, prompt=data.prompt, nfe=run.task.sampler.nfe, **known)
+    texts = [_decode(data.tokenizer, eos, data.prompt, row) for row in tokens]
+    whole = "".join(f"{_title(number)}\n{text}\n" for number, text in enumerate(texts))
+    run.keep_text("samples.txt", whole)
+    for number, sample in enumerate([] if streamed else texts[:_SHOWN]):
+        cut = "..." if len(sample) > _SHOWN_CHARACTERS else ""
+        _show(f"{_title(number)}\n{sample[:_SHOWN_CHARACTERS]}{cut}\n")
+    return {"sampled_tokens_per_second": new * report["samples_per_second"] / len(tokens)}
+
+
+def _stream(data: TextData, run: Run) -> tuple[np.ndarray, dict]:
+    """The one sample, int32 [1, N], shown while it is drawn; its figures."""
+    sampler, eos = run.task.sampler, data.eos
+    keys = sampling.sample_keys(run.config.sample.seed, 0, 1)
+    states = functools.partial(sampling.stream, sampler, run.params, keys, run.task.condition(1))
+    began = time.perf_counter()
+    next(states())  # compiles
+    compiled = time.perf_counter()
+    times, row = [], np.zeros(sampler.tokens, np.int32)
+
+    def tokens():
+        for done, state in enumerate(states(), 1):
+            row[:done] = sampler.new_tokens(state)[0, :done]
+            times.append(time.perf_counter() - compiled)
+            yield row[done - 1]
+        if eos is not None:
+            row[done:] = eos
+
+    for piece in _pieces(data.tokenizer, eos, data.prompt, tokens()):
+        _show(piece)
+    _show("\n")
+    return row[None], {
+        "nfe": sampler.nfe,
+        "samples": 1,
+        "sample_compile_seconds": compiled - began,
+        "first_token_seconds": times[0],
+        "sampling_latency_seconds": times[-1],
+        "samples_per_second": 1 / times[-1],
+    }
+
+
+def _cut(tokens, eos):
+    """The tokens before the one that ends the sample."""
+    ends = np.flatnonzero(tokens == eos) if eos is not None else ()
+    return tokens[: ends[0]] if len(ends) else tokens
+
+
+def _pieces(tokenizer, eos, prompt: np.ndarray, tokens: Iterable[int]) -> Iterator[str]:
+    """The text of a sample, piece by piece; what the tokenizer does not have is U+FFFD."""
+    stream = tokenizer.stream()
+    for token in prompt:
+        yield stream.push(token)
+    for token in tokens:
+        if token != eos:
+            yield stream.push(token) if token < tokenizer.vocabulary else "\ufffd"
+    yield stream.flush()
+
+
+def _decode(tokenizer, eos, prompt, tokens):
+    tokens = _cut(tokens, eos)
+    if tokens.max(initial=0) < tokenizer.vocabulary:
+        return tokenizer.decode(np.concatenate([prompt, tokens]))
+    return "".join(_pieces(tokenizer, eos, prompt, tokens))
+
+
+def score(texts: list[str], known: str) -> dict[str, float]:
+    """How far texts are of a language: a cheap check, which no text of that language fails.
+
+    Args:
+      texts: the last word of each, which may be cut, does not count.
+      known: a text in the language.
+
+    Returns:
+      known_words: share of their letters that are in words of the known text.
+      distinct_2: pairs of neighbouring words that differ, as a share of all (Li et al. 2016).
+    """
+    vocabulary = set(_BETWEEN_WORDS.split(known))
+    words = [[word for word in _BETWEEN_WORDS.split(sample)[:-1] if word] for sample in texts]
+    letters = [len(word) for some in words for word in some]
+    hits = [len(word) for some in words for word in some if word in vocabulary]
+    pairs = [pair for some in words for pair in itertools.pairwise(some)]
+    return {
+        "known_words": sum(hits) / max(sum(letters), 1),
+        "distinct_2": len(set(pairs)) / max(len(pairs), 1),
+    }
+
+
+def _title(number):
+    return f"{'-' * 32} sample {number}"
+
+
+def _show(piece):
+    """Prints what the terminal can show, without control characters."""
+    shown = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in piece)
+    encoding = sys.stdout.encoding or "utf-8"
+    print(shown.encode(encoding, "replace").decode(encoding), end="", flush=True)

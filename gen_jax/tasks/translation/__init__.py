@@ -1,0 +1,1 @@
+"""Translation one token at a time, all at once, and in rounds, on one architecture."""

@@ -1,0 +1,243 @@
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from experiments import ddpm_cifar, gpt_pixels, gpt_text, multimodality, nar_translation
+from gen_jax import cli
+from gen_jax import config as config_lib
+from gen_jax.config import TrainConfig
+
+ROOT = Path(__file__).parents[1]
+EXPERIMENTS = [
+    module.EXPERIMENT
+    for module in (ddpm_cifar, gpt_pixels, gpt_text, multimodality, nar_translation)
+]
+PRESETS = [(experiment, name) for experiment in EXPERIMENTS for name in experiment.presets]
+
+
+@pytest.fixture
+def refused(tmp_path):
+    """Runs a command line that must end with code 2, before jax; what it says, in one line.
+
+    Importing jax ends the process with code 99. The box that tyro draws counts as one line.
+    """
+    (tmp_path / "fake" / "jax").mkdir(parents=True)
+    (tmp_path / "fake" / "jax" / "__init__.py").write_text("import os\nos._exit(99)\n")
+    (tmp_path / "here").mkdir()
+    path = os.pathsep.join([str(tmp_path / "fake"), str(ROOT)])
+
+    def run(*arguments, code=2, experiment="ddpm_cifar"):
+        began = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-m", f"experiments.{experiment}", *arguments],
+            cwd=tmp_path / "here",
+            env=os.environ | {"PYTHONPATH": path, "COLUMNS": "80"},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert time.monotonic() - began < 2.5  # half a second where nothing else runs
+        assert done.returncode == code, done.stderr
+        assert done.stdout == ""
+        if code == 99:
+            return ""
+        assert "Traceback" not in done.stderr
+        lines = done.stderr.splitlines()
+        if lines[0].startswith("error: "):
+            assert len(lines) == 1
+            return lines[0]
+        assert lines[0].startswith("╭")
+        assert lines[-1].startswith("╰")
+        return " ".join(" ".join(lines[1:-1]).replace("│", " ").split())
+
+    return run
+
+
+UNKNOWN = [
+    ("--train.stpes 5", "unknown option --train.stpes; did you mean --train.steps?"),
+    ("--train.lr 5", "did you mean --train.learning-rate?"),
+    ("--train.learning_rat 5", "did you mean --train.learning-rate?"),
+    ("--steps=5", "unknown option --steps=5; did you mean"),
+    ("--model.width 64", "did you mean --model.widths?"),
+    ("--sample.seeds 1", "did you mean --sample.seed?"),
+    ("--work-dir x", "did you mean --workdir?"),
+    ("--no-conditionnal", "did you mean --no-conditional?"),
+    ("--presets tiny", "unknown option --presets"),
+    ("--sampler ddmi", "unknown --sampler 'ddmi'; did you mean ddim?"),
+    ("--sampler nowhere:Mine", "'nowhere:Mine' names no module:attribute that can be imported"),
+    ("--sampler.eta 1", "unknown option --sampler.eta"),
+    ("--sampler", "--sampler needs a value"),
+]
+ILL_TYPED = [
+    ("--train.steps abc", "--train.steps: invalid literal for int"),
+    ("--train.steps 1.5", "--train.steps: invalid literal for int"),
+    ("--train.steps", "Missing value for argument '--train.steps'"),
+    ("--train.beta2 fast", "--train.beta2: could not convert string to float"),
+    ("--model.widths 8 x", "--model.widths: Could not find valid parse"),
+    ("--data.name mnist", "invalid choice 'mnist' for argument '--data.name'"),
+    ("--train.decay linear", "invalid choice 'linear' for argument '--train.decay'"),
+    ("trian", "unknown command 'trian'; did you mean train?"),
+    ("train sample", "Unrecognized options: sample"),
+    ("--preset nope", "unknown preset 'nope'; choose one of tiny, cpu, small, paper"),
+    ("--preset", "--preset needs a value"),
+    ("--workdir", "--workdir needs a value"),
+]
+OUT_OF_RANGE = [
+    ("--train.steps 0", "steps must be at least 1, got 0"),
+    ("--train.batch -1", "batch must be at least 1, got -1"),
+    ("--train.keep 0", "keep must be at least 1, got 0"),
+    ("--train.ema 1", "ema must be in [0, 1), got 1.0"),
+    ("--train.ema nan", "ema must be finite, got nan"),
+    ("--train.learning-rate -1", "learning_rate must not be negative, got -1.0"),
+    ("--train.learning-rate nan", "learning_rate must be finite, got nan"),
+    ("--train.learning-rate inf", "learning_rate must be finite, got inf"),
+    ("--train.seed -1", "seed must be in [0, 2**32), got -1"),
+    ("--model.dropout 1", "dropout must be in [0, 1), got 1.0"),
+    ("--model.blocks 0", "blocks must be at least 1, got 0"),
+    ("--model.patch 0", "patch must be at least 1, got 0"),
+    ("--model.channels 0", "channels must be at least 1, got 0"),
+    ("--model.classes -1", "classes must not be negative, got -1"),
+    ("--model.head-width -8", "head_width must not be negative, got -8"),
+    ("--model.groups 0", "groups must be at least 1, got 0"),
+    ("--model.widths 0", "widths must be positive and not empty, got (0,)"),
+    ("--diffusion.beta-start 0.5", "need 0 < beta_start <= beta_end < 1, got 0.5, 0.02"),
+    ("--diffusion.beta-end nan", "beta_end must be finite, got nan"),
+    ("--diffusion.vlb-weight inf", "vlb_weight must be finite, got inf"),
+    ("--diffusion.timesteps 0", "timesteps must be at least 1, got 0"),
+    ("--data.size 24", "data.size is 24; the shapes set is drawn at 16 or 32 pixels"),
+    ("--sample.number 0", "number must be at least 1, got 0"),
+    ("--sampler.steps 0", "at least 1"),
+    ("--sampler ddim --sampler.eta -1", "eta must not be negative, got -1.0"),
+    ("--sampler ddim --sampler.eta nan", "eta must be finite, got nan"),
+    ("--sampler.guidance nan", "guidance must be finite, got nan"),
+    ("--evaluate.images 0", "evaluate.images and .batch must be at least 1"),
+    ("--distributed.index 1", "index must be in [0, 1), got 1"),
+]
+CONTRADICTIONS = [
+    ("--conditional", "conditional and model.classes go together"),
+    ("--model.classes 36", "conditional and model.classes go together"),
+    ("--conditional --model.classes 10", "the data has 36 classes, model.classes is 10"),
+    ("--sampler.guidance 2", "sampler.guidance needs a conditional model"),
+    ("--sample.label 3", "sample.label must be -1 or a class, got 3"),
+    ("--model.groups 5", "groups (5) must divide every width (32, 64)"),
+    ("--model.head-width 5", "head_width (5) must divide every width (32, 64)"),
+    (
+        "--model.widths 8 8 8 8 8",
+        "16 x 16 do not fit the model: height and width must be multiples",
+    ),
+    (
+        "--model.channels 1 --model.out-channels 1",
+        "the images have 3 channels, model.channels is 1",
+    ),
+    ("--model.out-channels 6", "model.out_channels must be 3 with diffusion.variance fixed_small"),
+    ("--diffusion.variance learned", "model.out_channels must be 6"),
+    ("--sampler.steps 1001", "1001 sampling steps do not fit in 1000 time steps"),
+    (
+        "--sampler dpm_solver_pp --sampler.steps 1000 --sampler.spacing leading",
+        "1000 sampling steps do not fit",
+    ),
+    ("--train.accumulate 3", "accumulate (3) must divide the batch (32)"),
+    ("--data.palette", "leave data.palette off"),
+    ("--data.name folder", "data.name=folder needs --data.dir"),
+    ("--distributed.processes 2", "several processes need a coordinator"),
+]
+MISSING = [
+    ("--data.name cifar10 --data.dir nowhere", "no CIFAR-10 files in "),
+    ("--data.name folder --data.dir nowhere", "nowhere is no folder"),
+    ("sample --workdir nowhere", "no run in"),
+    ("evaluate --workdir nowhere", "train one first, or give its --workdir"),
+]
+OF_TOKENS = [
+    ("gpt_text", "--sampler.top-p 0", "top_p must be in (0, 1], got 0.0"),
+    ("gpt_text", "--sample.prompt=", "sample.prompt is empty"),
+    ("gpt_text", "--sample.prompt €", "sample.prompt: 1 characters of the text are not in"),
+    ("gpt_text", "--sample.stop the", "sample.stop must be one token; 'the' is 3"),
+    ("gpt_text", "--preset shakespeare_char", "tinyshakespeare.txt is no file; give --data.path"),
+    ("gpt_text", "--preset gpt2_small", "tokenizer.json is no file"),
+    ("gpt_text", "--token chars", "did you mean --tokenizer?"),
+    ("gpt_text", "sample", "train one first, or give its --workdir"),
+    ("gpt_pixels", "--sampler.top-p 2", "top_p must be in (0, 1], got 2.0"),
+    ("gpt_pixels", "--data.no-palette", "model.vocabulary must be 256, or 0 for the same, got 7"),
+    ("gpt_pixels", "--preset cifar --data.dir nowhere", "no CIFAR-10 files in "),
+    ("gpt_pixels", "export", "unknown command 'export'"),
+]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"), [*UNKNOWN, *ILL_TYPED, *OUT_OF_RANGE, *CONTRADICTIONS, *MISSING]
+)
+def test_a_bad_command_line_is_refused_before_jax(refused, line, message):
+    assert message in refused(*line.split())
+
+
+@pytest.mark.parametrize(("experiment", "line", "message"), OF_TOKENS)
+def test_those_of_tokens_too(refused, experiment, line, message):
+    assert message in refused(*line.split(), experiment=experiment)
+
+
+@pytest.mark.parametrize("experiment", [item.name for item in EXPERIMENTS])
+def test_a_good_command_line_reaches_jax(refused, experiment):
+    """Otherwise the tests above could not tell."""
+    refused("--train.steps", "5", code=99, experiment=experiment)
+
+
+@pytest.mark.parametrize(("experiment", "name"), PRESETS)
+def test_every_preset_parses_and_survives_json(experiment, name, tmp_path):
+    preset = experiment.presets[name]
+    for command in experiment.commands:
+        assert cli.parse(experiment, [command, "--preset", name]) == (command, preset)
+    values = config_lib.to_dict(preset)
+    assert config_lib.from_dict(type(preset), values) == preset
+    assert config_lib.differences(values, config_lib.to_dict(preset)) == []
+    _, changed = cli.parse(
+        experiment, [f"--preset={name}", "--workdir", str(tmp_path), "--train.seed", "9"]
+    )
+    assert config_lib.differences(values, config_lib.to_dict(changed)) == [
+        "train.seed: 0 -> 9",
+        f"workdir: {preset.workdir!r} -> {str(tmp_path)!r}",
+    ]
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_option_says_what_it_is(experiment, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.parse(experiment, ["--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    for key in config_lib.flatten(config_lib.to_dict(experiment.presets["tiny"])):
+        if key.endswith(".name") and key.count(".") == 1 and key != "data.name":
+            key = key.removesuffix(".name")  # a choice is named itself
+        assert f"--{key.replace('_', '-')}" in text.replace("--no-", "--"), key
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"steps": "many"}, "cannot be read"),
+        (config_lib.to_dict(TrainConfig()) | {"momentum": 0.9}, r"no fields \['momentum'\]"),
+        (config_lib.to_dict(TrainConfig()) | {"steps": 0}, "steps must be at least 1"),
+    ],
+)
+def test_a_stored_configuration_that_does_not_fit_is_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        config_lib.from_dict(TrainConfig, values)
+
+
+def test_differences_lists_every_key_but_the_free_ones():
+    stored = {"a": 1, "b": {"c": 2, "d": [3], "e": None}, "gone": True}
+    current = {"a": 2, "b": {"c": 3, "d": [4], "e": 5}, "new": 0}
+    everything = [
+        "a: 1 -> 2",
+        "b.c: 2 -> 3",
+        "b.d: [3] -> [4]",
+        "b.e: None -> 5",
+        "gone: True -> None",
+        "new: None -> 0",
+    ]
+    assert config_lib.differences(stored, current) == everything
+    assert config_lib.differences(stored, current, ("b.", "new")) == [everything[0], everything[4]]
+    assert config_lib.differences(stored, current, ("b",)) == everything

@@ -1,0 +1,91 @@
+"""The examples of docs/api.md run as they stand, and the docs name what there is."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments.ddpm_cifar import EXPERIMENT
+from gen_jax import cli
+
+ROOT = Path(__file__).parents[1]
+SMALL = (
+    "--model.widths 8 --model.groups 4 --model.attention --model.patch 8 --train.batch 8 "
+    "--train.warmup 0 --train.steps 2 --train.decay constant --sampler.steps 4"
+)
+_BLOCK = re.compile(r"(?:<!-- (\w+): ([\w.]+) -->\n)?```(\w+)\n(.*?)```\n", re.S)
+
+
+def blocks(name):
+    """The code of a page: (what a comment before it says, its value, language, text)."""
+    return _BLOCK.findall((ROOT / "docs" / name).read_text())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A directory with a run of the main job, as small as can be."""
+    path = tmp_path_factory.mktemp("docs") / "a folder"
+    path.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(path)
+        assert cli.main(EXPERIMENT, ["train", *SMALL.split()]) == 0
+    return path
+
+
+@pytest.mark.usefixtures("quick_compile")
+def test_the_examples_of_the_api_run_as_they_stand(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)
+    scope = {}
+    for kind, value, language, text in blocks("api.md"):
+        if kind == "file":
+            (folder / value).write_text(text)
+        elif kind == "command":
+            command = shlex.split(text.replace("\\\n", " "))
+            assert command[:3] == ["python", "-m", "experiments.ddpm_cifar"]
+            assert cli.main(EXPERIMENT, command[3:]) == 0
+        else:
+            assert language == "python"
+            exec(compile(text, "docs/api.md", "exec"), scope)
+    printed = capsys.readouterr().out
+    assert "MaskGIT has no use for the condition 'label'" in printed
+    assert "solver                    fading_ddim" in printed
+
+
+def test_a_sampler_with_its_choice_is_one_file_of_less_than_thirty_lines():
+    (text,) = (text for kind, _, _, text in blocks("api.md") if kind == "file")
+    assert len(text.splitlines()) < 30
+
+
+def test_importing_the_package_is_light():
+    """Neither jax nor NumPy is loaded by gen_jax alone, nor jax by a configuration."""
+    code = (
+        "import sys, gen_jax; assert 'generate' in dir(gen_jax); "
+        "assert not {'jax', 'numpy', 'flax'} & set(sys.modules); "
+        "import experiments.nar_translation, experiments.multimodality; "
+        "assert 'jax' not in sys.modules; "
+        "from gen_jax import Condition; assert 'jax' in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_is_public_is_there():
+    import gen_jax
+
+    for name in gen_jax.__all__:
+        assert getattr(gen_jax, name) is not None
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md", "docs/benchmarks.md"])
+def test_the_commands_of_the_docs_name_modules_that_exist(page):
+    names = re.findall(r"python -m ((?:experiments|kernels)[\w.]*\w)", (ROOT / page).read_text())
+    assert names
+    for name in set(names):
+        path = ROOT / name.replace(".", "/")
+        assert path.with_suffix(".py").exists() or (path / "__init__.py").exists(), name

@@ -1,0 +1,239 @@
+"""What the phases of every task share, on a task of three numbers, and on one of two stages."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gen_jax import cli
+from gen_jax.condition import Condition
+from gen_jax.config import RunConfig, SampleConfig, TrainConfig, frozen
+from gen_jax.task import Stage, Task
+from gen_jax.trainables import ModelTrainable
+from gen_jax.workdir import Workdir, WorkdirError
+
+
+@frozen
+class PointConfig(RunConfig):
+    """A point that moves to where the data is."""
+
+    train: TrainConfig = TrainConfig(
+        steps=4, batch=8, learning_rate=0.1, warmup=0, log_every=1, checkpoint_every=2, ema=0.0
+    )
+    sample: SampleConfig = SampleConfig(number=2, micro_batch=8)
+    data: int = 0
+    """Below 0 where there is none."""
+    stages: int = 1
+    """One point, or a second one that moves to the first."""
+    pretrained: str = ""
+    """Coordinates, with commas."""
+
+    task = "points"
+    make_task = "test_runs:make"
+    commands = ("train", "sample", "evaluate", "double")
+
+    def load(self, workdir, phases):
+        if self.data < 0:
+            raise FileNotFoundError(f"no {self.splits(phases)} data")
+        return 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """A model of one point in three dimensions."""
+
+    def init(self, key):
+        return {"at": jax.random.normal(key, (3,))}
+
+    def loss(self, params, batch, keys):
+        return jnp.square(params["at"] - batch["x"]).mean(), {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Here:
+    """Draws the point itself."""
+
+    steps: int = 1
+    nfe: int = 1
+    conditions = ()
+
+    def check(self, params, cond):
+        assert cond == Condition()
+
+    def prepare(self, params):
+        return params
+
+    def init(self, params, keys, cond):
+        return jnp.zeros((len(keys), 3))
+
+    def step(self, params, state, i):
+        points = params["at"] if "at" in params else params["second"]["at"]
+        return jnp.broadcast_to(points, state.shape)
+
+    def finish(self, params, state):
+        return state
+
+
+def make(config, context):
+    """The task, which notes what it was made for."""
+    assert config.pretrained or "train" in context.phases or context.records["first"]["width"] == 3
+    names = ("first", "second")[: config.stages]
+
+    def batch(step, shard, earlier):
+        assert shard == (0, 1)
+        assert list(earlier) == list(names[: len(earlier)])
+        goal = earlier["first"]["at"] if earlier else np.full(3, context.data)
+        return {"x": np.tile(np.float32(goal), (8, 1))}
+
+    def initial():
+        return {"at": np.array(config.pretrained.split(","), np.float32)}
+
+    stages = tuple(
+        Stage(
+            name=name,
+            trainable=ModelTrainable(Point(), config.train),
+            batch=batch,
+            record={"width": 3},
+            evaluate=lambda params: {"mean": float(params["at"].mean())},
+            initial=initial if config.pretrained else None,
+            unit="coordinates",
+            units_per_example=3,
+        )
+        for name in names
+    )
+
+    def write(run, samples, report):
+        assert report["samples"] == len(samples) == 2
+        run.keep_samples(points=samples)
+        return {"drawn": 1}
+
+    def evaluate(run):
+        points = run.kept_samples()["points"]
+        np.testing.assert_array_equal(points[0], run.params["at"])
+        return {"mean": float(points.mean())}
+
+    return Task(
+        stages=stages,
+        model=Point(),
+        sampler=Here(),
+        write=write,
+        evaluate=evaluate,
+        commands={"double": lambda run: {"twice": float(2 * run.params["at"][0])}},
+        results=("samples.npz",),
+    )
+
+
+EXPERIMENT = cli.Experiment("points", "Points.", {"three": PointConfig(workdir="runs/points")})
+
+
+def main(*argv):
+    return cli.main(EXPERIMENT, [str(item) for item in argv])
+
+
+def summary(workdir):
+    return json.loads((workdir / "summary.json").read_text())
+
+
+def test_the_commands_are_those_of_the_task_and_all():
+    assert EXPERIMENT.commands == ("all", "train", "sample", "evaluate", "double")
+    assert cli.phases_of(EXPERIMENT.default, "all") == ("train", "sample", "evaluate")
+    assert cli.phases_of(EXPERIMENT.default, "double") == ("double",)
+
+
+def test_a_task_is_its_fields(tmp_path, capsys):
+    assert main("--workdir", tmp_path, "--train.evaluate-every", 2) == 0
+    printed = capsys.readouterr().out
+    left = "config.json, first/metrics.jsonl, samples.npz, summary.json"
+    assert f"in {tmp_path}: {left}" in printed
+    found = summary(tmp_path)
+    assert (found["parameters"], found["step"], found["drawn"]) == (3, 4, 1)
+    rate = 3 * 8 * 4 / found["train_seconds"]
+    assert found["coordinates_per_second"] == pytest.approx(rate)
+    lines = (tmp_path / "first" / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert [record["step"] for record in records if "eval/mean" in record] == [2, 4]
+    assert main("double", "--workdir", tmp_path) == 0
+    assert summary(tmp_path)["twice"] != 0
+    capsys.readouterr()
+    # An earlier checkpoint, whose samples are not those on disk.
+    assert main("evaluate", "--workdir", tmp_path, "--sample.checkpoint", 2) == 2
+    assert "was drawn at step 4, the checkpoint is of step 2" in capsys.readouterr().err
+
+
+def test_a_second_stage_is_a_second_entry(tmp_path, capsys):
+    """It sees what the first one learned, has a directory of its own, and is resumed by itself."""
+    options = ("--workdir", tmp_path, "--stages", 2, "--train.steps", 2)
+    assert main("train", *options) == 0
+    assert (tmp_path / "second" / "metrics.jsonl").exists()
+    assert {"first_train_seconds", "second_train_seconds"} <= summary(tmp_path).keys()
+    assert main("train", *options[:4], "--train.steps", 400) == 0
+    assert main("sample", "--workdir", tmp_path) == 0
+    with np.load(tmp_path / "samples.npz") as file:
+        np.testing.assert_allclose(file["points"], 0.5, atol=1e-2)
+    capsys.readouterr()
+
+
+def test_an_earlier_checkpoint_is_sampled_and_evaluated(tmp_path, capsys):
+    assert main("train", "--workdir", tmp_path) == 0
+    for command in ("sample", "evaluate"):
+        assert main(command, "--workdir", tmp_path, "--sample.checkpoint", 2) == 0
+    assert main("sample", "--workdir", tmp_path, "--sample.checkpoint", 3) == 2
+    assert "no checkpoint of step 3" in capsys.readouterr().err
+
+
+def test_pretrained_parameters_are_drawn_from_where_nothing_is_trained(tmp_path, capsys):
+    assert main("sample", "--workdir", tmp_path, "--pretrained", "1,2,3") == 0
+    with np.load(tmp_path / "samples.npz") as file:
+        np.testing.assert_array_equal(file["points"], [[1, 2, 3]] * 2)
+        assert file["step"] == 0
+    options = ("--pretrained", "1,2,3", "--train.learning-rate", 0)
+    assert main("all", "--workdir", tmp_path, *options) == 0
+    with np.load(tmp_path / "samples.npz") as file:
+        np.testing.assert_array_equal(file["points"], [[1, 2, 3]] * 2)
+        assert file["step"] == 4
+    capsys.readouterr()
+
+
+def test_data_that_does_not_fit_is_refused_without_a_trace(tmp_path, capsys):
+    run = tmp_path / "run"
+    for command, splits in (("train", "('train',)"), ("all", "('train', 'test')")):
+        assert main(command, "--workdir", run, "--data", -1) == 2
+        assert f"no {splits} data" in capsys.readouterr().err
+    assert not run.exists()
+
+
+def test_another_kind_of_run_is_named(tmp_path, capsys):
+    assert main("train", "--workdir", tmp_path, "--train.steps", 1) == 0
+    stored = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(stored | {"task": "lines"}))
+    assert main("sample", "--workdir", tmp_path) == 2
+    assert "holds a run of the task 'lines'" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text(json.dumps({"workdir": "x"}))
+    assert main("sample", "--workdir", tmp_path) == 2
+    assert "is of an older version" in capsys.readouterr().err
+
+
+def test_a_run_from_before_a_field_came_is_resumed_at_its_default(tmp_path):
+    """A field that came later may not change either."""
+
+    def without(values, *names):
+        return {name: value for name, value in values.items() if name not in names}
+
+    config = PointConfig(workdir=str(tmp_path))
+    stored = without(cli.stored_form(config), "pretrained", "distributed")
+    stored["train"] = without(stored["train"], "beta1", "weight_decay")
+    workdir = Workdir(tmp_path)
+    workdir.create()
+    workdir.write_config(stored, ())
+    (workdir.stage("first").checkpoints / "10").mkdir(parents=True)
+    with cli.claim(workdir, config, training=False):
+        pass
+    changed = dataclasses.replace(config, train=dataclasses.replace(config.train, beta1=0.8))
+    with (
+        pytest.raises(WorkdirError, match=r"\(train\.beta1: None -> 0\.8\)"),
+        cli.claim(workdir, changed, training=False),
+    ):
+        pass
