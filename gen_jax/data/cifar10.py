@@ -8,9 +8,21 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from jaxtyping import Int32, UInt8
 
 from gen_jax.data.config import Split
 from gen_jax.data.images import Images
+
+__all__ = [
+    "BINARY_FOLDER",
+    "LABEL_NAMES",
+    "PYTHON_FOLDER",
+    "TEST_FILES",
+    "TRAIN_FILES",
+    "URL",
+    "decode",
+    "read",
+]
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 BINARY_FOLDER = "cifar-10-batches-bin"
@@ -52,17 +64,17 @@ def read(directory: str | Path, split: Split) -> Images:
     """Reads the official files of CIFAR-10.
 
     Args:
-        directory: the folder cifar-10-batches-bin or cifar-10-batches-py, or one that holds it;
-            the binary files are taken where both are there.
-        split: "train" (five files) or "test" (one file).
+      directory: the folder cifar-10-batches-bin or cifar-10-batches-py, or one that holds it;
+        the binary files are taken where both are there.
+      split: "train" (five files) or "test" (one file).
 
     Returns:
-        images uint8 [N, 32, 32, 3], labels int32 [N] in [0, 10).
+      Images uint8 [examples, 32, 32, 3] with labels in [0, 10).
 
     Raises:
-        FileNotFoundError: neither folder is there, or one of its files is missing.
-        ValueError: a file is truncated, is no CIFAR-10 file, or is a pickle that asks for more
-            than NumPy arrays in plain containers.
+      FileNotFoundError: neither folder is there, or one of its files is missing.
+      ValueError: a file is truncated, is no CIFAR-10 file, or is a pickle that asks for more
+        than NumPy arrays in plain containers.
     """
     folder, suffix, read_file = _locate(Path(directory))
     names = TRAIN_FILES if split == "train" else TEST_FILES
@@ -72,18 +84,20 @@ def read(directory: str | Path, split: Split) -> Images:
     return Images(images, labels, LABEL_NAMES)
 
 
-def decode(records: bytes, source: str) -> tuple[np.ndarray, np.ndarray]:
+def decode(
+    records: bytes, source: str
+) -> tuple[UInt8[np.ndarray, "examples 32 32 3"], Int32[np.ndarray, " examples"]]:
     """Decodes records of the binary version: a byte of label, then planes of red, green, blue.
 
     Args:
-        records: the content of a file, a whole number of records of 3073 bytes.
-        source: the name of the file, for the error.
+      records: the content of a file, a whole number of records of 3073 bytes.
+      source: the name of the file, for the error.
 
     Returns:
-        images uint8 [N, 32, 32, 3], labels int32 [N].
+      Images and their labels.
 
     Raises:
-        ValueError: the size is no positive multiple of 3073, or a label is not in [0, 10).
+      ValueError: the size is no positive multiple of 3073, or a label is not in [0, 10).
     """
     if not records or len(records) % _RECORD:
         raise ValueError(

@@ -5,7 +5,7 @@ import pytest
 
 from gen_jax.data.exact import Enumerated
 from gen_jax.data.exact_sets import (
-    END,
+    EOS,
     BinaryPyramid,
     NoisyMixture,
     binary_chain,
@@ -228,7 +228,7 @@ def test_the_chain_is_the_markov_source():
 
 
 def test_lengths_are_content_then_end():
-    np.testing.assert_array_equal(lengths(3).support, [[0, END, END], [0, 0, END], [0, 0, 0]])
+    np.testing.assert_array_equal(lengths(3).support, [[0, EOS, EOS], [0, 0, EOS], [0, 0, 0]])
     np.testing.assert_array_equal(lengths_first(3).support[:, 0], [0, 1, 2])
     np.testing.assert_array_equal(lengths_first(3).support[:, 1:], lengths(3).support)
 

@@ -109,7 +109,7 @@ def test_bad_arguments_are_refused(call, message):
     ("images", "labels", "message"),
     [
         (np.zeros((2, 2, 2, 3), np.float32), np.zeros(2, np.int32), "uint8"),
-        (np.zeros((0, 2, 2, 3), np.uint8), np.zeros(0, np.int32), "N >= 1"),
+        (np.zeros((0, 2, 2, 3), np.uint8), np.zeros(0, np.int32), "at least one"),
         (np.zeros((2, 2, 2, 3), np.uint8), np.zeros(2, np.int64), "int32"),
         (np.zeros((2, 2, 2, 3), np.uint8), np.zeros(3, np.int32), "int32"),
         (np.zeros((2, 2, 2, 3), np.uint8), np.array([0, 1], np.int32), "label names"),

@@ -140,5 +140,5 @@ def test_images_that_cannot_be_compared_are_refused(images, message):
 
 
 def test_other_sizes_are_refused():
-    with pytest.raises(ValueError, match="16 or 32"):
+    with pytest.raises(ValueError, match="size must be one of 16, 32"):
         ShapesSet(24)

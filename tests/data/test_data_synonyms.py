@@ -157,10 +157,10 @@ def test_the_configuration_names_the_task():
         ({"seed": -1}, "seed is -1"),
         ({"min_words": 0}, "must rise"),
         ({"max_words": 65}, "must rise"),
-        ({"orders": 3}, "must be 1 or 2"),
-        ({"styles": 0}, "must be 1 or 2"),
+        ({"orders": 3}, "orders must be one of 1, 2"),
+        ({"styles": 0}, "styles must be one of 1, 2"),
         ({"styled": 0.9}, "shares of at most 1"),
-        ({"styled": np.nan}, "shares of at most 1"),
+        ({"styled": float("nan")}, "styled must be finite"),
     ],
 )
 def test_a_bad_task_is_one_clear_line(fields, message):

@@ -92,7 +92,7 @@ def test_writing_into_a_window_leaves_the_data_alone():
         (lambda data: TokenStream(data.tokens, 4), r"tokens span 0\.\.4; they must lie in 0\.\.3"),
         (lambda data: TokenStream(data.tokens - 1, 5), r"tokens span -1\.\.3"),
         (lambda data: TokenStream(data.tokens.astype(np.int64), 5), r"not int64 \[5\]"),
-        (lambda data: TokenStream(data.tokens[:0], 5), "N >= 1"),
+        (lambda data: TokenStream(data.tokens[:0], 5), "at least one"),
         (lambda data: TokenStream(data.tokens[None], 5), r"\[1, 5\]"),
     ],
 )
@@ -155,12 +155,12 @@ def test_a_text_that_cannot_be_read_is_one_clear_line(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"name": "book"}, "choose one of pydoc, file, tfds"),
+        ({"name": "book"}, "name must be one of 'pydoc', 'file', 'tfds', got 'book'"),
         ({"name": "file"}, "needs --data.path"),
         ({"path": "x"}, "data.name=file only, not pydoc"),
         ({"name": "tfds", "tfds_name": ""}, "needs --data.tfds-name"),
         ({"validation": 0.0}, "between 0 and 1"),
-        ({"validation": float("nan")}, "between 0 and 1"),
+        ({"validation": float("nan")}, "validation must be finite"),
         ({"characters": -1}, "0 for all"),
     ],
 )
