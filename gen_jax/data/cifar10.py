@@ -5,7 +5,7 @@ import io
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int32, UInt8
@@ -189,7 +189,7 @@ class _Refused(ValueError):
 class _ArrayUnpickler(pickle.Unpickler):
     """Admits what arrays of bytes need and nothing else: a pickle can name any function."""
 
-    def __init__(self, file: BinaryIO, path: Path) -> None:
+    def __init__(self, file: io.BytesIO, path: Path) -> None:
         super().__init__(file, encoding="bytes")
         self._path = path
 
@@ -212,19 +212,19 @@ class _ArrayUnpickler(pickle.Unpickler):
         raise _Refused(f"{self._path} is refused: its pickle asks for the external object {pid!r}")
 
 
-def _empty_array(kind: type, shape: tuple[int, ...], typecode: str | bytes) -> np.ndarray:
+def _empty_array(kind, shape, typecode):
     if kind is not np.ndarray or tuple(shape) != (0,):
         raise pickle.UnpicklingError("not an array")
     return np.empty((0,), np.uint8)
 
 
-def _byte_dtype(code: str | bytes, align: bool = False, copy: bool = True) -> np.dtype:
+def _byte_dtype(code, align=False, copy=True):
     if code not in ("u1", b"u1", "|u1", b"|u1"):
         raise pickle.UnpicklingError(f"dtype {code!r}")
     return np.dtype("u1", copy=True)
 
 
-def _latin1(text: str, encoding: str | bytes) -> bytes:
+def _latin1(text, encoding):
     if encoding not in ("latin1", b"latin1"):
         raise pickle.UnpicklingError(f"encoding {encoding!r}")
     return codecs.encode(text, "latin1")

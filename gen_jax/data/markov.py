@@ -162,7 +162,7 @@ class MarkovSource:
         return {"tokens": tokens}
 
 
-def _entropies(rows: np.ndarray) -> np.ndarray:
+def _entropies(rows):
     return -(rows * np.log(np.where(rows > 0, rows, 1))).sum(axis=-1)
 
 

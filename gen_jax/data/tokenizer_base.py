@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32, Integer
@@ -17,13 +17,14 @@ PAD_NAME, EOS_NAME = "<pad>", "</s>"  # of the vocabularies that are made here
 EOS_NAMES = ("<|endoftext|>", EOS_NAME, "<eos>", "<|end_of_text|>")
 """What the token that ends a text is called; where several are there, the first of these."""
 
-Ids = Integer[np.ndarray, " L"] | Sequence[int]
+Ids = Integer[np.ndarray, " L"] | Sequence[int | np.integer]
 
 
+@runtime_checkable
 class TextStream(Protocol):
     """Decodes token by token: what `push` and `flush` return, joined, is `decode` of the tokens."""
 
-    def push(self, id: int) -> str:
+    def push(self, id: int | np.integer) -> str:
         """Takes a token and returns the characters that it completes, which may be none.
 
         Raises:
@@ -34,6 +35,7 @@ class TextStream(Protocol):
         """Ends the text and returns what was held back."""
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """Text to tokens and back."""
 

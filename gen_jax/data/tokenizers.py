@@ -213,7 +213,7 @@ class _ByteStream:
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def push(self, id: int) -> str:
+    def push(self, id: int | np.integer) -> str:
         return self._decoder.decode(bytes(self._tokenizer.checked([id]).tolist()))
 
     def flush(self) -> str:
@@ -224,7 +224,7 @@ class _CharStream:
     def __init__(self, tokenizer: Chars) -> None:
         self._tokenizer = tokenizer
 
-    def push(self, id: int) -> str:
+    def push(self, id: int | np.integer) -> str:
         return self._tokenizer.decode([id])
 
     def flush(self) -> str:
@@ -243,7 +243,7 @@ class _PretrainedStream:
         self._ids: list[int] = []
         self._given = 0
 
-    def push(self, id: int) -> str:
+    def push(self, id: int | np.integer) -> str:
         self._tokenizer.checked([id])
         self._ids.append(int(id))
         name = self._tokenizer._tokenizer.id_to_token(int(id)) or ""

@@ -75,7 +75,7 @@ class _WordStream:
         self._tokenizer = tokenizer
         self._gap = ""
 
-    def push(self, id: int) -> str:
+    def push(self, id: int | np.integer) -> str:
         text = self._gap + self._tokenizer.decode([id])
         self._gap = " "
         return text

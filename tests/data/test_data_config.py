@@ -3,6 +3,7 @@ import sys
 
 import pytest
 
+from annotations import unchecked_annotations
 from gen_jax.data import DataConfig, load
 
 
@@ -17,6 +18,7 @@ from gen_jax.data import DataConfig, load
         ({"name": "tfds", "tfds_name": ""}, "needs --data.tfds-name"),
     ],
 )
+@unchecked_annotations()
 def test_a_bad_configuration_is_one_clear_line(fields, message):
     with pytest.raises(ValueError, match=message) as caught:
         DataConfig(**fields)
@@ -27,6 +29,7 @@ def test_the_defaults_need_no_download():
     assert len(load(DataConfig(), "train")) == 648
 
 
+@unchecked_annotations()
 def test_an_unknown_split_is_refused():
     with pytest.raises(ValueError, match="train or test"):
         load(DataConfig(), "validation")
@@ -40,6 +43,7 @@ def test_importing_the_data_room_is_light():
 
 
 def test_importing_the_configuration_needs_no_numpy():
-    code = "import gen_jax.data.config, sys; print([m for m in ('numpy', 'jax') if m in sys.modules])"
+    heavy = ("numpy", "jax")
+    code = f"import gen_jax.data.config, sys; print([m for m in {heavy} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.strip() == "[]", result.stderr

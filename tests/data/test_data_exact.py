@@ -3,6 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
+from annotations import unchecked_annotations
 from gen_jax.data.exact import Enumerated
 from gen_jax.data.exact_sets import (
     EOS,
@@ -155,6 +156,7 @@ def test_batches_are_functions_of_seed_and_step_and_their_shards_are_their_parts
         ([0, 1], [0.5, 0.5], 2, "support must be int32"),
     ],
 )
+@unchecked_annotations()
 def test_what_is_no_distribution_is_refused(support, prob, vocabulary, message):
     with pytest.raises(ValueError, match=message):
         Enumerated(np.array(support, np.int32), np.array(prob), vocabulary)

@@ -3,6 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from annotations import unchecked_annotations
 from gen_jax.data import Images
 
 
@@ -115,6 +116,7 @@ def test_bad_arguments_are_refused(call, message):
         (np.zeros((2, 2, 2, 3), np.uint8), np.array([0, 1], np.int32), "label names"),
     ],
 )
+@unchecked_annotations()
 def test_arrays_that_do_not_fit_are_refused(images, labels, message):
     with pytest.raises(ValueError, match=message):
         Images(images, labels, ("one",))

@@ -3,6 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from annotations import unchecked_annotations
 from gen_jax.data import Images, PixelSequences, ShapesSet
 from gen_jax.data.shapes import PALETTE
 
@@ -79,6 +80,7 @@ def test_batches_are_those_of_the_images_in_every_shard(shards, each, step, flip
         (lambda data: data.batch(0, 0, 3, shard=(0, 2)), "not a multiple"),
     ],
 )
+@unchecked_annotations()
 def test_what_does_not_fit_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call(SETS["palette"])

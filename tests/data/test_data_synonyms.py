@@ -2,10 +2,10 @@ import collections
 import itertools
 import math
 
-import numpy as np
 import pytest
 from scipy import stats
 
+from annotations import unchecked_annotations
 from gen_jax.data.config import TranslationConfig
 from gen_jax.data.synonyms import Synonyms
 
@@ -163,6 +163,7 @@ def test_the_configuration_names_the_task():
         ({"styled": float("nan")}, "styled must be finite"),
     ],
 )
+@unchecked_annotations()
 def test_a_bad_task_is_one_clear_line(fields, message):
     with pytest.raises(ValueError, match=message) as caught:
         Synonyms(**fields)
@@ -175,6 +176,7 @@ def test_no_source_is_refused(source):
         Synonyms().modes(source)
 
 
+@unchecked_annotations()
 def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="train, validation or test"):
         Synonyms().pairs("all", 3)

@@ -10,6 +10,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from annotations import unchecked_annotations
 from gen_jax.data import TextConfig, load_text
 from gen_jax.data.tokenizers import Bytes, Chars, Pretrained, load, make
 
@@ -176,6 +177,7 @@ def test_unknown_characters_are_listed():
 
 
 @pytest.mark.parametrize("ids", [[-1], [10**6], [[0]], [0.5], np.zeros((1, 2), np.int32)])
+@unchecked_annotations()
 def test_tokens_that_cannot_be_decoded_are_refused(tokenizer, ids):
     with pytest.raises(ValueError, match=r"tokens (span|must be integers)"):
         tokenizer.decode(ids)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from annotations import unchecked_annotations
 from gen_jax.data.bpe import train_bpe
 from gen_jax.data.config import TranslationConfig
 from gen_jax.data.synonyms import Synonyms
@@ -180,6 +181,7 @@ def test_sets_of_tfds_that_cannot_be_read_are_one_clear_line(tmp_path):
         load_pairs(config, "train")
 
 
+@unchecked_annotations()
 def test_files_that_cannot_be_read_are_one_clear_line(tmp_path):
     config = TranslationConfig(name="files", dir=str(tmp_path / "data"))
 
@@ -370,6 +372,7 @@ def test_an_empty_bucket_is_never_drawn():
         ((TOKENIZER, [], [], 3), "none of 0 pairs"),
     ],
 )
+@unchecked_annotations()
 def test_pairs_that_cannot_be_encoded_are_one_clear_line(arguments, message):
     with pytest.raises(ValueError, match=message) as caught:
         Pairs.encode(*arguments, long="leave out")
@@ -392,6 +395,7 @@ def test_pairs_that_cannot_be_encoded_are_one_clear_line(arguments, message):
         ({"buckets": (1, 2)}, "more than the last bucket"),
     ],
 )
+@unchecked_annotations()
 def test_bad_arrays_are_refused(fields, message):
     tokens, lengths = np.ones((2, 3), np.int32), np.array([3, 1], np.int32)
     good = {
@@ -433,6 +437,7 @@ def test_bad_batches_are_refused(arguments, message):
         ({"min_words": 9}, "must rise"),
     ],
 )
+@unchecked_annotations()
 def test_a_bad_configuration_is_one_clear_line(fields, message):
     with pytest.raises(ValueError, match=message) as caught:
         TranslationConfig(**fields)

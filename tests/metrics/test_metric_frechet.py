@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 
+from annotations import unchecked_annotations
 from gen_jax.metrics.frechet import (
     frechet_distance,
     frechet_over_features,
@@ -178,6 +179,7 @@ def test_the_frechet_distance_takes_no_kernel_of_all_pairs(monkeypatch):
         ),
     ],
 )
+@unchecked_annotations()
 def test_bad_arguments_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()

@@ -92,4 +92,4 @@ def test_nothing_to_score_is_refused():
     with pytest.raises(ValueError, match="at least one"):
         score(FLOATS[:0], SHAPES)
     with pytest.raises(ValueError, match="must be positive"):
-        score(FLOATS, SHAPES, threshold=0)
+        score(FLOATS, SHAPES, threshold=0.0)
