@@ -4,7 +4,7 @@ import math
 import secrets
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -12,17 +12,13 @@ from PIL import Image
 
 __all__ = ["grid", "save_gif", "save_images", "save_png", "to_uint8"]
 
-Picture = (
-    UInt8[np.ndarray, "height width"]
-    | UInt8[np.ndarray, "height width 1"]
-    | UInt8[np.ndarray, "height width 3"]
-)
+Picture = UInt8[Any, "height width"] | UInt8[Any, "height width 1"] | UInt8[Any, "height width 3"]
 
 _HOLD_MILLISECONDS = 1500
 _LONGEST_MILLISECONDS = 655_350  # two bytes of hundredths of a second
 
 
-def to_uint8(images: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
+def to_uint8(images: Float[Any, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
     """Maps [-1, 1] to 0..255, rounding to nearest and clipping what lies outside.
 
     Raises:
@@ -38,7 +34,7 @@ def to_uint8(images: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]
 
 
 def grid(
-    images: UInt8[np.ndarray, "B height width C"],
+    images: UInt8[Any, "B height width C"],
     columns: int | None = None,
     scale: int = 1,
     gap: int = 1,
@@ -125,7 +121,7 @@ def save_gif(path: str | Path, frames: Sequence[Picture], milliseconds: int) -> 
 
 
 def save_images(
-    directory: str | Path, images: UInt8[np.ndarray, "B height width C"], start: int = 0
+    directory: str | Path, images: UInt8[Any, "B height width C"], start: int = 0
 ) -> None:
     """Writes images as 000000.png, 000001.png and so on, making their folder.
 

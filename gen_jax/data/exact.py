@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import cached_property
 from math import comb
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float64, Int32, Integer
@@ -91,7 +92,7 @@ class Enumerated:
         table[tuple(self.support.T)] = self.prob
         return table
 
-    def log_prob(self, tokens: Integer[np.ndarray, "B L"]) -> Float64[np.ndarray, " B"]:
+    def log_prob(self, tokens: Integer[Any, "B L"]) -> Float64[np.ndarray, " B"]:
         """The log-probability of sequences.
 
         Args:
@@ -153,7 +154,7 @@ class Enumerated:
         return (self.prob @ self._one_hot).reshape(self.length, self.vocabulary)
 
     def conditionals(
-        self, tokens: Integer[np.ndarray, "B L"], mask_id: int
+        self, tokens: Integer[Any, "B L"], mask_id: int
     ) -> Float64[np.ndarray, "B L V"]:
         """The distribution of each position given the positions that are known.
 

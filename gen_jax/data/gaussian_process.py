@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Float64
@@ -109,7 +110,7 @@ class GaussianSource:
             signal[:, i] = signal @ coefficients[i] + np.sqrt(variances[i]) * noise[:, i]
         return signal
 
-    def log_prob(self, signal: Float[np.ndarray, "B L"]) -> Float64[np.ndarray, " B"]:
+    def log_prob(self, signal: Float[Any, "B L"]) -> Float64[np.ndarray, " B"]:
         """The log-density of signals, in nats."""
         white = np.linalg.solve(self.cholesky, np.asarray(signal, np.float64).T)
         constant = self.length * 0.5 * np.log(2 * np.pi) + np.log(np.diag(self.cholesky)).sum()

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float64, Integer
@@ -110,7 +111,7 @@ class MarkovSource:
             marginal = marginal @ self.transition
         return float(total)
 
-    def log_prob(self, tokens: Integer[np.ndarray, "B L"]) -> Float64[np.ndarray, " B"]:
+    def log_prob(self, tokens: Integer[Any, "B L"]) -> Float64[np.ndarray, " B"]:
         """The log-probability of sequences.
 
         Args:

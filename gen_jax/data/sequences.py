@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int32, Integer, UInt8
@@ -61,7 +62,7 @@ class PixelSequences:
         batch = self.images.batch(seed, step, size, flip=flip, shard=shard)
         return {"tokens": self.tokens_of(batch["image"]), "label": batch["label"]}
 
-    def tokens_of(self, images: Integer[np.ndarray, "B ..."]) -> Int32[np.ndarray, "B L"]:
+    def tokens_of(self, images: Integer[Any, "B ..."]) -> Int32[np.ndarray, "B L"]:
         """Images as sequences.
 
         Args:
@@ -76,7 +77,7 @@ class PixelSequences:
         images = self._checked("images", images, self.shape)
         return images.reshape(len(images), self.length).astype(np.int32)
 
-    def images_of(self, tokens: Integer[np.ndarray, "B L"]) -> UInt8[np.ndarray, "B ..."]:
+    def images_of(self, tokens: Integer[Any, "B L"]) -> UInt8[np.ndarray, "B ..."]:
         """The inverse of `tokens_of`.
 
         Args:

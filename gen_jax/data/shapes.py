@@ -7,7 +7,7 @@ has a known floor, and any sample can be checked against the nearest image of th
 
 import itertools
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float, Float64, Int32, Int64, Integer, UInt8
@@ -139,7 +139,7 @@ class ShapesSet:
 
     def nearest(
         self,
-        images: Float[np.ndarray, "B side side 3"] | Integer[np.ndarray, "B side side"],
+        images: Float[Any, "B side side 3"] | Integer[Any, "B side side"],
     ) -> tuple[Int64[np.ndarray, " B"], Float64[np.ndarray, " B"]]:
         """The nearest image of the set, in mean squared error on the scale [-1, 1].
 

@@ -17,7 +17,7 @@ PAD_NAME, EOS_NAME = "<pad>", "</s>"  # of the vocabularies that are made here
 EOS_NAMES = ("<|endoftext|>", EOS_NAME, "<eos>", "<|end_of_text|>")
 """What the token that ends a text is called; where several are there, the first of these."""
 
-Ids = Integer[np.ndarray, " L"] | Sequence[int | np.integer]
+Ids = Integer[Any, " L"] | Sequence[int | np.integer]
 
 
 @runtime_checkable

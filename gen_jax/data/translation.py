@@ -6,7 +6,7 @@ import zlib
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from jaxtyping import Int32, Int64, Integer
@@ -279,7 +279,7 @@ class Pairs:
 
 
 def texts_of(
-    tokenizer: Tokenizer, tokens: Integer[np.ndarray, "B L"], lengths: Integer[np.ndarray, " B"]
+    tokenizer: Tokenizer, tokens: Integer[Any, "B L"], lengths: Integer[Any, " B"]
 ) -> list[str]:
     """Sequences of tokens as texts: what stands before the first EOS, without padding.
 

@@ -1,6 +1,7 @@
 """How well samples follow the shapes set, whose distribution is known exactly."""
 
 import math
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Integer
@@ -13,7 +14,7 @@ THRESHOLD = 0.06
 
 
 def score(
-    images: Float[np.ndarray, "B side side 3"] | Integer[np.ndarray, "B side side"],
+    images: Float[Any, "B side side 3"] | Integer[Any, "B side side"],
     shapes_set: ShapesSet,
     threshold: float = THRESHOLD,
 ) -> dict[str, float]:

@@ -16,7 +16,7 @@ __all__ = [
     "repeated_token_rate",
 ]
 
-Lengths = Integer[np.ndarray, " B"] | Sequence[int]
+Lengths = Integer[Any, " B"] | Sequence[int]
 
 
 def bleu(hypotheses: Sequence[str], references: Sequence[str]) -> float:
@@ -51,7 +51,7 @@ def bleu_signature() -> str:
 
 
 def repeated_token_rate(
-    sequences: Sequence[Integer[np.ndarray, " _"] | Sequence[int]],
+    sequences: Sequence[Integer[Any, " _"] | Sequence[int]],
 ) -> float:
     """The share of neighbouring tokens that are equal, over all sequences (Wang et al. 1902.10245).
 

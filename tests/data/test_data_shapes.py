@@ -97,8 +97,8 @@ def test_total_correlation_is_what_independent_pixels_lose(world):
     log_likelihoods = np.log(np.take_along_axis(frequencies, images.astype(np.int64), axis=0)).sum(
         axis=1
     )
-    divergence = -world.entropy - log_likelihoods.mean()
-    np.testing.assert_allclose(world.total_correlation(palette=True), divergence, rtol=1e-12)
+    kl = -world.entropy - log_likelihoods.mean()
+    np.testing.assert_allclose(world.total_correlation(palette=True), kl, rtol=1e-12)
     assert world.total_correlation(palette=True) == world.total_correlation()
     np.testing.assert_allclose(world.entropy, np.log(648))
 

@@ -66,7 +66,7 @@ def streamed(tokenizer, ids):
     return [stream.push(id) for id in ids] + [stream.flush()]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(text=st.text())
 def test_any_text_comes_back(text):
     chars = [make("chars", text)] if text else []
@@ -78,7 +78,7 @@ def test_any_text_comes_back(text):
         assert "".join(streamed(tokenizer, ids)) == text
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_any_tokens_stream_as_they_decode(data):
     for make_tokenizer in ALL.values():

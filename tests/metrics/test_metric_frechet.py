@@ -105,7 +105,7 @@ def test_row_blocks_do_not_change_the_kernel_distance(monkeypatch):
 @pytest.mark.parametrize("subset", [{}, {"subsets": 4, "subset_size": 8, "seed": 0}])
 def test_kernel_distance_has_mean_zero_for_one_distribution(subset):
     generator = np.random.default_rng(0)
-    draws = generator.normal(1, 1, size=(600, 2, 20, 4))
+    draws = generator.normal(1, 1, size=(300, 2, 20, 4))
     values = np.array([kernel_distance(x, y, **subset) for x, y in draws])
     assert abs(values.mean()) < 4 * values.std() / np.sqrt(len(values))
     assert (values < 0).any()
