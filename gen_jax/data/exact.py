@@ -248,7 +248,8 @@ class Enumerated:
             index, first, groups = pending.pop()
             result[index] = _entropy(np.bincount(groups, self.prob))
             for i in range(first, self.length):
-                pending.append((index | 1 << i, i + 1, self._refine(groups, i)))
+                finer = np.unique(self._keys(groups, i), return_inverse=True)[1]
+                pending.append((index | 1 << i, i + 1, finer))
         return result
 
     @cached_property
@@ -276,16 +277,19 @@ class Enumerated:
     def _draw(self, uniform: np.ndarray) -> np.ndarray:
         return self.support[np.searchsorted(self._cumulative, uniform, side="right")]
 
-    def _refine(self, groups: np.ndarray, position: int) -> np.ndarray:
-        keys = groups * self.vocabulary + self.support[:, position]
-        return np.unique(keys, return_inverse=True)[1]
+    def _keys(self, groups: np.ndarray, position: int) -> np.ndarray:
+        """int64 [sequences]: equal where rows have one group and one token at the position."""
+        return groups * self.vocabulary + self.support[:, position]
 
     def _groups(self, positions) -> np.ndarray:
         """int64 [sequences]: equal where rows of the support agree at the positions; 0, 1, ..."""
-        groups = np.zeros(len(self.support), np.int64)
+        groups, bound = np.zeros(len(self.support), np.int64), 1
         for position in positions:
-            groups = self._refine(groups, position)
-        return groups
+            if bound > np.iinfo(np.int64).max // self.vocabulary:
+                groups = np.unique(groups, return_inverse=True)[1]
+                bound = int(groups.max()) + 1
+            groups, bound = self._keys(groups, position), bound * self.vocabulary
+        return np.unique(groups, return_inverse=True)[1]
 
     def _check(self, tokens: np.ndarray) -> np.ndarray:
         tokens = np.asarray(tokens)
