@@ -206,7 +206,6 @@ def levinson(
 ) -> tuple[Float64[np.ndarray, "L L"], Float64[np.ndarray, " L"]]:
     """Predicts each value of a stationary signal from those before it, in O(L^2).
 
-
     The recursion of Levinson (1946) and Durbin (1960).
 
     Args:

@@ -255,7 +255,7 @@ def test_the_leaves_of_the_pyramid_correlate_by_their_distance_in_the_tree():
     flip = 0.1
     leaves = BinaryPyramid(3, flip).leaves
     spins = 1 - 2.0 * leaves.support
-    correlation = (spins * leaves.prob[:, None]).T @ spins
+    correlation = np.einsum("n,ni,nj->ij", leaves.prob, spins, spins)
     rows, columns = np.divmod(np.arange(16), 4)
     siblings = (rows[:, None] // 2 == rows // 2) & (columns[:, None] // 2 == columns // 2)
     expected = np.where(siblings, (1 - 2 * flip) ** 2, (1 - 2 * flip) ** 4)
