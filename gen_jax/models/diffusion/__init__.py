@@ -32,7 +32,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "losses": ["DiffusionModel", "Network"],
         "samplers": ["DiffusionSampler", "DiffusionState"],
         "schedule": ["Schedule"],
-        "solvers": ["DDIM", "Ancestral", "BaseSolver", "DPMSolverPP", "Solver", "StepTable"],
+        "solvers": ["DDIM", "Ancestral", "DPMSolverPP", "Solver", "StepTable"],
         "time_grid": ["Spacing", "TimeGrid"],
     },
 )

@@ -16,7 +16,7 @@ from gen_jax.models.contract import check_label, check_params
 from gen_jax.models.diffusion.losses import DiffusionModel
 from gen_jax.models.diffusion.process import fold_in_each, normal_each, split_each
 from gen_jax.models.diffusion.schedule import step_variances
-from gen_jax.models.diffusion.solvers import BaseSolver
+from gen_jax.models.diffusion.solvers import Solver
 
 __all__ = ["DiffusionSampler", "DiffusionState"]
 
@@ -51,11 +51,11 @@ class DiffusionSampler:
 
     Raises:
       ValueError: at construction, where the solver does not fit the process (see
-        `BaseSolver.check`).
+        `Solver.check`).
     """
 
     model: DiffusionModel
-    solver: BaseSolver
+    solver: Solver
 
     def __post_init__(self):
         self.solver.check(self.model.process)

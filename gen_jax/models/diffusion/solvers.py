@@ -2,8 +2,8 @@
 
 DDPM, DDIM and DPM-Solver++ (2M) are the same affine update, `kernels.diffusion_step`, with other
 coefficients. A solver computes the table of them in float64 on the host, for any sequence of noise
-levels; the sampling loop reads a row of it. A new solver of this form is one class in this file and
-its place in `Solver`, which is the choice that the command line shows.
+levels; the sampling loop reads a row of it. A new solver of this form is one class, here or
+anywhere: it is an option of the command line from its definition on (see `config.Choice`).
 """
 
 from typing import ClassVar, NamedTuple
@@ -11,7 +11,7 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from gen_jax.config import frozen
+from gen_jax.config import Choice, frozen
 from gen_jax.models.diffusion.config import DiffusionConfig
 from gen_jax.models.diffusion.schedule import (
     Schedule,
@@ -21,7 +21,7 @@ from gen_jax.models.diffusion.schedule import (
 )
 from gen_jax.models.diffusion.time_grid import Spacing, TimeGrid
 
-__all__ = ["DDIM", "Ancestral", "BaseSolver", "DPMSolverPP", "Solver", "StepTable"]
+__all__ = ["DDIM", "Ancestral", "DPMSolverPP", "Solver", "StepTable"]
 
 
 class StepTable(NamedTuple):
@@ -37,7 +37,7 @@ class StepTable(NamedTuple):
 
 
 @frozen
-class BaseSolver:
+class Solver(Choice):
     """What every solver has: its options, the time steps that it visits, and its table.
 
     Class attributes, which say what the sampling loop must give to a step:
@@ -122,7 +122,7 @@ class BaseSolver:
 
 
 @frozen
-class Ancestral(BaseSolver):
+class Ancestral(Solver):
     """DDPM (2006.11239, algorithm 2): a draw of p(x_s | x_t), with the variance of the process."""
 
     name: ClassVar[str] = "ddpm"
@@ -135,7 +135,7 @@ class Ancestral(BaseSolver):
         alpha_bar_next: Float[np.ndarray, " S"],
         process: DiffusionConfig,
     ) -> StepTable:
-        """See `BaseSolver.coefficients`."""
+        """See `Solver.coefficients`."""
         x0_weight, x_weight = posterior_mean_weights(alpha_bar, alpha_bar_next)
         small, large = step_variances(alpha_bar, alpha_bar_next)
         variance = {"fixed_small": small, "fixed_large": large, "learned": np.ones_like(large)}
@@ -147,7 +147,7 @@ class Ancestral(BaseSolver):
 
 
 @frozen
-class DDIM(BaseSolver):
+class DDIM(Solver):
     """DDIM (2010.02502, eq. 12): deterministic at eta = 0, the noise of DDPM at eta = 1."""
 
     name: ClassVar[str] = "ddim"
@@ -174,7 +174,7 @@ class DDIM(BaseSolver):
         alpha_bar_next: Float[np.ndarray, " S"],
         process: DiffusionConfig,
     ) -> StepTable:
-        """See `BaseSolver.coefficients`."""
+        """See `Solver.coefficients`."""
         small, _ = step_variances(alpha_bar, alpha_bar_next)
         noise = self.eta * np.sqrt(small)
         direction = np.sqrt(np.maximum(1 - alpha_bar_next - noise**2, 0))
@@ -193,7 +193,7 @@ class DDIM(BaseSolver):
 
 
 @frozen
-class DPMSolverPP(BaseSolver):
+class DPMSolverPP(Solver):
     """DPM-Solver++ (2M) (2211.01095, algorithm 2): second order in log(alpha / sigma).
 
     The first step, and the last when it goes to noise zero, are of first order.
@@ -211,7 +211,7 @@ class DPMSolverPP(BaseSolver):
         alpha_bar_next: Float[np.ndarray, " S"],
         process: DiffusionConfig,
     ) -> StepTable:
-        """See `BaseSolver.coefficients`."""
+        """See `Solver.coefficients`."""
         alpha_next, sigma_next = np.sqrt(alpha_bar_next), np.sqrt(1 - alpha_bar_next)
         with np.errstate(divide="ignore"):  # the step to the clean image is infinite
             step = 0.5 * (_log_odds(alpha_bar_next) - _log_odds(alpha_bar))  # h of the paper
@@ -230,9 +230,6 @@ class DPMSolverPP(BaseSolver):
             next_history=-growth * extrapolate,
             next_noise=zero,
         )
-
-
-Solver = Ancestral | DDIM | DPMSolverPP
 
 
 def _log_odds(alpha_bar):

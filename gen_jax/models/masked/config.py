@@ -2,7 +2,7 @@
 
 from typing import ClassVar, Literal
 
-from gen_jax.config import frozen
+from gen_jax.config import Choice, frozen
 
 __all__ = [
     "AbsorbingDiffusionOptions",
@@ -55,14 +55,13 @@ def check_not_negative(name: str, value: float) -> None:
 
 
 @frozen
-class _IterativeOptions:
+class IterativeOptions(Choice):
     """What the options of all samplers in rounds share.
 
     The class attribute `name` is the choice on the command line, and `make` names the function
     (options, model, length) -> sampler.
     """
 
-    name: ClassVar[str]
     make: ClassVar[str]
 
     rounds: int = 10
@@ -74,7 +73,7 @@ class _IterativeOptions:
 
 
 @frozen
-class MaskPredictOptions(_IterativeOptions):
+class MaskPredictOptions(IterativeOptions):
     """Mask-Predict (Ghazvininejad et al. 2019): likeliest tokens, the least sure masked again."""
 
     name: ClassVar[str] = "mask_predict"
@@ -85,7 +84,7 @@ class MaskPredictOptions(_IterativeOptions):
 
 
 @frozen
-class MaskGITOptions(_IterativeOptions):
+class MaskGITOptions(IterativeOptions):
     """MaskGIT (Chang et al. 2022): drawn tokens, of which the most confident stay."""
 
     name: ClassVar[str] = "maskgit"
@@ -105,7 +104,7 @@ class MaskGITOptions(_IterativeOptions):
 
 
 @frozen
-class RandomOrderOptions(_IterativeOptions):
+class RandomOrderOptions(IterativeOptions):
     """Groups of positions in a random order, another for each sample."""
 
     name: ClassVar[str] = "random_order"
@@ -122,7 +121,7 @@ class RandomOrderOptions(_IterativeOptions):
 
 
 @frozen
-class AbsorbingDiffusionOptions(_IterativeOptions):
+class AbsorbingDiffusionOptions(IterativeOptions):
     """Ancestral sampling of absorbing diffusion (Austin et al. 2021), with remasking or without."""
 
     name: ClassVar[str] = "absorbing"
@@ -143,7 +142,7 @@ class AbsorbingDiffusionOptions(_IterativeOptions):
 
 
 @frozen
-class RepairOptions(_IterativeOptions):
+class RepairOptions(IterativeOptions):
     """A one-shot draft, then rounds that erase tokens and draw them anew."""
 
     name: ClassVar[str] = "repair"
@@ -163,13 +162,3 @@ class RepairOptions(_IterativeOptions):
             raise ValueError(f"count must be at least 1, got {self.count}")
         if self.erase == "least_likely" and self.count > 1:
             raise ValueError("the least likely token is erased alone: set count to 1")
-
-
-IterativeOptions = (
-    MaskPredictOptions
-    | MaskGITOptions
-    | RandomOrderOptions
-    | AbsorbingDiffusionOptions
-    | RepairOptions
-)
-"""The samplers in rounds that a command line offers."""

@@ -37,7 +37,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "config": ["LatentConfig"],
+        "config": ["CTCOptions", "LatentConfig", "OneShotOptions", "ParallelOptions"],
         "ctc": ["CTCModel", "CTCSampler", "collapse"],
         "losses": ["ParallelModel"],
         "samplers": ["ParallelSampler", "one_shot"],

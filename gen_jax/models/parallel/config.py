@@ -1,10 +1,35 @@
 """Choices of parallel decoders, as frozen dataclasses; importing this loads nothing heavy."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
-from gen_jax.config import frozen
+from gen_jax.config import Choice, frozen
 
-__all__ = ["LatentConfig"]
+__all__ = ["CTCOptions", "LatentConfig", "OneShotOptions", "ParallelOptions"]
+
+
+class ParallelOptions(Choice):
+    """The choice of how a parallel decoder is sampled, where it is not decoded in rounds."""
+
+
+@frozen
+class OneShotOptions(ParallelOptions):
+    """One evaluation at all positions, each of which is drawn from its own distribution."""
+
+    name: ClassVar[str] = "one_shot"
+
+    temperature: float = 0.0
+    """The logits are divided by it; 0 takes the most probable tokens."""
+
+    def __post_init__(self):
+        if self.temperature and self.temperature < 1e-6:
+            raise ValueError(f"temperature must be 0, or at least 1e-6, got {self.temperature}")
+
+
+@frozen
+class CTCOptions(ParallelOptions):
+    """The most probable alignment of connectionist temporal classification."""
+
+    name: ClassVar[str] = "ctc"
 
 
 @frozen
