@@ -284,9 +284,10 @@ def entropy_profile(terms: Float[Array | np.ndarray, "B L"]) -> tuple[float, ...
 def log_prob_in_order(
     model: Denoiser,
     params: Any,
-    batch: dict[str, Any],
+    tokens: Int[Array | np.ndarray, "B L"],
     order: Int[Array | np.ndarray, "*rows L"],
     sizes: Sequence[int],
+    cond: dict[str, Any] | None = None,
 ) -> Float[Array, " B"]:
     """Log-probability of sequences whose positions are drawn in groups, in a given order.
 
@@ -295,15 +296,16 @@ def log_prob_in_order(
     Args:
       model: of sequences of L tokens.
       params: its parameters, not prepared.
-      batch: as of `bound_terms`.
+      tokens: the sequences.
       order: int [L] or [B, L], all positions, first to last.
       sizes: positions of each group.
+      cond: "length" int [B] where sequences differ in it, and what the model conditions on.
 
     Returns:
       float32, in nats.
     """
-    tokens, prepared = batch["tokens"], model.prepare(params)
-    context, valid = model.encode(prepared, batch), valid_mask(tokens, batch.get("length"))
+    prepared, cond = model.prepare(params), cond or {}
+    context, valid = model.encode(prepared, cond), valid_mask(tokens, cond.get("length"))
     rank = jnp.broadcast_to(jnp.argsort(order, axis=-1), tokens.shape)
     ends = np.cumsum(sizes)
 

@@ -142,15 +142,14 @@ def test_terms_end_at_the_length():
 
 def test_the_law_of_an_order_sums_to_one_and_ends_at_the_length():
     every = np.indices((3,) * 4).reshape(4, -1).T.astype(np.int32)
-    order, exist = np.array([2, 0, 3, 1]), np.arange(4) < 3
+    order, inside = np.array([2, 0, 3, 1]), np.arange(4) < 3
     law = jax.jit(log_prob_in_order, static_argnums=(0, 4))
-    whole = law(MODEL, PARAMS, {"tokens": every, "length": np.full(81, 4)}, order, (1, 3))
-    short = law(MODEL, PARAMS, {"tokens": every, "length": np.full(81, 3)}, order, (1, 3))
+    lengths = [{"length": np.full(81, length)} for length in (4, 3)]
+    whole, short = (law(MODEL, PARAMS, every, order, (1, 3), one) for one in lengths)
     assert np.exp(whole).sum() == pytest.approx(1, abs=1e-4)
     assert np.std(whole) > 0.3
     assert np.exp(short)[every[:, 3] == 0].sum() == pytest.approx(1, abs=1e-4)
-    padded = {"tokens": np.where(exist, every, 0), "length": np.full(81, 3)}
-    other = law(MODEL, PARAMS, padded, order, (1, 3))
+    other = law(MODEL, PARAMS, np.where(inside, every, 0), order, (1, 3), lengths[1])
     np.testing.assert_allclose(short, other, atol=1e-5)
 
 
