@@ -7,7 +7,7 @@ finite.
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import flax.struct
 import jax
@@ -24,6 +24,7 @@ __all__ = ["TrainState", "Trainable", "init_state", "make_step"]
 _OURS = ("examples_per_second", "skipped", "step", "stop")  # names that the loop gives to metrics
 
 
+@runtime_checkable
 class Trainable(Protocol):
     """What `fit` trains: a state, and how one batch changes it.
 
