@@ -7,7 +7,7 @@ finite.
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, no_type_check, runtime_checkable
 
 import flax.struct
 import jax
@@ -70,6 +70,7 @@ class Trainable(Protocol):
         """The part of the state that the moving average is taken of and samples come from."""
 
 
+@no_type_check  # jax also makes trees of this class whose leaves are no arrays
 @flax.struct.dataclass
 class TrainState:
     """All that training carries from step to step.
