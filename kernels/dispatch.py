@@ -23,6 +23,7 @@ __all__ = [
     "PLATFORMS",
     "Implementation",
     "Operation",
+    "Refusal",
     "any_platform",
     "fill_static",
     "operations",
@@ -36,6 +37,18 @@ EVERYWHERE = ("everywhere",)
 _OPERATIONS: dict[str, "Operation"] = {}
 _REGISTRY: dict[str, dict[str, "Implementation"]] = {}
 _check_platform = True
+
+
+class Refusal(NotImplementedError):
+    """A forced implementation that exists cannot take these arguments.
+
+    Attributes:
+      reason: words that follow the name of the implementation.
+    """
+
+    def __init__(self, message: str, reason: str):
+        super().__init__(message)
+        self.reason = reason
 
 
 def _never_refuses(*arguments, **options) -> None:
@@ -163,8 +176,8 @@ class Operation:
         """Runs the implementation of this name, or the default of the platform for None.
 
         Raises:
-          NotImplementedError: there is no such implementation (the message lists all), or it
-            cannot take these arguments (the message says why, and lists those that can).
+          NotImplementedError: there is no such implementation; the message lists all.
+          Refusal: it cannot take these arguments; the message says why, and lists those that can.
         """
         entries = self.implementations()
         if implementation is None:
@@ -176,9 +189,8 @@ class Operation:
         reason = entries[implementation].reason(*arguments, **options)
         if reason is not None:
             able = [name for name, e in entries.items() if not e.reason(*arguments, **options)]
-            raise NotImplementedError(
-                f"{self.name}: {implementation} {reason}; available: {', '.join(able)}"
-            )
+            message = f"{self.name}: {implementation} {reason}; available: {', '.join(able)}"
+            raise Refusal(message, reason)
         return entries[implementation].run(*arguments, **options)
 
     def defaults(self, *arguments: Any, **options: Any) -> dict[str, Implementation]:
