@@ -35,6 +35,7 @@ class Case:
       seeds: the number of seeds, from 0 on, that a check runs through; it compiles once.
       atol: the absolute tolerance of floats, or one for each of the results; 0 asks for equality.
       rtol: the relative tolerance of floats.
+      dtype: of all floats in the result.
       gradient: places of the positional arguments whose gradients are compared with those of the
         reference, to ten times the tolerance.
     """
@@ -45,6 +46,7 @@ class Case:
     seeds: int = 1
     atol: float | tuple[float, ...] = 0.0
     rtol: float = 0.0
+    dtype: str = "float32"
     gradient: tuple[int, ...] = ()
 
     def __str__(self):
@@ -124,6 +126,9 @@ def check(suite: Suite, case: Case, implementation: str) -> str | None:
             if definition is not None:
                 _assert_close(got, definition, case, f"{what}: not as defined", exact_type=False)
             _assert_close(got, reference, case, f"{what}: not the reference")
+            for leaf in jax.tree.leaves(got):
+                if jnp.issubdtype(leaf.dtype, jnp.floating):
+                    assert leaf.dtype == case.dtype, f"{what}: {leaf.dtype}"
         if case.gradient and implementation != "reference":
             # Ten times the tolerance: a gradient is a sum over more rounded values.
             loose = dataclasses.replace(case, atol=10 * np.max(case.atol), rtol=10 * case.rtol)

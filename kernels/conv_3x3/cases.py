@@ -9,10 +9,20 @@ from kernels.conv_3x3 import conv_3x3
 from kernels.conv_3x3.winograd import transform_kernel
 from kernels.testing import Case, Suite
 
-__all__ = ["SUITES"]
+__all__ = ["SUITES", "example"]
 
 
-def _arguments(batch, height, width, channels, channels_out, seed, *, dtype="float32", read=False):
+def example(
+    batch: int,
+    height: int,
+    width: int,
+    channels: int,
+    channels_out: int,
+    seed: int = 0,
+    dtype: str = "float32",
+    read: bool = False,
+) -> tuple:
+    """Features and weights, and with `read` the transformed weights, on any platform."""
     generator = np.random.default_rng(seed)
     x = generator.normal(size=(batch, height, width, channels)).astype(np.float32)
     kernel = generator.normal(size=(3, 3, channels, channels_out)) / (9 * channels) ** 0.5
@@ -32,9 +42,9 @@ def _definition(x, kernel, prepared=None):
     )
 
 
-def _case(name, *shape, atol=2e-5, **made):
-    keywords = {key: made.pop(key) for key in ("dtype", "read") if key in made}
-    return Case(name, functools.partial(_arguments, *shape, **keywords), atol=atol, **made)
+def _case(name, *shape, atol=2e-5, dtype="float32", read=False, gradient=()):
+    arguments = functools.partial(example, *shape, dtype=dtype, read=read)
+    return Case(name, arguments, atol=atol, dtype=dtype, gradient=gradient)
 
 
 _TIMED = (

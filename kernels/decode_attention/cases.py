@@ -9,7 +9,7 @@ import numpy as np
 from kernels.decode_attention import KVCache, decode_attention
 from kernels.testing import Case, Suite
 
-__all__ = ["EDGES", "LENGTH", "SUITES", "example"]
+__all__ = ["EDGES", "LENGTH", "SUITES", "definition", "example"]
 
 LENGTH = 100
 EDGES = (0, 31, 62, 63, 64, 65, 94, 95, 96, 97, 99)
@@ -41,7 +41,7 @@ def _prefill(shape, column, seed):
     return *example(seed, **shape), column
 
 
-def _definition(q, k, v, cache, column, first=None, *, window=0):
+def definition(q, k, v, cache, column, first=None, *, window=0) -> tuple:
     """Each sample, head and query on its own."""
     q, k, v = (np.asarray(a.astype(jnp.float32), np.float64) for a in (q, k, v))
     keys, values = (np.array(a.astype(jnp.float32), np.float64) for a in cache)
@@ -77,7 +77,8 @@ def _whole_cache(q, k, v, cache, column, first=None):
 def _at_edges(name, atol=2e-5, window=0, ragged=False, padded=False, edges=EDGES, **shape):
     arguments = functools.partial(_step, shape, edges, ragged=ragged, padded=padded)
     options = {"window": window} if window else {}
-    return Case(name, arguments, options, seeds=len(edges), atol=(atol, 0.0))
+    dtype = shape.get("dtype", "float32")
+    return Case(name, arguments, options, seeds=len(edges), atol=(atol, 0.0), dtype=dtype)
 
 
 def _filled(column, **shape):
@@ -136,7 +137,7 @@ SUITES = (
             _timed(8, 12, 1024, 100),
             _timed(8, 12, 1024, 1000),
         ),
-        definition=_definition,
+        definition=definition,
         peers={"jax.nn": _whole_cache},
     ),
 )

@@ -9,10 +9,11 @@ import numpy as np
 from kernels.group_norm_silu import group_norm_silu
 from kernels.testing import Case, Suite
 
-__all__ = ["SUITES"]
+__all__ = ["SUITES", "example"]
 
 
-def _arguments(shape, seed, *, dtype="float32", offset=0.0):
+def example(shape: tuple[int, ...], seed: int = 0, dtype="float32", offset: float = 0.0) -> tuple:
+    """Features around `offset`, and float32 scale and bias."""
     generator = np.random.default_rng(seed)
     x = 2 * generator.normal(size=shape) + offset
     scale, bias = generator.normal(size=(2, shape[-1])).astype(np.float32)
@@ -35,10 +36,20 @@ def _grouped(x, scale, bias, *, groups, epsilon=1e-6):
     return jax.nn.silu(normalised.reshape(x.shape) * scale + bias)
 
 
-def _case(name, shape, groups, atol=2e-5, silu=True, epsilon=1e-6, gradient=(), **made):
+def _case(
+    name,
+    shape,
+    groups,
+    atol=2e-5,
+    silu=True,
+    epsilon=1e-6,
+    gradient=(),
+    dtype="float32",
+    offset=0.0,
+):
     options = {"groups": groups, "silu": silu, "epsilon": epsilon}
-    arguments = functools.partial(_arguments, shape, **made)
-    return Case(name, arguments, options, atol=atol, gradient=gradient)
+    arguments = functools.partial(example, shape, dtype=dtype, offset=offset)
+    return Case(name, arguments, options, atol=atol, dtype=dtype, gradient=gradient)
 
 
 _SHAPES = (
@@ -67,7 +78,7 @@ SUITES = (
         timed=tuple(
             Case(
                 f"{batch} x {side} x {side}, {channels} in 32",
-                functools.partial(_arguments, (batch, side, side, channels)),
+                functools.partial(example, (batch, side, side, channels)),
                 {"groups": 32},
                 atol=1e-4,
             )
