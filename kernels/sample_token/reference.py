@@ -26,7 +26,7 @@ __all__ = [
 
 
 def nucleus_threshold(
-    logits: Float32[AnyArray, "B V"], kept: Bool[AnyArray, "B V"], mass: Scalar
+    logits: Float32[AnyArray, "B V"], kept: Bool[AnyArray, "B V"], mass: Scalar | Float[Array, ""]
 ) -> Float32[Array, "B 1"]:
     """The smallest logit of the nucleus, by bisection over the bits of a float rather than sorting.
 

@@ -110,7 +110,7 @@ def test_log_probabilities_are_those_at_temperature_one(temperature, dtype):
 
 
 def test_log_probabilities_of_large_logits():
-    logits, tokens, masked, keys = case(excluded=0)
+    logits, tokens, masked, keys = case(excluded=0.0)
     _, log_prob, _ = scores(logits, tokens, masked, keys, 0)
     _, moved, _ = scores(logits + np.float32(2.0**14), tokens, masked, keys, 0)
     np.testing.assert_allclose(moved, log_prob, atol=1e-2)  # the logits themselves are rounded

@@ -10,6 +10,7 @@ from scipy import stats
 
 import kernels
 from kernels.sample_token.cases import FILTERS, rows
+from kernels.sample_token.reference import nucleus_threshold
 
 DRAWS = 20_000
 
@@ -85,10 +86,15 @@ def test_top_k_keeps_exactly_k_and_of_equals_the_lower_ids():
         np.testing.assert_array_equal(filtered(logits, top_k=k), logits)
 
 
+@jax.jit
+def nucleus(logits, mass):
+    return logits >= nucleus_threshold(logits, logits > -jnp.inf, mass)
+
+
 @pytest.mark.parametrize("mass", [0.3, 0.99])
 def test_the_nucleus_is_the_smallest_set_that_reaches_p(mass):
     logits = rows(200)[:64]
-    kept = filtered(logits, top_p=mass) > -np.inf
+    kept = np.asarray(nucleus(logits, jnp.float32(mass)))
     p = np.exp(logits.astype(np.float64))
     p /= p.sum(axis=1, keepdims=True)
     least = np.where(kept, p, np.inf).min(axis=1)
@@ -99,11 +105,14 @@ def test_the_nucleus_is_the_smallest_set_that_reaches_p(mass):
 
 
 def test_equal_tokens_at_the_edge_of_the_nucleus_stay_together():
-    logits = np.array([[2.0, 0.0, 0.0, 0.0, -1.0]], np.float32)
-    kept = filtered(logits, top_p=0.75) > -np.inf
-    np.testing.assert_array_equal(kept[0], [True, True, True, True, False])
-    kept = filtered(logits, top_k=2, top_p=0.95) > -np.inf  # but top_k has parted them
-    np.testing.assert_array_equal(kept[0], [True, True, False, False, False])
+    # In the shape and with the filters of a program that is there already.
+    logits = np.full((192, 9), -np.inf, np.float32)
+    logits[:, :5] = [2.0, 0.0, 0.0, 0.0, -1.0]  # two of the three zeros reach the mass
+    kept = filtered(logits, top_p=0.8) > -np.inf
+    np.testing.assert_array_equal(kept[0], [True] * 4 + [False] * 5)
+    logits[:, :8] = [2.0] + [0.0] * 7  # but top_k parts them; four of its five reach the mass
+    kept = filtered(logits, temperature=1.5, top_k=6, top_p=0.85) > -np.inf
+    np.testing.assert_array_equal(kept[0], [True] * 6 + [False] * 3)
 
 
 def test_greedy():
