@@ -326,20 +326,23 @@ def choices(hint: Any) -> dict[str, type]:
     """
     found = {}
     for kind in (hint, *typing.get_args(hint)):
-        if isinstance(kind, type) and issubclass(kind, Choice) and kind is not Choice:
-            found |= kind.kinds
+        is_choice = isinstance(kind, type) and Choice in kind.__bases__
+        found |= kind.kinds if is_choice else {}
     return found
 
 
 def to_dict(config: Any) -> dict:
     """A dataclass of dataclasses as nested dictionaries, tuples as lists.
 
-    A `Choice` also says which one it is, under "name".
+    A field that is a `Choice` also says which one it is, under "name".
     """
-    values = {"name": config.name} if isinstance(config, Choice) else {}
+    hints, values = _hints(type(config), True), {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        values[field.name] = to_dict(value) if dataclasses.is_dataclass(value) else value
+        if dataclasses.is_dataclass(value):
+            name = {"name": value.name} if choices(hints[field.name]) else {}
+            value = name | to_dict(value)
+        values[field.name] = value
     return json.loads(json.dumps(values))
 
 

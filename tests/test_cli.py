@@ -67,7 +67,7 @@ UNKNOWN = [
     ("--work-dir x", "did you mean --workdir?"),
     ("--no-conditionnal", "did you mean --no-conditional?"),
     ("--presets tiny", "unknown option --presets"),
-    ("--sampler ddmi", "unknown --sampler 'ddmi'; did you mean ddim?"),
+    ("--sampler dddim", "unknown --sampler 'dddim'; did you mean ddim?"),
     ("--sampler nowhere:Mine", "'nowhere:Mine' names no module:attribute that can be imported"),
     ("--sampler.eta 1", "unknown option --sampler.eta"),
     ("--sampler", "--sampler needs a value"),

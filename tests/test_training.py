@@ -10,8 +10,9 @@ import optax
 import pytest
 from jax.sharding import Mesh
 
-from gen_jax import checkpoint, keys, parallel, training
+from gen_jax import checkpoint, keys, parallel, trainables, training
 from gen_jax.config import TrainConfig
+from gen_jax.trainables import ModelTrainable
 from gen_jax.workdir import Workdir
 
 CONFIG = TrainConfig(
@@ -20,12 +21,18 @@ CONFIG = TrainConfig(
 PARAMS = {"w": np.ones((4, 3), np.float32), "b": np.zeros(3, np.float32)}
 
 
-def loss(params, batch, keys):
+@dataclasses.dataclass(frozen=True)
+class Regression:
     """A linear regression with noise on the targets, drawn from the keys."""
-    noise = jax.vmap(lambda key: jax.random.normal(key, (3,)))(keys)
-    error = batch["x"] @ params["w"] + params["b"] + 0.1 * noise - 1
-    value = jnp.square(error).mean()
-    return value, {"loss": value}
+
+    def init(self, key):
+        return jax.tree.map(jnp.asarray, PARAMS)
+
+    def loss(self, params, batch, keys):
+        noise = jax.vmap(lambda key: jax.random.normal(key, (3,)))(keys)
+        error = batch["x"] @ params["w"] + params["b"][None] + 0.1 * noise - 1
+        value = jnp.square(error).mean()
+        return value, {"loss": value}
 
 
 def batch(step):
@@ -36,10 +43,16 @@ def mesh_of(count):
     return Mesh(np.array(jax.devices()[:count]), (parallel.AXIS,))
 
 
-def fit(path, config=CONFIG, devices=1, **kwargs):
-    return training.fit(
-        config, loss, PARAMS, batch, Workdir(path), mesh=mesh_of(devices), **kwargs
-    ).state  # fmt: skip
+def fit(path, config=CONFIG, devices=1, **options):
+    trainable = ModelTrainable(Regression(), config)
+    return training.fit(config, trainable, batch, Workdir(path), mesh=mesh_of(devices), **options)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run on one device that nothing interrupts: (its directory, what it ended with)."""
+    path = tmp_path_factory.mktemp("whole")
+    return path, fit(path)
 
 
 def same(a, b, **tolerance):
@@ -53,13 +66,11 @@ def records(path):
 
 def test_the_update_is_adam_with_clipping_and_warm_up(tmp_path):
     config = dataclasses.replace(CONFIG, clip_norm=0.3, warmup=4)
-    state = fit(tmp_path, config)
+    trained = fit(tmp_path, config)
     params, average = PARAMS, PARAMS
     first, second = (jax.tree.map(np.zeros_like, PARAMS) for _ in range(2))
     for step in range(12):
-        root = jax.random.fold_in(keys.root(0, "train"), step)
-        examples = jax.vmap(lambda i, root=root: jax.random.fold_in(root, i))(jnp.arange(16))
-        gradients = jax.grad(lambda p: loss(p, batch(step), examples)[0])(params)  # noqa: B023
+        gradients = gradient(params, step)
         norm = float(optax.tree.norm(gradients))
         gradients = jax.tree.map(lambda g: g * min(1, 0.3 / norm), gradients)  # noqa: B023
         first = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, first, gradients)
@@ -67,35 +78,54 @@ def test_the_update_is_adam_with_clipping_and_warm_up(tmp_path):
         rate, t = 0.05 * min(step / 4, 1), step + 1
         params = jax.tree.map(
             lambda p, m, v: p - rate * (m / (1 - 0.9**t)) / (jnp.sqrt(v / (1 - 0.999**t)) + 1e-8),  # noqa: B023
-            params, first, second,
-        )  # fmt: skip
+            params,
+            first,
+            second,
+        )
         average = jax.tree.map(lambda a, p: 0.9 * a + 0.1 * p, average, params)
-    same(state.params, params, rtol=1e-4, atol=1e-6)
-    same(state.ema, average, rtol=1e-4, atol=1e-6)
+    same(trained.state.state["params"], params, rtol=1e-4, atol=1e-6)
+    same(trained.averaged, average, rtol=1e-4, atol=1e-6)
+
+
+@jax.jit
+def gradient(params, step):
+    """Of the loss on the batch of a step, with the keys that training gives to its examples."""
+    root = jax.random.fold_in(keys.root(0, "train"), step)
+    examples = jax.vmap(lambda i: jax.random.fold_in(root, i))(jnp.arange(16))
+    return jax.grad(lambda params: Regression().loss(params, {"x": X[step]}, examples)[0])(params)
+
+
+X = jnp.stack([batch(step)["x"] for step in range(12)])
 
 
 def test_average_with_warm_up_starts_at_the_parameters(tmp_path):
     config = dataclasses.replace(CONFIG, steps=1, warmup=0, ema=0.9999, ema_warmup=True)
-    state = fit(tmp_path, config)
+    trained = fit(tmp_path, config)
     # At the first step the decay is 1 / 10.
-    expected = jax.tree.map(lambda new, old: 0.9 * new + 0.1 * old, state.params, PARAMS)
-    same(state.ema, expected, rtol=1e-5)
+    expected = jax.tree.map(
+        lambda new, old: 0.9 * new + 0.1 * old, trained.state.state["params"], PARAMS
+    )
+    same(trained.averaged, expected, rtol=1e-5)
+
+
+def rates(config, number):
+    """The steps that the optimiser takes: for a constant gradient Adam's step is the rate."""
+    optimizer = trainables.make_optimizer(config)
+
+    def step(state, _):
+        update, state = optimizer.update(jnp.ones(()), state)
+        return state, -update
+
+    return np.asarray(jax.lax.scan(step, optimizer.init(jnp.ones(())), length=number)[1])
 
 
 def test_learning_rates():
-    def rates(**changes):
-        config = dataclasses.replace(CONFIG, steps=100, warmup=10, clip_norm=0, **changes)
-        optimizer = training.make_optimizer(config)
-        state, out = optimizer.init(jnp.ones(())), []
-        for _ in range(100):  # a constant gradient makes Adam's step the rate itself
-            update, state = optimizer.update(jnp.ones(()), state)
-            out.append(-float(update))
-        return np.array(out)
-
-    constant = rates()
+    config = dataclasses.replace(CONFIG, steps=100, warmup=10, clip_norm=0)
+    constant, cosine = (
+        rates(dataclasses.replace(config, decay=decay), 100) for decay in ("constant", "cosine")
+    )
     np.testing.assert_allclose(constant[:11], 0.05 * np.arange(11) / 10, rtol=1e-4, atol=1e-8)
     np.testing.assert_allclose(constant[10:], 0.05, rtol=1e-4)
-    cosine = rates(decay="cosine")
     np.testing.assert_allclose(cosine[:11], constant[:11], rtol=1e-4, atol=1e-8)
     np.testing.assert_allclose(
         cosine[10:], 0.025 * (1 + np.cos(np.pi * np.arange(90) / 90)), rtol=1e-3, atol=1e-6
@@ -107,21 +137,17 @@ def test_the_cosine_ends_at_the_share_of_the_peak_asked_for(final_rate):
     config = dataclasses.replace(
         CONFIG, steps=101, warmup=11, clip_norm=0, decay="cosine", final_rate=final_rate
     )
-    optimizer = training.make_optimizer(config)
-    state, rates = optimizer.init(jnp.ones(())), []
-    for _ in range(102):
-        update, state = optimizer.update(jnp.ones(()), state)
-        rates.append(-float(update))
+    taken = rates(config, 102)
     peak, least = 0.05, 0.05 * final_rate
 
     def closed_form(step):
         ratio = (step - 11) / (101 - 11)
         return least + 0.5 * (1 + np.cos(np.pi * ratio)) * (peak - least)
 
-    assert rates[0] == 0
-    assert rates[11] == pytest.approx(peak, rel=1e-4)
+    assert taken[0] == 0
+    assert taken[11] == pytest.approx(peak, rel=1e-4)
     for step in (11, 56, 100, 101):  # 56 is the middle, 100 the last update, 101 the end
-        assert rates[step] == pytest.approx(closed_form(step), rel=1e-3, abs=1e-6)
+        assert taken[step] == pytest.approx(closed_form(step), rel=1e-3, abs=1e-6)
     assert closed_form(56) == pytest.approx((peak + least) / 2)
     assert closed_form(101) == pytest.approx(least)
 
@@ -135,7 +161,7 @@ def test_weights_decay_apart_from_the_gradient_and_vectors_do_not():
     params, *gradients = (
         {name: np.array(rng.normal(size=shape)) for name, shape in shapes.items()} for _ in range(3)
     )
-    optimizer = training.make_optimizer(config)
+    optimizer = trainables.make_optimizer(config)
     state, ours = optimizer.init(params), params
     first, second = (jax.tree.map(np.zeros_like, params) for _ in range(2))
     for t, gradient in enumerate(gradients, 1):
@@ -151,11 +177,11 @@ def test_weights_decay_apart_from_the_gradient_and_vectors_do_not():
 
 @pytest.mark.parametrize("decay", ["constant", "cosine"])
 def test_with_the_defaults_the_state_is_that_of_adam(decay):
-    """So that checkpoints from before there was a decay of weights are still read."""
+    """So that options that are off cost nothing, and no checkpoint depends on them."""
     config = dataclasses.replace(CONFIG, decay=decay)
     rate = optax.constant_schedule(0.0)
     adam = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
-    state = training.make_optimizer(config).init(PARAMS)
+    state = trainables.make_optimizer(config).init(PARAMS)
     assert jax.tree.structure(state) == jax.tree.structure(adam.init(PARAMS))
 
 
@@ -163,10 +189,10 @@ def test_with_the_defaults_the_state_is_that_of_adam(decay):
     ("changes", "message"),
     [
         ({"beta1": 1.0}, r"beta1 must be in \[0, 1\), got 1.0"),
-        ({"weight_decay": -0.1}, "weight_decay must be finite, not negative, got -0.1"),
+        ({"weight_decay": -0.1}, "weight_decay must not be negative, got -0.1"),
         ({"weight_decay": np.nan}, "weight_decay must be finite"),
         ({"decay": "cosine", "final_rate": 1.1}, r"final_rate must be in \[0, 1\], got 1.1"),
-        ({"decay": "cosine", "final_rate": np.nan}, "final_rate must be in"),
+        ({"decay": "cosine", "final_rate": np.nan}, "final_rate must be finite"),
         ({"final_rate": 0.1}, "final_rate is for decay=cosine; decay is constant"),
     ],
 )
@@ -175,57 +201,51 @@ def test_rates_out_of_range_are_refused(changes, message):
         dataclasses.replace(CONFIG, **changes)
 
 
-def test_without_an_average_it_is_the_parameters(tmp_path):
+def test_without_an_average_it_is_the_parameters(tmp_path, whole):
     config = dataclasses.replace(CONFIG, ema=0.0, evaluate_every=5)
     seen = []
-    state = fit(tmp_path / "whole", config, evaluate=lambda state: seen.append(state.ema) or {})
+    trained = fit(tmp_path / "none", config, evaluate=lambda average: seen.append(average) or {})
+    params = trained.state.state["params"]
     assert [jax.tree.structure(tree) for tree in seen] == [jax.tree.structure(PARAMS)] * 2
-    same(state.params, fit(tmp_path / "with").params, rtol=0)
-    same(state.ema, state.params, rtol=0)
-    template = {"ema": PARAMS, "params": PARAMS}
-    saved = checkpoint.restore(tmp_path / "whole" / "checkpoints", template).trees
-    same(saved["ema"], state.params, rtol=0)
+    same(params, whole[1].state.state["params"], rtol=0)
+    same(trained.averaged, params, rtol=0)
+    saved = checkpoint.restore(tmp_path / "none" / "checkpoints", {"ema": PARAMS}).trees
+    same(saved["ema"], params, rtol=0)
     fit(tmp_path / "parts", dataclasses.replace(config, steps=7))
-    same(fit(tmp_path / "parts", config), state, rtol=0)
+    same(fit(tmp_path / "parts", config).state, trained.state, rtol=0)
 
 
 @pytest.mark.parametrize("devices", [2, 8])
-def test_devices_do_not_change_the_curve(tmp_path, devices):
-    one, many = fit(tmp_path / "one"), fit(tmp_path / "many", devices=devices)
-    same(one, many, rtol=1e-5, atol=1e-6)
-    for left, right in zip(records(tmp_path / "one"), records(tmp_path / "many"), strict=True):
+def test_devices_do_not_change_the_curve(tmp_path, whole, devices):
+    many = fit(tmp_path, devices=devices)
+    same(whole[1].state, many.state, rtol=1e-5, atol=1e-6)
+    for left, right in zip(records(whole[0]), records(tmp_path), strict=True):
         assert left["loss"] == pytest.approx(right["loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize("devices", [1, 2])
-def test_slices_do_not_change_the_update(tmp_path, devices):
+def test_slices_do_not_change_the_update(tmp_path, whole, devices):
     sliced = dataclasses.replace(CONFIG, accumulate=4)
-    same(fit(tmp_path / "a"), fit(tmp_path / "b", sliced, devices), rtol=1e-5, atol=1e-6)
+    same(whole[1].state, fit(tmp_path, sliced, devices).state, rtol=1e-5, atol=1e-6)
 
 
-def test_a_resumed_run_is_the_whole_run_bit_for_bit(tmp_path):
-    whole = fit(tmp_path / "whole")
-    fit(tmp_path / "parts", dataclasses.replace(CONFIG, steps=7))
-    parts = fit(tmp_path / "parts")
-    for left, right in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
-        np.testing.assert_array_equal(left, right)
-    assert [record["step"] for record in records(tmp_path / "parts")] == list(range(1, 13))
+def test_a_resumed_run_is_the_whole_run_bit_for_bit(tmp_path, whole):
+    fit(tmp_path, dataclasses.replace(CONFIG, steps=7))
+    parts = fit(tmp_path)
+    same(whole[1].state, parts.state, rtol=0)
+    assert [record["step"] for record in records(tmp_path)] == list(range(1, 13))
 
 
-def test_what_is_done_is_not_done_again(tmp_path):
-    fit(tmp_path)
-    again = training.fit(CONFIG, loss, PARAMS, batch, Workdir(tmp_path), mesh=mesh_of(1))
-    assert (again.start, again.examples_per_second) == (12, 0.0)
+def test_what_is_done_is_not_done_again(whole):
+    again = fit(whole[0])
+    assert (again.start, again.step, again.examples_per_second) == (12, 12, 0.0)
+    same(again.averaged, whole[1].averaged, rtol=0)
 
 
-def test_checkpoints_come_when_asked_and_old_ones_go(tmp_path):
-    fit(tmp_path, dataclasses.replace(CONFIG, checkpoint_every=5, keep=2))
+def test_checkpoints_and_evaluations_come_when_asked_and_old_checkpoints_go(tmp_path):
+    config = dataclasses.replace(CONFIG, checkpoint_every=5, keep=2, evaluate_every=4)
+    fit(tmp_path, config, evaluate=lambda average: {"norm": float(optax.tree.norm(average))})
     assert checkpoint.steps(tmp_path / "checkpoints") == [10, 12]
-
-
-def test_evaluations_are_recorded(tmp_path):
-    config = dataclasses.replace(CONFIG, evaluate_every=4)
-    fit(tmp_path, config, evaluate=lambda state: {"norm": float(optax.tree.norm(state.ema))})
     evaluated = {r["step"]: r["eval/norm"] for r in records(tmp_path) if "eval/norm" in r}
     assert sorted(evaluated) == [4, 8, 12]
     final = checkpoint.restore(tmp_path / "checkpoints", {"ema": PARAMS}).trees["ema"]
@@ -238,14 +258,55 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path):
         fit(tmp_path, config, devices=8)
 
 
+def test_training_starts_from_given_values_once(tmp_path):
+    """In the place of fresh parameters, with a fresh optimiser; not after a checkpoint."""
+    given = jax.tree.map(lambda leaf: leaf + np.float32(2), PARAMS)
+    config = dataclasses.replace(CONFIG, steps=1, warmup=0, clip_norm=0, ema=0.0)
+    trained = fit(tmp_path, config, initial=given)
+    step = jax.tree.map(lambda new, old: np.sign(np.asarray(new) - old), trained.averaged, given)
+    same(step, jax.tree.map(lambda g: -np.sign(g), gradient(given, 0)))
+    moved = jax.tree.map(lambda new, old: np.abs(new - old), trained.averaged, given)
+    same(moved, jax.tree.map(lambda leaf: np.full_like(leaf, 0.05), PARAMS), rtol=1e-3)
+    other = jax.tree.map(lambda leaf: leaf * 9, given)
+    same(fit(tmp_path, config, initial=other).state, trained.state, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"w": PARAMS["w"]}, "initial lacks b"),
+        (PARAMS | {"c": PARAMS["b"]}, "initial has an unknown c"),
+        (
+            PARAMS | {"b": np.zeros(4, np.float32)},
+            r"initial has b as float32\[4\], not float32\[3\]",
+        ),
+        (PARAMS | {"b": np.zeros(3, np.int32)}, r"initial has b as int32\[3\], not float32\[3\]"),
+    ],
+)
+def test_given_values_of_another_kind_are_refused(tmp_path, given, message):
+    with pytest.raises(ValueError, match=message):
+        fit(tmp_path, initial=given)
+
+
 @pytest.mark.parametrize("average", [True, False])
 def test_the_state_is_updated_in_place(average):
-    optimizer = training.make_optimizer(CONFIG)
-    mesh = mesh_of(1)
-    state = training.init_state(PARAMS, optimizer)
+    mesh, trainable = mesh_of(1), ModelTrainable(Regression(), CONFIG)
+    state = training.init_state(CONFIG, trainable)
     state = parallel.replicate(mesh, state if average else state.replace(ema=None))
-    step = training.make_step(loss, optimizer, CONFIG, mesh)
+    step = training.make_step(trainable, CONFIG, mesh)
     flags = parallel.split(mesh, np.zeros(1, np.int32))
     program = step.lower(state, parallel.split(mesh, batch(0)), flags).compile()
     aliased = program.as_text().splitlines()[0].count("may-alias")
     assert aliased == len(jax.tree.leaves(state))
+
+
+def test_a_checkpoint_holds_the_average_the_state_and_the_loop(whole):
+    path, trained = whole
+    abstract = {
+        "ema": trained.state.ema,
+        "state": trained.state.state,
+        "loop": {"step": trained.state.step, "skipped": trained.state.skipped},
+    }
+    saved = checkpoint.restore(path / "checkpoints", abstract).trees
+    same(saved, abstract, rtol=0)
+    assert (saved["loop"]["step"], saved["loop"]["skipped"]) == (12, 0)

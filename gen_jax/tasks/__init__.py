@@ -1,7 +1,7 @@
 """Tasks: what is trained on what, and what sampling and evaluation mean there.
 
-Each task is a package of its name: `config.py` has its configuration and reads its data, without jax;
-`task.py` makes the `gen_jax.task.Task` of a configuration. Presets are in the experiments.
+Each task is a package of its name: `config.py` has its configuration and reads its data, without
+jax; `task.py` makes the `gen_jax.task.Task` of a configuration. Presets are in the experiments.
 """
 
 import importlib

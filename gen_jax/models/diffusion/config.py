@@ -1,16 +1,16 @@
-"""Choices of diffusion models, as frozen dataclasses; importing this loads nothing heavy."""
+"""The configuration of a diffusion process; importing this loads nothing heavy."""
 
-import dataclasses
-import math
 from typing import Literal
+
+from gen_jax.config import frozen
+
+__all__ = ["DiffusionConfig", "Prediction", "Variance"]
 
 Prediction = Literal["epsilon", "x0", "v"]
 Variance = Literal["fixed_small", "fixed_large", "learned"]
-Spacing = Literal["leading", "trailing", "linspace"]
-Solver = Literal["ddpm", "ddim", "dpm_solver_pp"]
 
 
-@dataclasses.dataclass(frozen=True)
+@frozen
 class DiffusionConfig:
     """The forward process and what the network predicts; the defaults are those of DDPM."""
 
@@ -26,8 +26,8 @@ class DiffusionConfig:
     """What the network predicts: the noise, the clean image, or v = alpha eps - sigma x0."""
     variance: Variance = "fixed_large"
     """Reverse variance: beta-tilde, beta, or learned between the two in the log domain."""
-    bound_weight: float = 0.001
-    """Weight of the variational bound in the loss when the variance is learned."""
+    vlb_weight: float = 0.001
+    """Weight of the variational lower bound in the loss when the variance is learned."""
     label_dropout: float = 0.1
     """Share of labels hidden in training, for classifier-free guidance."""
 
@@ -38,33 +38,7 @@ class DiffusionConfig:
             raise ValueError(
                 f"need 0 < beta_start <= beta_end < 1, got {self.beta_start}, {self.beta_end}"
             )
-        if not 0 <= self.bound_weight < math.inf:
-            raise ValueError(f"bound_weight must be finite, not negative, got {self.bound_weight}")
+        if self.vlb_weight < 0:
+            raise ValueError(f"vlb_weight must not be negative, got {self.vlb_weight}")
         if not 0 <= self.label_dropout < 1:
             raise ValueError(f"label_dropout must be in [0, 1), got {self.label_dropout}")
-
-
-@dataclasses.dataclass(frozen=True)
-class SolverConfig:
-    """How a trained model is sampled."""
-
-    solver: Solver = "ddpm"
-    """Ancestral sampling, DDIM, or DPM-Solver++ (2M)."""
-    steps: int = 1000
-    """Steps, each one evaluation of the network."""
-    spacing: Spacing = "leading"
-    """Which of the T time steps are visited."""
-    eta: float = 0.0
-    """Noise of DDIM: 0 deterministic, 1 the noise of DDPM."""
-    guidance: float = 1.0
-    """Scale of classifier-free guidance; 1 for none."""
-    clip: bool = True
-    """Clip the predicted clean image to [-1, 1] in every step."""
-
-    def __post_init__(self):
-        if self.steps < 1:
-            raise ValueError(f"sampling needs at least 1 step, got {self.steps}")
-        if not 0 <= self.eta < math.inf:
-            raise ValueError(f"eta must be finite, not negative, got {self.eta}")
-        if not math.isfinite(self.guidance):
-            raise ValueError(f"guidance must be finite, got {self.guidance}")

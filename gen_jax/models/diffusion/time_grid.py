@@ -1,38 +1,56 @@
-"""Which of the time steps of a diffusion process a sampler visits; needs NumPy alone."""
+"""Which of the time steps of a diffusion process a sampler visits; importing this loads no jax."""
 
-import dataclasses
+from typing import Literal
 
 import numpy as np
+from jaxtyping import Int
 
-from gen_jax.models.diffusion.config import Spacing
+from gen_jax.config import frozen
+
+__all__ = ["Spacing", "TimeGrid"]
+
+Spacing = Literal["leading", "trailing", "linspace"]
 
 
-@dataclasses.dataclass(frozen=True)
+@frozen
 class TimeGrid:
     """Which of the T time steps a sampler visits, from the noisiest down.
 
     The three spacings have the meaning of Lin et al. 2023 (2305.08891, table 2): "leading" counts
-    up from 0 with a whole stride, "trailing" down from T - 1 with a real one, "linspace" takes
-    both ends.
+    up from 0 with a whole stride, "trailing" counts down from T - 1 with a real one, "linspace"
+    takes both ends.
+
+    Attributes:
+      steps: how many are visited, at least 1.
+      spacing: how they are spread.
+
+    Raises:
+      ValueError: at construction, where a value is out of its range.
     """
 
     steps: int
     spacing: Spacing = "leading"
 
-    def timesteps(self, total: int, *, skip_last: bool = False) -> np.ndarray:
+    def __post_init__(self):
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}")
+
+    def timesteps(self, total: int, *, skip_last: bool = False) -> Int[np.ndarray, " S"]:
         """The steps visited, [steps] int64, decreasing.
 
         Args:
           total: T.
-          skip_last: for "leading" and "linspace" spread one point more and leave the last, t = 0,
-            out, which is what multistep solvers do (they jump from the point before to x_0).
+          skip_last: for "leading" and "linspace", spread one point more and leave the last one,
+            t = 0, out. Multistep solvers do this: they jump from the point before to x_0.
 
         Raises:
-          ValueError: more steps than there are, or one step that would start at the clean end.
+          ValueError: there are more steps than T, or the only step would start at t = 0, where
+            there is no noise to take out.
         """
         points = self.steps + (skip_last and self.spacing != "trailing")
         if points > total:
-            raise ValueError(f"{self.steps} sampling steps do not fit in {total} time steps")
+            more = ", one of which this solver leaves out" if points > self.steps else ""
+            raise ValueError(f"{self.steps} sampling steps do not fit in {total} time steps{more}")
         if points == 1 < total and self.spacing != "trailing":
             raise ValueError(f'one step of "{self.spacing}" starts at t = 0; use "trailing"')
         if self.spacing == "leading":

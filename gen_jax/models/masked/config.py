@@ -1,13 +1,164 @@
-"""Choices of masked models, as frozen dataclasses; importing this loads nothing heavy."""
+"""Choices of masked models and of samplers in rounds; importing this loads nothing heavy."""
 
-import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
+
+from gen_jax.config import Choice, frozen
+
+__all__ = [
+    "AbsorbingDiffusionOptions",
+    "IterativeOptions",
+    "MaskConfig",
+    "MaskGITOptions",
+    "MaskPredictOptions",
+    "RandomOrderOptions",
+    "RepairOptions",
+    "ScheduleName",
+    "check_not_negative",
+    "check_temperature",
+]
+
+ScheduleName = Literal[
+    "cosine", "linear", "square", "cubic", "square_root", "exponential", "logarithmic"
+]
+"""Names of `schedules.SCHEDULES`."""
+
+_LEAST_TEMPERATURE = 1e-6  # of kernels.mask_scores
 
 
-@dataclasses.dataclass(frozen=True)
+@frozen
 class MaskConfig:
     """How a masked model is trained."""
 
     counts: Literal["uniform", "cosine"] = "uniform"
     """How many of L tokens are hidden: uniform over 1 .. L (Mask-Predict; the loss is then the
     bound of absorbing diffusion), or L cos(pi u / 2), rounded up, u uniform (MaskGIT)."""
+
+
+def check_temperature(name: str, value: float) -> None:
+    """Refuses a temperature of tokens that is neither 0 nor at least 1e-6.
+
+    Raises:
+      ValueError: it is neither.
+    """
+    if value and not value >= _LEAST_TEMPERATURE:
+        raise ValueError(f"{name} must be 0 or at least {_LEAST_TEMPERATURE}, got {value}")
+
+
+def check_not_negative(name: str, value: float) -> None:
+    """Refuses a number below 0.
+
+    Raises:
+      ValueError: it is below 0.
+    """
+    if value < 0:
+        raise ValueError(f"{name} must not be negative, got {value}")
+
+
+@frozen
+class IterativeOptions(Choice):
+    """What the options of all samplers in rounds share.
+
+    The class attribute `name` is the choice on the command line, and `make` names the function
+    (options, model, length) -> sampler.
+    """
+
+    make: ClassVar[str]
+
+    rounds: int = 10
+    """Rounds of decoding. A sampler of fewer positions than this has one round for each."""
+
+    def __post_init__(self):
+        if self.rounds < 1:
+            raise ValueError(f"rounds must be at least 1, got {self.rounds}")
+
+
+@frozen
+class MaskPredictOptions(IterativeOptions):
+    """Mask-Predict (Ghazvininejad et al. 2019): likeliest tokens, the least sure masked again."""
+
+    name: ClassVar[str] = "mask_predict"
+    make: ClassVar[str] = "gen_jax.models.masked.samplers:MaskPredict.from_options"
+
+    schedule: ScheduleName = "linear"
+    """How many tokens are masked after each round."""
+
+
+@frozen
+class MaskGITOptions(IterativeOptions):
+    """MaskGIT (Chang et al. 2022): drawn tokens, of which the most confident stay."""
+
+    name: ClassVar[str] = "maskgit"
+    make: ClassVar[str] = "gen_jax.models.masked.samplers:MaskGIT.from_options"
+
+    schedule: ScheduleName = "cosine"
+    """How many tokens are masked after each round."""
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the likeliest tokens."""
+    choice_temperature: float = 4.5
+    """Scale of the Gumbel noise of the confidence before the first round; 0 for none."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_temperature("temperature", self.temperature)
+        check_not_negative("choice_temperature", self.choice_temperature)
+
+
+@frozen
+class RandomOrderOptions(IterativeOptions):
+    """Groups of positions in a random order, another for each sample."""
+
+    name: ClassVar[str] = "random_order"
+    make: ClassVar[str] = "gen_jax.models.masked.samplers:OrderedGroups.from_options"
+
+    schedule: ScheduleName = "cosine"
+    """How many tokens are masked after each round."""
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the likeliest tokens."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_temperature("temperature", self.temperature)
+
+
+@frozen
+class AbsorbingDiffusionOptions(IterativeOptions):
+    """Ancestral sampling of absorbing diffusion (Austin et al. 2021), with remasking or without."""
+
+    name: ClassVar[str] = "absorbing"
+    make: ClassVar[str] = "gen_jax.models.masked.samplers:AbsorbingDiffusion.from_options"
+
+    schedule: ScheduleName = "linear"
+    """Expected share of tokens that are masked after each round."""
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the likeliest tokens."""
+    remask: float = 0.0
+    """Share of the largest rate of remasking that keeps the schedule (Wang et al. 2025), 0 to 1."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_temperature("temperature", self.temperature)
+        if not 0 <= self.remask <= 1:
+            raise ValueError(f"remask must be in [0, 1], got {self.remask}")
+
+
+@frozen
+class RepairOptions(IterativeOptions):
+    """A one-shot draft, then rounds that erase tokens and draw them anew."""
+
+    name: ClassVar[str] = "repair"
+    make: ClassVar[str] = "gen_jax.models.masked.samplers:Repair.from_options"
+
+    erase: Literal["random", "least_likely"] = "random"
+    """Which tokens are erased: random ones, or the one that is the least likely given the rest."""
+    count: int = 1
+    """How many random tokens a round erases."""
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the likeliest tokens."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_temperature("temperature", self.temperature)
+        if self.count < 1:
+            raise ValueError(f"count must be at least 1, got {self.count}")
+        if self.erase == "least_likely" and self.count > 1:
+            raise ValueError("the least likely token is erased alone: set count to 1")

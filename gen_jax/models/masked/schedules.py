@@ -5,15 +5,31 @@ over (Chang et al. 2022, 2202.04200, section 3.2), falling from 1 to 0. Importin
 heavy.
 """
 
-import dataclasses
 import math
-from typing import Protocol
 
 import numpy as np
+from jaxtyping import Int32
+
+from gen_jax.config import frozen
+
+__all__ = [
+    "SCHEDULES",
+    "Cosine",
+    "Curve",
+    "Exponential",
+    "Fixed",
+    "Logarithmic",
+    "Optimal",
+    "Power",
+    "Schedule",
+    "check_rounds",
+    "masked_after",
+]
 
 
-class Schedule(Protocol):
-    """Sizes of the groups of positions that are revealed together; frozen and hashable."""
+@frozen
+class Schedule:
+    """Sizes of the groups of positions that are revealed together; a subclass says which."""
 
     def sizes(self, length: int, rounds: int) -> tuple[int, ...]:
         """Positions revealed in each round, `rounds` of them, at least 1 each, `length` in all.
@@ -21,10 +37,23 @@ class Schedule(Protocol):
         Raises:
           ValueError: there are no rounds, or more rounds than positions.
         """
+        raise NotImplementedError
+
+    def check(self, length: int, rounds: int) -> None:
+        """Refuses what `sizes` refuses.
+
+        Raises:
+          ValueError: there are no rounds, or more rounds than positions.
+        """
+        check_rounds(length, rounds)
 
 
 def check_rounds(length: int, rounds: int) -> None:
-    """Refuses a number of rounds that cannot reveal at least one position each."""
+    """Refuses a number of rounds that cannot reveal at least one position each.
+
+    Raises:
+      ValueError: there are no rounds, or more rounds than positions.
+    """
     if rounds < 1:
         raise ValueError(f"the number of rounds must be at least 1, got {rounds}")
     if rounds > length:
@@ -34,12 +63,17 @@ def check_rounds(length: int, rounds: int) -> None:
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Curve:
+@frozen
+class Curve(Schedule):
     """A schedule that follows gamma, rounded down, and reveals at least one position a round."""
 
     def gamma(self, ratio: float, length: int) -> float:
-        """The masked share of `length` positions, for a ratio of rounds in (0, 1)."""
+        """The share of `length` positions that is masked after a share `ratio` of the rounds.
+
+        Args:
+          ratio: in (0, 1).
+          length: L.
+        """
         raise NotImplementedError
 
     def sizes(self, length: int, rounds: int) -> tuple[int, ...]:
@@ -55,16 +89,17 @@ class _Curve:
         return tuple(sizes)
 
 
-@dataclasses.dataclass(frozen=True)
-class Cosine(_Curve):
+@frozen
+class Cosine(Curve):
     """gamma(r) = cos(pi r / 2), MaskGIT's choice."""
 
-    def gamma(self, ratio, length):
+    def gamma(self, ratio: float, length: int) -> float:
+        """See `Curve.gamma`."""
         return math.cos(math.pi * ratio / 2)
 
 
-@dataclasses.dataclass(frozen=True)
-class Power(_Curve):
+@frozen
+class Power(Curve):
     """gamma(r) = 1 - r ** exponent: 1 linear (Mask-Predict), 2 square, 3 cubic, 1/2 square root.
 
     Attributes:
@@ -74,32 +109,35 @@ class Power(_Curve):
     exponent: float = 1.0
 
     def __post_init__(self):
-        if not 0 < self.exponent < math.inf:
-            raise ValueError(f"the exponent must be finite and above 0, got {self.exponent}")
+        if self.exponent <= 0:
+            raise ValueError(f"the exponent must be above 0, got {self.exponent}")
 
-    def gamma(self, ratio, length):
+    def gamma(self, ratio: float, length: int) -> float:
+        """See `Curve.gamma`."""
         return 1 - ratio**self.exponent
 
 
-@dataclasses.dataclass(frozen=True)
-class Exponential(_Curve):
+@frozen
+class Exponential(Curve):
     """gamma(r) = 1 - L ** (r - 1): slow, then all at once."""
 
-    def gamma(self, ratio, length):
+    def gamma(self, ratio: float, length: int) -> float:
+        """See `Curve.gamma`."""
         return 1 - length ** (ratio - 1)
 
 
-@dataclasses.dataclass(frozen=True)
-class Logarithmic(_Curve):
+@frozen
+class Logarithmic(Curve):
     """gamma(r) = -log r / log L, at most 1: nearly all at once, then slow."""
 
-    def gamma(self, ratio, length):
+    def gamma(self, ratio: float, length: int) -> float:
+        """See `Curve.gamma`."""
         return min(-math.log(ratio) / math.log(length), 1.0) if length > 1 else 0.0
 
 
-@dataclasses.dataclass(frozen=True)
-class Fixed:
-    """The sizes themselves.
+@frozen
+class Fixed(Schedule):
+    """Sizes that are written out.
 
     Attributes:
       groups: positions revealed in each round.
@@ -112,24 +150,32 @@ class Fixed:
             raise ValueError(f"every round must reveal at least one position, got {self.groups}")
 
     def sizes(self, length: int, rounds: int) -> tuple[int, ...]:
-        """The sizes, which must be those of `rounds` and `length`."""
+        """The sizes; see `check`."""
+        self.check(length, rounds)
+        return self.groups
+
+    def check(self, length: int, rounds: int) -> None:
+        """Refuses a length or a number of rounds that is not that of the sizes.
+
+        Raises:
+          ValueError: one of them is not.
+        """
         check_rounds(length, rounds)
         if rounds != len(self.groups) or length != sum(self.groups):
             raise ValueError(
                 f"{self.groups} is a schedule of {len(self.groups)} rounds over "
                 f"{sum(self.groups)} positions, not of {rounds} over {length}"
             )
-        return self.groups
 
 
-@dataclasses.dataclass(frozen=True)
-class Optimal:
+@frozen
+class Optimal(Schedule):
     """The sizes that lose least in a random order, by dynamic programming.
 
     With f(m) the mean entropy of a random subset of m positions, a group of g positions drawn at
     once when m are known loses g [f(m + 1) - f(m)] - [f(m + g) - f(m)] nats (2510.25544). The
-    profile is known for a known distribution, and measured for a network
-    (`masked.entropy_profile`).
+    profile is known for a known distribution, and can be measured for a network
+    (`losses.entropy_profile`).
 
     Attributes:
       profile: f(0) = 0 to f(L), L + 1 values in nats.
@@ -138,14 +184,12 @@ class Optimal:
     profile: tuple[float, ...]
 
     def __post_init__(self):
-        if len(self.profile) < 2 or not all(map(math.isfinite, self.profile)):
-            raise ValueError("a profile has at least two finite values, f(0) to f(L)")
+        if len(self.profile) < 2:
+            raise ValueError("a profile has at least two values, f(0) to f(L)")
 
     def sizes(self, length: int, rounds: int) -> tuple[int, ...]:
-        """See `Schedule.sizes`; `length` must be that of the profile."""
-        check_rounds(length, rounds)
-        if length != len(self.profile) - 1:
-            raise ValueError(f"this profile is of {len(self.profile) - 1} positions, not {length}")
+        """See `Schedule.sizes` and `check`."""
+        self.check(length, rounds)
         best = {length: (0.0, ())}  # from m known positions to all, with `left` rounds
         for left in range(1, rounds + 1):
             longer = {}
@@ -161,12 +205,22 @@ class Optimal:
             best = longer
         return best[0][1]
 
+    def check(self, length: int, rounds: int) -> None:
+        """Refuses a length that is not that of the profile, and impossible rounds.
+
+        Raises:
+          ValueError: the length is another, there are no rounds, or more rounds than positions.
+        """
+        check_rounds(length, rounds)
+        if length != len(self.profile) - 1:
+            raise ValueError(f"this profile is of {len(self.profile) - 1} positions, not {length}")
+
     def _lost(self, known, size):
         f = self.profile
         return size * (f[known + 1] - f[known]) - (f[known + size] - f[known])
 
 
-SCHEDULES: dict[str, Schedule] = {
+SCHEDULES: dict[str, Curve] = {
     "cosine": Cosine(),
     "linear": Power(1.0),
     "square": Power(2.0),
@@ -177,12 +231,15 @@ SCHEDULES: dict[str, Schedule] = {
 }
 
 
-def masked_after(schedule: Schedule, length: int, rounds: int) -> np.ndarray:
+def masked_after(
+    schedule: Schedule, length: int, rounds: int
+) -> Int32[np.ndarray, "{length}+1 {rounds}"]:
     """Positions still masked after each round, for every number of positions up to `length`.
 
     A curve is followed anew for each number of positions; where they are fewer than the rounds, one
-    is revealed a round, and the rounds that are left do nothing. Sizes that are written out are
-    those of the largest number; of fewer positions the first ones count as revealed already.
+    is revealed a round, and the rounds that are left do nothing. The sizes of other schedules are
+    those of the largest number; where there are fewer positions, the first groups count as revealed
+    already.
 
     Args:
       schedule: gives the sizes.
@@ -190,13 +247,13 @@ def masked_after(schedule: Schedule, length: int, rounds: int) -> np.ndarray:
       rounds: how many.
 
     Returns:
-      int32 [length + 1, rounds].
+      int32 [length + 1, rounds]; row n is for n positions.
 
     Raises:
       ValueError: there are no rounds, or more than positions.
     """
     check_rounds(length, rounds)
-    if isinstance(schedule, Fixed | Optimal):
+    if not isinstance(schedule, Curve):
         left = length - np.cumsum(schedule.sizes(length, rounds))
         return np.minimum(np.arange(length + 1)[:, None], left).astype(np.int32)
     table = np.zeros((length + 1, rounds), np.int32)

@@ -1,25 +1,52 @@
 """Choices of parallel decoders, as frozen dataclasses; importing this loads nothing heavy."""
 
-import dataclasses
-import math
-from typing import Literal
+from typing import ClassVar, Literal
+
+from gen_jax.config import Choice, frozen
+
+__all__ = ["CTCOptions", "LatentConfig", "OneShotOptions", "ParallelOptions"]
 
 
-@dataclasses.dataclass(frozen=True)
+class ParallelOptions(Choice):
+    """The choice of how a parallel decoder is sampled, where it is not decoded in rounds."""
+
+
+@frozen
+class OneShotOptions(ParallelOptions):
+    """One evaluation at all positions, each of which is drawn from its own distribution."""
+
+    name: ClassVar[str] = "one_shot"
+
+    temperature: float = 0.0
+    """The logits are divided by it; 0 takes the most probable tokens."""
+
+    def __post_init__(self):
+        if self.temperature and self.temperature < 1e-6:
+            raise ValueError(f"temperature must be 0, or at least 1e-6, got {self.temperature}")
+
+
+@frozen
+class CTCOptions(ParallelOptions):
+    """The most probable alignment of connectionist temporal classification."""
+
+    name: ClassVar[str] = "ctc"
+
+
+@frozen
 class LatentConfig:
     """The vector that all positions of a parallel decoder share."""
 
     kind: Literal["none", "gaussian", "categorical"] = "none"
     """No latent; a Gaussian vector (Kingma & Welling 2014); or one of a few codes."""
     size: int = 8
-    """Dimensions of the Gaussian, or number of codes."""
+    """Dimensions of the Gaussian, or number of codes K."""
     layers: int = 1
     """Blocks of the network of the posterior."""
     free_nats: float = 0.0
-    """Divergence of the posterior from the prior that is not punished (Kingma et al. 2016)."""
+    """KL of the posterior from the prior that is not punished (Kingma et al. 2016)."""
 
     def __post_init__(self):
         if self.size < 1 or self.layers < 1:
             raise ValueError("size and layers of the latent must be at least 1")
-        if not 0 <= self.free_nats < math.inf:
-            raise ValueError(f"free_nats must be finite, not negative, got {self.free_nats}")
+        if self.free_nats < 0:
+            raise ValueError(f"free_nats must not be negative, got {self.free_nats}")

@@ -1,124 +1,207 @@
-"""Connectionist temporal classification: Graves et al. 2006; for translation Libovicky & Helcl
-2018 (1811.04719).
+"""Connectionist temporal classification, equation (3): its loss, and its most probable alignment.
 
-A parallel decoder predicts U columns, more than the target has tokens, each a token or the blank:
-
-    p(x | c) = sum_{a : collapse(a) = x} prod_u p(a_u | c)
-
-where `collapse` makes one token of a run of equal ones and takes the blanks out. The sum over
-alignments leaves order and length to the network, and no length is predicted.
+B batch, L length of the target, M source length, U = factor x M columns, V vocabulary, of which the
+last token is the blank.
 """
 
-import dataclasses
+from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jaxtyping import Array, Bool, Float, Int, Key
 
-from gen_jax.models.masked.losses import NetworkDenoiser
+from gen_jax.condition import Condition
+from gen_jax.config import frozen
+from gen_jax.models import contract
+from gen_jax.models.masked.conditions import check_source
+from gen_jax.models.masked.losses import MaskedModel
 from gen_jax.models.parallel.losses import source_lengths
-from gen_jax.models.sequences import existing
+from gen_jax.models.sequences import valid_mask
 from gen_jax.nn.encoder_decoder import EncoderDecoder
 
-
-def ctc_loss(network, params, batch: dict, keys: jax.Array, *, factor: int):
-    """Minus the log-probability of the target over all its alignments, in nats per token.
-
-    The last token of the vocabulary is the blank. A target that needs more columns than there are
-    does not count.
-
-    Args:
-      network: an `EncoderDecoder` that is not causal.
-      params: its parameters.
-      batch: "tokens" int32 [B, N], "length" int32 [B], and the source.
-      keys: [B], for dropout.
-      factor: columns for each token of the source.
-
-    Returns:
-      The mean, and "unaligned", the share of targets that do not count.
-    """
-    dropout = keys if network.config.dropout else None
-    denoiser, tokens = NetworkDenoiser(network), batch["tokens"]
-    blank, exists = _columns(network, batch, factor)
-    context = denoiser.condition(params, batch, dropout)
-    logits = denoiser.train(params, blank, exists, context, dropout)
-    inside = existing(tokens, batch.get("length"))
-    # Of the logits, so that the scan of optax begins with what varies over devices as they do.
-    low = jax.lax.stop_gradient(logits[0, 0, 0]) * 0 - 1e5
-    values = optax.ctc_loss(
-        logits,
-        1.0 - exists,
-        tokens,
-        1.0 - inside,
-        blank_id=network.config.vocabulary - 1,
-        log_epsilon=low,
-    )
-    repeats = ((tokens[:, 1:] == tokens[:, :-1]) & inside[:, 1:]).sum(-1)
-    fits = inside.sum(-1) + repeats <= exists.sum(-1)
-    number = jnp.maximum(jnp.where(fits[:, None], inside, False).sum(), 1)
-    return jnp.where(fits, values, 0).sum() / number, {"unaligned": (~fits).mean()}
+__all__ = ["CTCModel", "CTCSampler", "CTCState", "collapse"]
 
 
-def _columns(network, batch, factor):
-    """Masks int32 [B, U], U = factor M, and which of them exist."""
-    source = batch["source"]
-    length = source_lengths(batch, len(source)) * factor
-    blank = jnp.full((len(source), source.shape[1] * factor), network.config.vocabulary, jnp.int32)
-    return blank, existing(blank, length)
+@frozen
+class CTCModel:
+    """A parallel decoder of columns, of which each is a token or the blank.
 
-
-@dataclasses.dataclass(frozen=True)
-class CTCSampler:
-    """The most probable alignment, without repetitions and blanks; the keys are not used.
+    A batch has "tokens" int [B, L], without blanks; "length" int [B] where targets differ in it;
+    and "source" int [B, M], with "source_length" int [B] where sources differ in it.
 
     Attributes:
-      network: an `EncoderDecoder` trained with `ctc_loss`.
-      factor: columns for each token of the source.
-      end: fills what is behind the sequence.
+      network: one that is not causal, with an extra input for the mask, which all columns read.
+      factor: columns for each token of the source, at least 1.
     """
 
     network: EncoderDecoder
     factor: int
-    end: int = 0
-    steps = nfe = 1
 
-    def prepare(self, params):
-        """See `EncoderDecoder.prepare`."""
-        return self.network.prepare(params)
+    def __post_init__(self):
+        _ = self.denoiser  # refuses networks that cannot be one
+        if self.factor < 1:
+            raise ValueError(f"factor must be at least 1, got {self.factor}")
 
-    def init(self, params, keys, cond):
-        """Reads the source."""
-        blank, exists = _columns(self.network, cond, self.factor)
-        context = NetworkDenoiser(self.network).encode(params, cond)
-        return {"tokens": blank, "exists": exists, "context": context}
+    @property
+    def denoiser(self) -> MaskedModel:
+        """The network, which fills masks."""
+        return MaskedModel(self.network)
 
-    def step(self, params, state, i):
-        """Predicts all columns."""
-        denoiser = NetworkDenoiser(self.network)
-        logits = denoiser(params, state["tokens"], state["exists"], state["context"])
-        return state | {"tokens": logits.argmax(-1).astype(jnp.int32)}
+    @property
+    def blank(self) -> int:
+        """V - 1, the token of no token."""
+        return self.network.config.vocabulary - 1
 
-    def finish(self, params, state) -> jax.Array:
-        """The tokens, int32 [B, U], with `end` behind them."""
-        return collapse(
-            state["tokens"], state["exists"], self.network.config.vocabulary - 1, self.end
+    def init(self, key: Key[Array, ""]) -> dict:
+        """Fresh float32 parameters."""
+        return self.network.init(key)
+
+    def loss(
+        self, params: Any, batch: dict[str, Any], keys: Key[Array, " B"]
+    ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+        """Minus the log-probability of the target over all its alignments, in nats per token.
+
+        A target that needs more columns than there are does not count.
+
+        Args:
+          params: of `init`.
+          batch: see the class.
+          keys: one per sequence, for dropout.
+
+        Returns:
+          The mean over tokens, and "unaligned", the share of targets that do not count.
+        """
+        dropout = keys if self.network.config.dropout else None
+        values, fits, inside = self._nats(params, batch, dropout)
+        number = jnp.maximum(jnp.where(fits[:, None], inside, False).sum(), 1)
+        return jnp.where(fits, values, 0).sum() / number, {"unaligned": (~fits).mean()}
+
+    def log_prob(self, params: Any, batch: dict[str, Any]) -> Float[Array, " B"]:
+        """The exact log-probability of each target, float32 in nats; -inf without an alignment."""
+        values, fits, _ = self._nats(params, batch, None)
+        return jnp.where(fits, -values, -jnp.inf)
+
+    def _nats(self, params, batch, dropout):
+        """Minus log-probabilities [B], which targets have an alignment, and positions [B, L]."""
+        tokens = batch["tokens"]
+        masks, valid = self.columns(batch)
+        context = self.denoiser.condition(params, batch, dropout)
+        logits = self.denoiser.logits(params, masks, valid, context, dropout)
+        inside = valid_mask(tokens, batch.get("length"))
+        # Of the logits, so that the scan of optax begins with what varies over devices as they do.
+        low = jax.lax.stop_gradient(logits[0, 0, 0]) * 0 - 1e5
+        values = optax.ctc_loss(
+            logits, 1.0 - valid, tokens, 1.0 - inside, blank_id=self.blank, log_epsilon=low
         )
+        repeats = ((tokens[:, 1:] == tokens[:, :-1]) & inside[:, 1:]).sum(-1)
+        return values, inside.sum(-1) + repeats <= valid.sum(-1), inside
+
+    def columns(self, batch: dict[str, Any]) -> tuple[Int[Array, "B U"], Bool[Array, "B U"]]:
+        """The inputs of the decoder, masks alone, and which columns are valid."""
+        source = batch["source"]
+        length = source_lengths(batch, len(source)) * self.factor
+        shape = (len(source), source.shape[1] * self.factor)
+        masks = jnp.full(shape, self.denoiser.mask, jnp.int32)
+        return masks, valid_mask(masks, length)
 
 
-def collapse(tokens, exists, blank: int, fill: int) -> jax.Array:
+@flax.struct.dataclass
+class CTCState:
+    """What the sampler of one step carries.
+
+    Attributes:
+      tokens: int32 [B, U], masks before the step and an alignment after it.
+      valid: bool [B, U].
+      context: what the denoiser has encoded.
+    """
+
+    tokens: Int[Array, "B U"]
+    valid: Bool[Array, "B U"]
+    context: Any
+
+
+@frozen
+class CTCSampler:
+    """The most probable alignment, without repetitions and blanks; the keys are not used.
+
+    Attributes:
+      model: says how many columns there are.
+      eos: fills what is behind the sequence, at least 0.
+    """
+
+    model: CTCModel
+    eos: int
+
+    def __post_init__(self):
+        if self.eos < 0:
+            raise ValueError(f"eos must not be negative, got {self.eos}")
+
+    @property
+    def steps(self) -> int:
+        """One."""
+        return 1
+
+    @property
+    def nfe(self) -> int:
+        """One evaluation of all columns."""
+        return 1
+
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """The source, and the label of a network with classes."""
+        return tuple(name for name in self.model.denoiser.conditions if name != "length")
+
+    def check(self, params: Any, cond: Condition) -> None:
+        """Refuses parameters and values of the condition that do not fit.
+
+        Raises:
+          ValueError: the parameters are not the model's, or there is no source that can be read.
+        """
+        contract.check_params(self.model, params)
+        contract.check_label(cond, self.model.denoiser.classes)
+        check_source(cond, self.model.denoiser.vocabulary)
+
+    def prepare(self, params: Any) -> Any:
+        """See `EncoderDecoder.prepare`."""
+        return self.model.denoiser.prepare(params)
+
+    def init(self, params: Any, keys: Key[Array, " B"], cond: Condition) -> CTCState:
+        """Encodes the source."""
+        masks, valid = self.model.columns(cond.fields())
+        return CTCState(masks, valid, self.model.denoiser.encode(params, cond.fields()))
+
+    def step(self, params: Any, state: CTCState, i: Int[Array, ""] | int) -> CTCState:
+        """Predicts all columns."""
+        logits = self.model.denoiser(params, state.tokens, state.valid, state.context)
+        return state.replace(tokens=logits.argmax(-1).astype(jnp.int32))
+
+    def finish(self, params: Any, state: CTCState) -> Int[Array, "B U"]:
+        """The tokens, int32, with `eos` behind them."""
+        return collapse(state.tokens, state.valid, self.model.blank, self.eos)
+
+
+def collapse(
+    tokens: Int[Array | np.ndarray, "B U"],
+    valid: Bool[Array | np.ndarray, "B U"],
+    blank: int,
+    fill: int,
+) -> Int[Array, "B U"]:
     """What an alignment says: runs of equal tokens are one, and blanks are none.
 
     Args:
-      tokens: int32 [B, U].
-      exists: bool [B, U].
+      tokens: the alignment.
+      valid: its columns.
       blank: the token of no token.
       fill: for the columns that are left over.
 
     Returns:
-      int32 [B, U], aligned to the left.
+      int32, aligned to the left.
     """
     before = jnp.pad(tokens[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
-    kept = (tokens != before) & (tokens != blank) & exists
+    kept = (tokens != before) & (tokens != blank) & valid
     place = jnp.where(kept, jnp.cumsum(kept, axis=1) - 1, tokens.shape[1])
     rows = jnp.arange(len(tokens))[:, None]
     return jnp.full_like(tokens, fill).at[rows, place].set(tokens, mode="drop")

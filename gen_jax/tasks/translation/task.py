@@ -21,7 +21,6 @@ from gen_jax.models.parallel import (
     CTCSampler,
     ParallelModel,
     ParallelSampler,
-    length_nats,
     one_shot,
 )
 from gen_jax.nn.encoder_decoder import EncoderDecoder
@@ -207,7 +206,7 @@ def _nats_per_pair(config, data, model, params, nats_per_token: float) -> float:
 @functools.partial(jax.jit, static_argnums=0)
 def _masked_nats(model, params, batch, keys):
     terms = model.denoiser.bound_terms(params["network"], batch, keys)
-    return (terms.sum(-1) + length_nats(model, params, batch)).sum()
+    return (terms.sum(-1) + model.length_nats(params, batch)).sum()
 
 
 def _write(config, data, run: Run, tokens: np.ndarray, report: dict) -> dict:

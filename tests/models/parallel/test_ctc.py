@@ -1,5 +1,6 @@
 """CTC against the enumeration of all alignments, and what it decodes."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -11,11 +12,11 @@ import optax
 import pytest
 from hypothesis import given, settings
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
-from gen_jax import parallel, sampling, training
-from gen_jax.config import TrainConfig
-from gen_jax.models.masked.losses import NetworkDenoiser
-from gen_jax.models.parallel.ctc import CTCSampler, collapse, ctc_loss
+from gen_jax import sampling
+from gen_jax.condition import Condition
+from gen_jax.models.parallel.ctc import CTCModel, CTCSampler, collapse
 from gen_jax.nn.config import TransformerConfig
 from gen_jax.nn.encoder_decoder import EncoderDecoder
 from random_networks import random_params
@@ -23,10 +24,17 @@ from random_networks import random_params
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 CONFIG = TransformerConfig(
-    vocabulary=3, context=12, layers=1, width=16, heads=2,
-    causal=False, extra_inputs=1, memory=True,
-)  # fmt: skip
+    vocabulary=3,
+    context=12,
+    layers=1,
+    width=16,
+    heads=2,
+    causal=False,
+    extra_inputs=1,
+    memory=True,
+)
 NETWORK = EncoderDecoder(CONFIG, 1)
+MODEL = CTCModel(NETWORK, 2)
 BLANK = 2
 rng = np.random.default_rng(0)
 SOURCE = rng.integers(0, 2, (8, 3)).astype(np.int32)
@@ -38,21 +46,21 @@ BATCH = {
 }
 KEYS = sampling.sample_keys(0, 0, 8)
 
-loss_of = jax.jit(ctc_loss, static_argnums=0, static_argnames="factor")
+loss_of = jax.jit(CTCModel.loss, static_argnums=0)
 
 
 PARAMS = random_params(NETWORK)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def logits_of(network, params, batch, factor):
+@functools.partial(jax.jit, static_argnums=0)
+def logits_of(model, params, batch):
     """Logits of masks, those of a padded source counted out."""
-    columns = batch["source"].shape[1] * factor
-    exists = jnp.arange(columns) < factor * batch["source_length"][:, None]
-    denoiser = NetworkDenoiser(network)
+    columns = batch["source"].shape[1] * model.factor
+    valid = jnp.arange(columns)[None] < model.factor * batch["source_length"][:, None]
+    denoiser = model.denoiser
     prepared = denoiser.prepare(params)
-    blank = jnp.full(exists.shape, denoiser.mask)
-    return denoiser(prepared, blank, exists, denoiser.encode(prepared, batch))
+    blank = jnp.full(valid.shape, denoiser.mask)
+    return denoiser(prepared, blank, valid, denoiser.encode(prepared, batch))
 
 
 def said(alignment, blank=BLANK):
@@ -71,8 +79,9 @@ def law_of(log_prob):
 
 @pytest.mark.parametrize(("length", "factor"), [(2, 2), (1, 5)])
 def test_the_loss_sums_over_all_alignments(length, factor):
+    model = CTCModel(NETWORK, factor)
     one = {"source": SOURCE[:1, :length], "source_length": np.array([length], np.int32)}
-    logits = logits_of(NETWORK, PARAMS, one, factor)[0, : length * factor]
+    logits = logits_of(model, PARAMS, one)[0, : length * factor]
     log_prob = np.asarray(jax.nn.log_softmax(logits), np.float64)
     assert log_prob.std() > 0.3
     law = law_of(log_prob)
@@ -83,13 +92,16 @@ def test_the_loss_sums_over_all_alignments(length, factor):
         row[0, : len(target)] = target
     counts = np.array([[len(target)] for target in targets], np.int32)
 
+    @jax.jit
+    @jax.vmap
     def row_loss(tokens, length):
         batch = one | {"tokens": tokens, "length": length}
-        return ctc_loss(NETWORK, PARAMS, batch, KEYS[:1], factor=factor)
+        return *model.loss(PARAMS, batch, KEYS[:1]), model.log_prob(PARAMS, batch)[0]
 
-    values, metrics = jax.jit(jax.vmap(row_loss))(tokens, counts)
+    values, metrics, log_probs = row_loss(tokens, counts)
     total = np.asarray(values, np.float64) * np.maximum(counts[:, 0], 1)
     np.testing.assert_allclose(total, -np.log(list(law.values())), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(total, -log_probs, rtol=1e-4, atol=1e-6)
     assert np.exp(-total).sum() == pytest.approx(1, abs=1e-4)
     assert (np.asarray(metrics["unaligned"]) == 0).all()
 
@@ -99,25 +111,30 @@ def row_of(i):
 
 
 def test_a_batch_is_the_mean_over_tokens():
-    value, metrics = loss_of(NETWORK, PARAMS, BATCH, KEYS, factor=2)
+    value, metrics = loss_of(MODEL, PARAMS, BATCH, KEYS)
     assert metrics["unaligned"] == 0
-    values = [loss_of(NETWORK, PARAMS, row_of(i), KEYS[:1], factor=2)[0] for i in range(8)]
+    values = [loss_of(MODEL, PARAMS, row_of(i), KEYS[:1])[0] for i in range(8)]
     total = np.array(values) @ np.maximum(BATCH["length"], 1)
     np.testing.assert_allclose(value, total / BATCH["length"].sum(), rtol=1e-5)
 
 
 def test_padding_changes_nothing():
-    value, _ = loss_of(NETWORK, PARAMS, BATCH, KEYS, factor=2)
+    value, _ = loss_of(MODEL, PARAMS, BATCH, KEYS)
     padded = dict(BATCH)
     for name, length, width in (("source", "source_length", 5), ("tokens", "length", 7)):
         wide = np.ones((8, width), np.int32)
         inside = np.arange(3) < BATCH[length][:, None]
         wide[:, :3] = np.where(inside, BATCH[name], 1 - BATCH[name])
         padded[name] = wide
-    same, _ = loss_of(NETWORK, PARAMS, padded, KEYS, factor=2)
+    same, _ = loss_of(MODEL, PARAMS, padded, KEYS)
     np.testing.assert_allclose(same, value, rtol=1e-5)
-    other, _ = loss_of(NETWORK, PARAMS, BATCH | {"tokens": 1 - BATCH["tokens"]}, KEYS, factor=2)
+    other, _ = loss_of(MODEL, PARAMS, BATCH | {"tokens": 1 - BATCH["tokens"]}, KEYS)
     assert abs(other - value) > 1e-3
+
+
+@jax.jit
+def slopes(params, batch, keys):
+    return jax.value_and_grad(MODEL.loss, has_aux=True)(params, batch, keys)
 
 
 def test_targets_without_an_alignment_do_not_count():
@@ -129,14 +146,11 @@ def test_targets_without_an_alignment_do_not_count():
         "tokens": np.array(tokens, np.int32),
         "length": np.array([4, 3, 4, 5], np.int32),
     }
-    fitting = {name: leaf[:2] for name, leaf in batch.items()}
-    wanted, metrics = loss_of(NETWORK, PARAMS, fitting, KEYS[:2], factor=2)
-    assert metrics["unaligned"] == 0
-    slopes = jax.value_and_grad(functools.partial(ctc_loss, NETWORK, factor=2), has_aux=True)
-    slopes = jax.jit(slopes)
     (value, metrics), gradient = slopes(PARAMS, batch, KEYS[:4])
     assert metrics["unaligned"] == 0.5
-    np.testing.assert_allclose(value, wanted, rtol=1e-5)
+    log_probs = np.asarray(jax.jit(MODEL.log_prob)(PARAMS, batch))
+    assert (log_probs[2:] == -np.inf).all()
+    np.testing.assert_allclose(value, -log_probs[:2].sum() / 7, rtol=1e-5)
     tokens[2:] = [[1, 1, 0, 0, 1], [1, 1, 1, 1, 0]]
     _, same = slopes(PARAMS, batch | {"tokens": np.array(tokens, np.int32)}, KEYS[:4])
     for one, two in zip(*map(jax.tree.leaves, (gradient, same)), strict=True):
@@ -146,65 +160,65 @@ def test_targets_without_an_alignment_do_not_count():
 
 def test_collapse_by_hand():
     tokens = np.array([[0, 0, 2, 0, 1], [2, 2, 2, 2, 2], [1, 0, 1, 1, 0], [0, 1, 1, 1, 0]])
-    exists = np.arange(5) < np.array([5, 5, 5, 2])[:, None]
+    valid = np.arange(5) < np.array([5, 5, 5, 2])[:, None]
     wanted = [[0, 0, 1, 9, 9], [9, 9, 9, 9, 9], [1, 0, 1, 0, 9], [0, 1, 9, 9, 9]]
-    np.testing.assert_array_equal(collapse(jnp.asarray(tokens), exists, BLANK, 9), wanted)
+    np.testing.assert_array_equal(collapse(jnp.asarray(tokens), valid, BLANK, 9), wanted)
+
+
+ALIGNMENT = st.lists(st.integers(0, 3), min_size=6, max_size=6)
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.tuples(st.lists(st.integers(0, 3), min_size=6, max_size=6), st.integers(0, 6)),
-                min_size=3, max_size=3))  # fmt: skip
+@given(st.lists(st.tuples(ALIGNMENT, st.integers(0, 6)), min_size=3, max_size=3))
 def test_collapse_is_group_by(rows):
     tokens = np.array([row for row, _ in rows], np.int32)
-    exists = np.arange(6) < np.array([length for _, length in rows])[:, None]
-    got = jax.jit(collapse, static_argnums=(2, 3))(tokens, exists, 3, 7)
+    valid = np.arange(6) < np.array([length for _, length in rows])[:, None]
+    got = jax.jit(collapse, static_argnums=(2, 3))(tokens, valid, 3, 7)
     for (row, length), out in zip(rows, np.asarray(got), strict=True):
         target = said(row[:length], 3)
         assert tuple(out) == target + (7,) * (6 - len(target))
 
 
-def test_it_trains_over_devices():
+def test_its_gradient_is_averaged_over_devices():
     batch = BATCH | {"length": np.full(8, 1, np.int32)}
-    mesh = Mesh(np.array(jax.devices()[:4]), (parallel.AXIS,))
-    config = TrainConfig(batch=8, steps=2, ema=0, warmup=0)
-    optimizer = training.make_optimizer(config)
-    loss = functools.partial(ctc_loss, NETWORK, factor=2)
-    step = training.make_step(loss, optimizer, config, mesh)
-    state = training.init_state(jax.tree.map(jnp.asarray, PARAMS), optimizer).replace(ema=None)
-    state = parallel.replicate(mesh, state)
-    arrays, flags = parallel.split(mesh, batch), parallel.split(mesh, np.zeros(4, np.int32))
-    state, first = step(state, arrays, flags)
-    state, second = step(state, arrays, flags)
-    whole, _ = loss_of(NETWORK, PARAMS, batch, KEYS, factor=2)
-    np.testing.assert_allclose(first["loss"], whole, rtol=1e-5)
-    assert second["loss"] != first["loss"]
-    assert first["skipped"] == second["skipped"] == 0
-    assert first["gradient_norm"] > 0
+    mesh, split = Mesh(np.array(jax.devices()[:4]), ("data",)), P("data")
+
+    @jax.jit
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(P(), split, split), out_specs=P())
+    def mapped(params, batch, keys):
+        params = jax.lax.pcast(params, "data", to="varying")
+        (value, _), gradient = jax.value_and_grad(MODEL.loss, has_aux=True)(params, batch, keys)
+        return jax.lax.pmean((value, gradient), "data")
+
+    value, gradient = mapped(PARAMS, batch, KEYS)
+    (whole, _), wanted = slopes(PARAMS, batch, KEYS)
+    np.testing.assert_allclose(value, whole, rtol=1e-5)
+    for one, two in zip(*map(jax.tree.leaves, (gradient, wanted)), strict=True):
+        assert np.abs(two).max() > 0
+        np.testing.assert_allclose(one, two, rtol=1e-3, atol=1e-5)
 
 
 def test_samples_are_what_the_likeliest_alignment_says():
-    sampler = CTCSampler(NETWORK, 3, end=9)
+    model = CTCModel(NETWORK, 3)
+    sampler = CTCSampler(model, eos=9)
     cond = {name: BATCH[name] for name in ("source", "source_length")}
     assert sampler.steps == sampler.nfe == 1
-    samples = np.asarray(sampling.generate(sampler, PARAMS, KEYS, cond))
-    best = np.asarray(logits_of(NETWORK, PARAMS, cond, 3).argmax(-1))
+    assert sampler.conditions == ("source", "source_length")
+    samples = np.asarray(sampling.generate(sampler, PARAMS, KEYS, Condition(**cond)))
+    best = np.asarray(logits_of(model, PARAMS, cond).argmax(-1))
     for row, alignment, length in zip(samples, best, cond["source_length"], strict=True):
         target = said(alignment[: 3 * length])
         assert tuple(row) == target + (9,) * (9 - len(target))
     assert len(np.unique(samples, axis=0)) > 2
     padding = np.arange(3) >= cond["source_length"][:, None]
-    other = cond | {"source": np.where(padding, 1 - SOURCE, SOURCE)}
+    other = Condition(**cond | {"source": np.where(padding, 1 - SOURCE, SOURCE)})
     np.testing.assert_array_equal(sampling.generate(sampler, PARAMS, KEYS, other), samples)
 
 
-COPY = EncoderDecoder(
-    TransformerConfig(
-        vocabulary=5, context=8, layers=1, width=32, heads=2,
-        causal=False, extra_inputs=1, memory=True,
-    ),
-    1,
-    copies=True,
-)  # fmt: skip
+COPY = CTCModel(
+    EncoderDecoder(dataclasses.replace(CONFIG, vocabulary=5, context=8, width=32), 1, copies=True),
+    2,
+)
 
 
 def copies(key, number):
@@ -218,7 +232,7 @@ def copies(key, number):
 @jax.jit
 def train_to_copy():
     steps, optimizer = 300, optax.adam(optax.cosine_decay_schedule(6e-3, 300))
-    gradient = jax.value_and_grad(lambda p, b, k: ctc_loss(COPY, p, b, k, factor=2)[0])
+    gradient = jax.value_and_grad(lambda p, b, k: COPY.loss(p, b, k)[0])
 
     def step(carry, key):
         params, state = carry
@@ -226,7 +240,7 @@ def train_to_copy():
         updates, state = optimizer.update(slope, state)
         return (optax.apply_updates(params, updates), state), value
 
-    params = random_params(COPY)
+    params = random_params(COPY.network)
     keys = jax.random.split(jax.random.key(1), steps)
     (params, _), values = jax.lax.scan(step, (params, optimizer.init(params)), keys)
     return params, values
@@ -237,9 +251,37 @@ def test_it_learns_to_copy():
     test = copies(jax.random.key(2), 200)
     cond = {name: test[name] for name in ("source", "source_length")}
     keys = sampling.sample_keys(0, 0, 200)
-    samples = sampling.generate(CTCSampler(COPY, 2, end=7), params, keys, cond)
+    samples = sampling.generate(CTCSampler(COPY, eos=7), params, keys, Condition(**cond))
     inside = np.arange(4) < np.asarray(test["length"])[:, None]
     wanted = np.full((200, 8), 7)
     wanted[:, :4] = np.where(inside, test["tokens"], 7)
     assert (np.asarray(samples) == wanted).all(-1).mean() > 0.9
     assert values[-1] < values[0]
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: CTCModel(NETWORK, 0), "factor must be at least 1, got 0"),
+        (lambda: CTCModel(NETWORK, 1.5), "factor must be a whole number, got 1.5"),
+        (lambda: CTCModel(NETWORK.decoder, 2), "network must be of type EncoderDecoder"),
+        (lambda: CTCSampler(MODEL, -1), "eos must not be negative, got -1"),
+        (
+            lambda: sampling.generate(CTCSampler(MODEL, 0), PARAMS, KEYS),
+            "give the condition 'source'",
+        ),
+        (
+            lambda: sampling.generate(
+                CTCSampler(MODEL, 0), PARAMS, KEYS, Condition(source=SOURCE + 2)
+            ),
+            "tokens of the source must be in 0 to 2, got 2 to 3",
+        ),
+        (
+            lambda: sampling.generate(CTCSampler(MODEL, 0), {}, KEYS, Condition(source=SOURCE)),
+            "parameters do not fit the CTCModel",
+        ),
+    ],
+)
+def test_what_is_refused(make, text):
+    with pytest.raises(ValueError, match=text):
+        make()

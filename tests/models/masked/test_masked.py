@@ -10,12 +10,18 @@ import pytest
 from scipy import stats
 
 from gen_jax import sampling
+from gen_jax.condition import Condition
 from gen_jax.data.exact_sets import NoisyMixture, even_parity
 from gen_jax.metrics.gaps import any_order_bound
 from gen_jax.models import sequences
 from gen_jax.models.masked import losses as masked
-from gen_jax.models.masked.config import MaskConfig
-from gen_jax.models.masked.losses import ExactDenoiser, NetworkDenoiser, blanks, bound_terms
+from gen_jax.models.masked.losses import (
+    ExactDenoiser,
+    MaskedModel,
+    bound_terms,
+    infill,
+    log_prob_in_order,
+)
 from gen_jax.models.sequences import cross_entropy
 from gen_jax.nn.config import TransformerConfig
 from gen_jax.nn.encoder_decoder import EncoderDecoder
@@ -30,15 +36,17 @@ PARITY = even_parity(5)
 SMALL = TransformerConfig(
     vocabulary=3, context=6, layers=1, width=16, heads=2, causal=False, extra_inputs=2
 )
-NETWORK = TokenNetwork(SMALL)
-UNIFORM, COSINE = MaskConfig(), MaskConfig("cosine")
+MODEL = MaskedModel(TokenNetwork(SMALL))
+COSINE = MaskedModel(MODEL.network, "cosine")
 NUMBER = 8_000
+FULL = {"length": np.full(32, 4, np.int32)}
+BATCH, KEYS = {"tokens": MIXTURE.sample(0, 32)} | FULL, sampling.sample_keys(0, 0, 32)
 
 terms_of = jax.jit(bound_terms, static_argnums=0)
-loss_of = jax.jit(masked.loss, static_argnames=("network", "config", "smoothing"))
+loss_of = jax.jit(MaskedModel.loss, static_argnums=0)
 
 
-PARAMS = jax.tree.map(jnp.asarray, random_params(NETWORK))
+PARAMS = jax.tree.map(jnp.asarray, random_params(MODEL.network))
 
 
 def exact(dist):
@@ -53,10 +61,8 @@ def within(values, wanted, errors=4):
 
 @functools.cache
 def exact_terms(dist):
-    keys = sampling.sample_keys(0, 0, NUMBER)
-    return np.asarray(
-        terms_of(ExactDenoiser(dist.vocabulary), exact(dist), dist.sample(0, NUMBER), keys)
-    )
+    batch, keys = {"tokens": dist.sample(0, NUMBER)}, sampling.sample_keys(0, 0, NUMBER)
+    return np.asarray(terms_of(ExactDenoiser(dist.vocabulary), exact(dist), batch, keys))
 
 
 @pytest.mark.parametrize("dist", [MIXTURE, PARITY])
@@ -78,8 +84,8 @@ def test_exact_terms_are_the_steps_of_the_entropy_profile(dist):
 
 
 def test_a_wrong_denoiser_has_a_larger_bound():
-    keys, tokens = sampling.sample_keys(0, 0, NUMBER), MIXTURE.sample(0, NUMBER)
-    terms = np.asarray(terms_of(ExactDenoiser(3), exact(OTHER), tokens, keys))
+    batch, keys = {"tokens": MIXTURE.sample(0, NUMBER)}, sampling.sample_keys(0, 0, NUMBER)
+    terms = np.asarray(terms_of(ExactDenoiser(3), exact(OTHER), batch, keys))
     wanted = any_order_bound(MIXTURE, functools.partial(OTHER.conditionals, mask_id=3))
     assert wanted > MIXTURE.entropy + 0.2
     within(terms.sum(axis=1), wanted)
@@ -88,12 +94,11 @@ def test_a_wrong_denoiser_has_a_larger_bound():
 @functools.cache
 def network_bound():
     """The bound of the random network over all masks, in nats."""
-    denoiser = NetworkDenoiser(NETWORK)
 
     @jax.jit
     def softmax(tokens):
-        prepared = denoiser.prepare(PARAMS)
-        return jax.nn.softmax(denoiser(prepared, tokens, jnp.ones(tokens.shape, bool), {}))
+        prepared = MODEL.prepare(PARAMS)
+        return jax.nn.softmax(MODEL(prepared, tokens, jnp.ones(tokens.shape, bool), {}))
 
     def denoise(contexts):
         tokens = np.zeros((128, 4), np.int32)
@@ -104,35 +109,49 @@ def network_bound():
 
 
 def test_the_bound_of_a_network():
-    keys, tokens = sampling.sample_keys(0, 0, NUMBER), MIXTURE.sample(0, NUMBER)
-    terms = np.asarray(terms_of(NetworkDenoiser(NETWORK), PARAMS, tokens, keys))
+    batch, keys = {"tokens": MIXTURE.sample(0, NUMBER)}, sampling.sample_keys(0, 0, NUMBER)
+    terms = np.asarray(jax.jit(MODEL.bound_terms)(PARAMS, batch, keys))
     assert network_bound() > MIXTURE.entropy + 0.1
     within(terms.sum(axis=1), network_bound())
 
 
 def test_the_loss_is_the_bound_per_position():
-    keys, tokens = sampling.sample_keys(1, 0, NUMBER), MIXTURE.sample(1, NUMBER)
+    keys, tokens = sampling.sample_keys(0, 0, NUMBER), MIXTURE.sample(0, NUMBER)
 
     @jax.jit
     @jax.vmap
     def each(row, key):
-        return masked.loss(NETWORK, PARAMS, {"tokens": row[None]}, key[None], config=UNIFORM)[0]
+        return MODEL.loss(PARAMS, {"tokens": row[None]}, key[None])[0]
 
     values = each(tokens, keys)
     within(values, network_bound() / 4)
-    whole, metrics = loss_of(NETWORK, PARAMS, {"tokens": tokens}, keys, config=UNIFORM)
-    np.testing.assert_allclose(whole, np.mean(values), rtol=1e-4)
+    whole, metrics = loss_of(MODEL, PARAMS, {"tokens": tokens[:32]} | FULL, KEYS)
+    np.testing.assert_allclose(whole, np.mean(values[:32]), rtol=1e-4)
     assert metrics == {}
 
 
 def test_terms_end_at_the_length():
     tokens, keys = MIXTURE.sample(0, 4), sampling.sample_keys(0, 0, 4)
     length = np.array([1, 2, 3, 4], np.int32)
-    terms = terms_of(NetworkDenoiser(NETWORK), PARAMS, tokens, keys, {"length": length})
+    terms = terms_of(MODEL, PARAMS, {"tokens": tokens, "length": length}, keys)
     np.testing.assert_array_equal(np.asarray(terms) > 0, np.arange(4) < length[:, None])
     changed = np.where(np.arange(4) < length[:, None], tokens, 2 - tokens)
-    same = terms_of(NetworkDenoiser(NETWORK), PARAMS, changed, keys, {"length": length})
+    same = terms_of(MODEL, PARAMS, {"tokens": changed, "length": length}, keys)
     np.testing.assert_allclose(terms, same, atol=1e-6)
+
+
+def test_the_law_of_an_order_sums_to_one_and_ends_at_the_length():
+    every = np.indices((3,) * 4).reshape(4, -1).T.astype(np.int32)
+    order, exist = np.array([2, 0, 3, 1]), np.arange(4) < 3
+    law = jax.jit(log_prob_in_order, static_argnums=(0, 4))
+    whole = law(MODEL, PARAMS, {"tokens": every, "length": np.full(81, 4)}, order, (1, 3))
+    short = law(MODEL, PARAMS, {"tokens": every, "length": np.full(81, 3)}, order, (1, 3))
+    assert np.exp(whole).sum() == pytest.approx(1, abs=1e-4)
+    assert np.std(whole) > 0.3
+    assert np.exp(short)[every[:, 3] == 0].sum() == pytest.approx(1, abs=1e-4)
+    padded = {"tokens": np.where(exist, every, 0), "length": np.full(81, 3)}
+    other = law(MODEL, PARAMS, padded, order, (1, 3))
+    np.testing.assert_allclose(short, other, atol=1e-5)
 
 
 def pearson(values, probability):
@@ -144,62 +163,58 @@ def pearson(values, probability):
 
 
 @pytest.mark.parametrize("length", [2, 7])
-@pytest.mark.parametrize("config", [UNIFORM, COSINE])
-def test_how_many_tokens_are_hidden(config, length):
+@pytest.mark.parametrize("counts", ["uniform", "cosine"])
+def test_how_many_tokens_are_hidden(counts, length):
     uniform = jax.random.uniform(jax.random.key(length), (20_000,))
-    count = masked._count(config, uniform, jnp.full(20_000, length))
+    count = masked._count(counts, uniform, jnp.full(20_000, length))
     number = np.arange(1, length + 1)
-    if config.counts == "uniform":
+    if counts == "uniform":
         probability = np.full(length, 1 / length)
     else:
         probability = 2 / np.pi * (np.arccos((number - 1) / length) - np.arccos(number / length))
     assert pearson(np.asarray(count), np.append(0, probability)) > 1e-4
-    ends = masked._count(config, jnp.array([0.0, 1 - 2.0**-24]), jnp.full(2, length))
+    ends = masked._count(counts, jnp.array([0.0, 1 - 2.0**-24]), jnp.full(2, length))
     assert sorted(np.asarray(ends).tolist()) == [1, length]
 
 
-def test_hidden_positions_are_random_and_exist():
+def test_hidden_positions_are_random_and_valid():
     keys = sampling.sample_keys(0, 0, 12_000)
     length = jnp.tile(jnp.array([3, 4, 6]), 4_000)
     count = jnp.tile(jnp.array([2, 4, 2]), 4_000)
     tokens = jnp.broadcast_to(jnp.arange(6) % 3, (12_000, 6))
-    exists = sequences.existing(tokens, length)
-    seen, hidden = (np.asarray(x) for x in jax.jit(masked.hide)(keys, tokens, exists, count, 3))
+    valid = sequences.valid_mask(tokens, length)
+    seen, hidden = (np.asarray(x) for x in jax.jit(masked.hide)(keys, tokens, valid, count, 3))
     np.testing.assert_array_equal(hidden.sum(-1), count)
-    assert not (hidden & ~np.asarray(exists)).any()
+    assert not (hidden & ~np.asarray(valid)).any()
     np.testing.assert_array_equal(seen, np.where(hidden, 3, tokens))
     for row, pairs in ((0, 3), (2, 15)):
         sets = np.unique(hidden[row::3] @ (1 << np.arange(6)), return_counts=True)[1]
         assert len(sets) == pairs
         assert stats.chisquare(sets).pvalue > 1e-4
-    alone, _ = masked.hide(keys[:2], tokens[:2], exists[:2], count[:2], 3)
+    alone, _ = masked.hide(keys[:2], tokens[:2], valid[:2], count[:2], 3)
     np.testing.assert_array_equal(alone, seen[:2])
 
 
 def test_what_is_beyond_the_length_does_not_count():
-    tokens, keys = MIXTURE.sample(0, 32), sampling.sample_keys(0, 0, 32)
-    length = np.arange(32, dtype=np.int32) % 4 + 1
-    exists = np.arange(4) < length[:, None]
+    tokens, length = BATCH["tokens"], np.arange(32, dtype=np.int32) % 4 + 1
+    valid = np.arange(4) < length[:, None]
     first, second, third = (
-        loss_of(NETWORK, PARAMS, {"tokens": some, "length": length}, keys, config=UNIFORM)[0]
+        loss_of(MODEL, PARAMS, {"tokens": some, "length": length}, KEYS)[0]
         for some in (
             tokens,
-            np.where(exists, tokens, 2 - tokens),
+            np.where(valid, tokens, 2 - tokens),
             np.pad(tokens, ((0, 0), (0, 2))),
         )
     )
     assert first == second
     assert abs(first - third) < 1e-5
-    all_of_it, _ = loss_of(NETWORK, PARAMS, {"tokens": tokens}, keys, config=UNIFORM)
+    all_of_it, _ = loss_of(MODEL, PARAMS, BATCH, KEYS)
     assert abs(first - all_of_it) > 1e-3
 
 
 def test_gradients_reach_every_parameter():
-    batch = {"tokens": MIXTURE.sample(0, 32), "label": np.zeros(32, np.int32)}
-    keys = sampling.sample_keys(0, 0, 32)
-    gradient = jax.jit(
-        jax.grad(lambda params: masked.loss(NETWORK, params, batch, keys, config=COSINE)[0])
-    )(PARAMS)
+    batch = BATCH | {"label": np.zeros(32, np.int32)}
+    gradient = jax.jit(jax.grad(lambda params: COSINE.loss(params, batch, KEYS)[0]))(PARAMS)
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
         assert np.isfinite(leaf).all(), path
         assert np.abs(leaf).max() > 1e-7, path
@@ -214,33 +229,30 @@ def test_label_smoothing_spreads_a_share_over_all_tokens():
     log_prob = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     wanted = (np.eye(3)[targets] * 0.7 + 0.3 / 3) * -log_prob
     np.testing.assert_allclose(values, wanted.sum(-1), rtol=1e-5)
-    batch, keys = {"tokens": MIXTURE.sample(0, 32)}, sampling.sample_keys(0, 0, 32)
-    smooth, _ = loss_of(NETWORK, PARAMS, batch, keys, config=UNIFORM, smoothing=0.2)
-    plain, _ = loss_of(NETWORK, PARAMS, batch, keys, config=UNIFORM)
+    smooth, _ = loss_of(dataclasses.replace(MODEL, smoothing=0.2), PARAMS, BATCH, KEYS)
+    plain, _ = loss_of(MODEL, PARAMS, BATCH, KEYS)
     assert abs(smooth - plain) > 1e-3
 
 
-def test_dropout_hangs_on_the_keys():
+def test_dropout_depends_on_the_keys():
     network = TokenNetwork(dataclasses.replace(SMALL, dropout=0.5))
-    batch, keys = {"tokens": MIXTURE.sample(0, 32)}, sampling.sample_keys(0, 0, 32)
-    dropped = loss_of(network, PARAMS, batch, keys, config=UNIFORM)[0]
-    assert dropped == loss_of(network, PARAMS, batch, keys, config=UNIFORM)[0]
-    assert abs(dropped - loss_of(NETWORK, PARAMS, batch, keys, config=UNIFORM)[0]) > 1e-3
+    model, plain = MaskedModel(network), loss_of(MODEL, PARAMS, BATCH, KEYS)[0]
+    dropped = loss_of(model, PARAMS, BATCH, KEYS)[0]
+    assert dropped == loss_of(model, PARAMS, BATCH, KEYS)[0]
+    assert abs(dropped - plain) > 1e-3
 
 
 def test_a_loss_with_a_source_and_with_a_context_that_is_known():
-    network = EncoderDecoder(dataclasses.replace(SMALL, memory=True), 1)
-    params, keys = random_params(network), sampling.sample_keys(0, 0, 8)
+    model = MaskedModel(EncoderDecoder(dataclasses.replace(SMALL, memory=True), 1))
+    params, keys = random_params(model.network), sampling.sample_keys(0, 0, 8)
     source = OTHER.sample(0, 8)
     batch = {"tokens": MIXTURE.sample(0, 8), "source": source, "label": np.zeros(8, np.int32)}
-    value, _ = loss_of(network, params, batch, keys, config=UNIFORM)
-    context = jax.jit(NetworkDenoiser(network).condition)(params, batch)
+    value, _ = loss_of(model, params, batch, keys)
+    context = jax.jit(model.condition)(params, batch)
     assert set(context) == {"label", "memory", "memory_mask"}
-    known, _ = loss_of(
-        network, params, {"tokens": batch["tokens"]}, keys, config=UNIFORM, context=context
-    )
+    known, _ = loss_of(model, params, {"tokens": batch["tokens"]}, keys, context)
     assert abs(value - known) < 1e-5
-    other, _ = loss_of(network, params, batch | {"source": 2 - source}, keys, config=UNIFORM)
+    other, _ = loss_of(model, params, batch | {"source": 2 - source}, keys)
     assert abs(value - other) > 1e-3
 
 
@@ -260,22 +272,22 @@ def test_the_exact_denoiser_has_the_exact_conditionals(dist):
 
 
 def test_holes_and_lengths():
-    denoiser = NetworkDenoiser(NETWORK)
-    assert denoiser.vocabulary == denoiser.mask == 3
-    cond = blanks(denoiser, 4, [[None, 2], [], [0, 1, None]], [2, 4, 3])
-    np.testing.assert_array_equal(cond["tokens"], [[3, 2, 3, 3], [3, 3, 3, 3], [0, 1, 3, 3]])
-    np.testing.assert_array_equal(cond["length"], [2, 4, 3])
-    assert cond["tokens"].dtype == cond["length"].dtype == np.int32
-    assert set(blanks(denoiser, 4, [[1]], [4])) == {"tokens"}
-    np.testing.assert_array_equal(blanks(denoiser, 2, number=3)["tokens"], np.full((3, 2), 3))
-    np.testing.assert_array_equal(blanks(denoiser, 2, lengths=[1])["length"], [1])
+    assert MODEL.vocabulary == MODEL.mask == 3
+    cond = infill(MODEL, 4, [[None, 2], [], [0, 1, None]], [2, 4, 3])
+    np.testing.assert_array_equal(cond.given, [[0, 2, 0, 0], [0] * 4, [0, 1, 0, 0]])
+    np.testing.assert_array_equal(cond.is_given.astype(int), [[0, 1, 0, 0], [0] * 4, [1, 1, 0, 0]])
+    np.testing.assert_array_equal(cond.length, [2, 4, 3])
+    assert cond.given.dtype == cond.length.dtype == np.int32
+    assert set(infill(MODEL, 4, [[1]], [4]).fields()) == {"given", "is_given"}
+    assert not infill(MODEL, 2, number=3).is_given.any()
+    np.testing.assert_array_equal(infill(MODEL, 2, lengths=[1]).length, [1])
 
 
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"lengths": [4, 0]}, r"^a length of 0 is outside the table: it has 1 to 4$"),
-        ({"lengths": [5]}, r"^a length of 5 is outside the table: it has 1 to 4$"),
+        ({"lengths": [4, 0]}, r"^a length of 0 is not possible: it must be in 1 to 4$"),
+        ({"lengths": [5]}, r"^a length of 5 is not possible: it must be in 1 to 4$"),
         (
             {"templates": [[None, 1, 2]], "lengths": [2]},
             r"^position 2 is given, but the length is 2: give fewer tokens or a larger length$",
@@ -283,20 +295,53 @@ def test_holes_and_lengths():
         ({"templates": [[0] * 5]}, r"^position 4 is given, but the length is 4"),
         ({"templates": [[0, 3]]}, r"^the token 3 is given; the model knows 0 to 2$"),
         ({"templates": [[-1]]}, r"^the token -1 is given; the model knows 0 to 2$"),
-        ({"templates": [[0], []], "lengths": [4]}, r"^templates and lengths must be of as many"),
-        ({}, r"^templates and lengths must be of as many samples"),
+        ({"templates": [[0], []], "lengths": [4]}, r"^templates, lengths and number must be of"),
+        ({"templates": [[0], []], "number": 1}, r"^templates, lengths and number must be of"),
+        ({}, r"^templates, lengths and number must be of as many samples"),
     ],
 )
-def test_blanks_that_are_refused(options, text):
+def test_infilling_that_is_refused(options, text):
     with pytest.raises(ValueError, match=text) as caught:
-        blanks(NetworkDenoiser(NETWORK), 4, **options)
+        infill(MODEL, 4, **options)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("change", [{"causal": True}, {"extra_inputs": 0}])
 @pytest.mark.parametrize("pair", [False, True])
-def test_a_denoiser_sees_all_and_reads_a_mask(change, pair):
+def test_a_masked_model_sees_all_and_reads_a_mask(change, pair):
     config = dataclasses.replace(SMALL, memory=pair, **change)
     network = EncoderDecoder(config, 1) if pair else TokenNetwork(config)
     with pytest.raises(ValueError, match="set causal to false and extra_inputs to at least 1"):
-        NetworkDenoiser(network)
+        MaskedModel(network)
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: MaskedModel(MODEL.network, "all"), "counts must be one of 'uniform', 'cosine'"),
+        (lambda: MaskedModel(MODEL.network, smoothing=1.0), r"smoothing must be in \[0, 1\)"),
+        (lambda: MaskedModel(SMALL), "network must be of type TokenNetwork or of type Encoder"),
+        (lambda: ExactDenoiser(0), "vocabulary must be at least 1, got 0"),
+    ],
+)
+def test_models_that_are_refused(make, text):
+    with pytest.raises(ValueError, match=text):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("params", "text"),
+    [
+        ({"prob": np.ones(1)}, "parameters of an ExactDenoiser are"),
+        ({"support": np.zeros((2, 5), int), "prob": np.full(2, 0.5)}, r"must be \[N, 4\] and"),
+        ({"support": np.zeros((2, 4), int), "prob": np.ones(1)}, r"got \[2, 4\] and \[1\]"),
+        ({"support": np.full((1, 4), 3), "prob": np.ones(1)}, "must be in 0 to 2"),
+        ({"support": np.zeros((2, 4), int), "prob": np.ones(2)}, "sum to 1"),
+        ({"support": np.zeros((2, 4), int), "prob": np.array([2, -1])}, "not be negative"),
+    ],
+)
+def test_distributions_that_are_refused(params, text):
+    denoiser = ExactDenoiser(3)
+    denoiser.check(exact(MIXTURE), Condition(), 4)
+    with pytest.raises(ValueError, match=text):
+        denoiser.check(params, Condition(), 4)

@@ -1,12 +1,17 @@
 """Mask schedules: compositions of L, known sizes, and the optimum by brute force."""
 
+import functools
 import itertools
+import subprocess
+import sys
+import typing
 
 import numpy as np
 import pytest
 
 from gen_jax.data.exact_sets import NoisyMixture, binary_chain, even_parity
 from gen_jax.metrics.gaps import random_order_gap
+from gen_jax.models.masked.config import ScheduleName
 from gen_jax.models.masked.schedules import (
     SCHEDULES,
     Cosine,
@@ -133,6 +138,17 @@ def test_masked_after_of_written_sizes():
         np.testing.assert_array_equal(row, 8 - np.cumsum(schedule.sizes(8, 3)))
 
 
+def test_the_command_line_knows_every_schedule():
+    assert typing.get_args(ScheduleName) == tuple(SCHEDULES)
+
+
+def test_choices_load_no_jax():
+    modules = ("masked", "masked.config", "masked.schedules", "parallel", "parallel.config")
+    imports = "; ".join(f"import gen_jax.models.{name}" for name in modules)
+    code = f"import sys; {imports}; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
 def test_equal_schedules_are_one():
     assert len({Cosine(), Cosine(), Power(1.0), SCHEDULES["linear"]}) == 2
     assert hash(optimal(CHAIN)) == hash(optimal(CHAIN))
@@ -142,7 +158,8 @@ def test_equal_schedules_are_one():
     "schedule", [Cosine(), Fixed((8,)), optimal(CHAIN), Power()], ids=lambda s: type(s).__name__
 )
 def test_impossible_rounds(schedule):
-    for call in (schedule.sizes, lambda *sizes: masked_after(schedule, *sizes), check_rounds):
+    after = functools.partial(masked_after, schedule)
+    for call in (schedule.sizes, schedule.check, after, check_rounds):
         with pytest.raises(ValueError, match=r"^the number of rounds must be at least 1, got 0$"):
             call(8, 0)
         with pytest.raises(ValueError, match=r"^9 rounds are more than the 8 positions: .*most 8$"):
@@ -157,10 +174,11 @@ def test_impossible_rounds(schedule):
         (lambda: Fixed((2, 0)), r"at least one position, got \(2, 0\)$"),
         (lambda: Fixed(()), r"at least one position, got \(\)$"),
         (lambda: optimal(CHAIN).sizes(7, 2), r"^this profile is of 8 positions, not 7$"),
-        (lambda: Optimal((0.0,)), r"^a profile has at least two finite values"),
-        (lambda: Optimal((0.0, float("nan"))), r"^a profile has at least two finite values"),
-        (lambda: Power(0.0), r"^the exponent must be finite and above 0, got 0\.0$"),
-        (lambda: Power(float("inf")), r"above 0, got inf$"),
+        (lambda: Fixed((2, 1.5)), r"^groups must be a tuple of which each entry is a whole number"),
+        (lambda: Optimal((0.0,)), r"^a profile has at least two values"),
+        (lambda: Optimal((0.0, float("nan"))), r"^profile must be .* each entry is finite"),
+        (lambda: Power(0.0), r"^the exponent must be above 0, got 0\.0$"),
+        (lambda: Power(float("inf")), r"^exponent must be finite, got inf$"),
     ],
 )
 def test_what_is_refused(make, text):
