@@ -5,6 +5,7 @@ refused in well under a second; then the phases of the run, in `gen_jax.runs`, a
 """
 
 import contextlib
+import copy
 import dataclasses
 import difflib
 import errno
@@ -251,11 +252,15 @@ def _take_choices(argv, kind):
 
 
 def _with_choices(config, chosen):
-    """The configuration with these options, each at its defaults where it is another than now."""
-    changed = {
-        field: kind() for field, kind in chosen.items() if type(getattr(config, field)) is not kind
-    }
-    return dataclasses.replace(config, **changed) if changed else config
+    """The configuration with these options, each at its defaults where it is another than now.
+
+    It is not checked: an option may need others, which the rest of the arguments give.
+    """
+    changed = copy.copy(config)
+    for field, kind in chosen.items():
+        if type(getattr(config, field)) is not kind:
+            object.__setattr__(changed, field, kind())
+    return changed
 
 
 def resume_command(experiment: str, config: RunConfig) -> str:

@@ -6,6 +6,7 @@ know how.
 """
 
 import dataclasses
+from typing import no_type_check
 
 import flax.struct
 import jax
@@ -16,6 +17,7 @@ from jaxtyping import Bool, Int, Shaped
 __all__ = ["Condition"]
 
 
+@no_type_check  # jax also makes trees of this class whose leaves are no arrays
 @flax.struct.dataclass
 class Condition:
     """What each of B samples is conditioned on; every field is an array [B, ...], or None.

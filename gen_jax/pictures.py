@@ -4,25 +4,25 @@ import math
 import secrets
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image
+
+__all__ = ["grid", "save_gif", "save_images", "save_png", "to_uint8"]
+
+Picture = UInt8[Any, "height width"] | UInt8[Any, "height width 1"] | UInt8[Any, "height width 3"]
 
 _HOLD_MILLISECONDS = 1500
 _LONGEST_MILLISECONDS = 655_350  # two bytes of hundredths of a second
 
 
-def to_uint8(images: np.ndarray) -> np.ndarray:
+def to_uint8(images: Float[Any, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
     """Maps [-1, 1] to 0..255, rounding to nearest and clipping what lies outside.
 
-    Args:
-        images: float, any shape.
-
-    Returns:
-        uint8, the same shape.
-
     Raises:
-        ValueError: the array is not of floats, or holds a NaN.
+      ValueError: the array is not of floats, or holds a NaN.
     """
     images = np.asarray(images)
     if images.dtype.kind != "f" and images.dtype.name != "bfloat16":
@@ -34,26 +34,27 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
 
 
 def grid(
-    images: np.ndarray, columns: int | None = None, scale: int = 1, gap: int = 1
-) -> np.ndarray:
+    images: UInt8[Any, "B height width C"],
+    columns: int | None = None,
+    scale: int = 1,
+    gap: int = 1,
+) -> UInt8[np.ndarray, "sheet_height sheet_width 3"]:
     """Lays images out in rows on black, in reading order.
 
     Args:
-        images: uint8 [B, H, W, C] with C of 1 or 3, B >= 1.
-        columns: images per row; the smallest square that holds all of them when not given.
-        scale: pixels drawn per pixel of an image, in both directions, from 1 up.
-        gap: black pixels between neighbours, from 0 up.
-
-    Returns:
-        uint8 [H', W', 3].
+      images: with C of 1 or 3, and B >= 1.
+      columns: images per row; the smallest square that holds all of them when not given.
+      scale: pixels drawn per pixel of an image, in both directions, from 1 up.
+      gap: black pixels between neighbours, from 0 up.
 
     Raises:
-        ValueError: another dtype or shape, or a number out of range.
+      ValueError: another dtype or shape, or a number out of range.
     """
     images = np.asarray(images)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
         raise ValueError(
-            f"images must be uint8 [B, H, W, 1 or 3], not {images.dtype} {list(images.shape)}"
+            "images must be uint8 [B, height, width, 1 or 3], "
+            f"not {images.dtype} {list(images.shape)}"
         )
     count = len(images)
     if count == 0:
@@ -73,32 +74,32 @@ def grid(
     return sheet
 
 
-def save_png(path: str | Path, array: np.ndarray) -> None:
+def save_png(path: str | Path, array: Picture) -> None:
     """Writes one image as PNG, making its folder.
 
     Args:
-        path: of the file, replaced when it is there.
-        array: uint8 [H, W], [H, W, 1] or [H, W, 3].
+      path: of the file, replaced when it is there.
+      array: grey or RGB.
 
     Raises:
-        ValueError: another dtype or shape.
-        OSError: the file cannot be written.
+      ValueError: another dtype or shape.
+      OSError: the file cannot be written.
     """
     image = _image(array)
     _write_whole(Path(path), lambda file: image.save(file, format="PNG"))
 
 
-def save_gif(path: str | Path, frames: Sequence[np.ndarray], milliseconds: int) -> None:
+def save_gif(path: str | Path, frames: Sequence[Picture], milliseconds: int) -> None:
     """Writes frames as an animated GIF that loops and holds its last frame for 1.5 s or more.
 
     Args:
-        path: of the file, replaced when it is there.
-        frames: uint8 [H, W], [H, W, 1] or [H, W, 3] each, all of one size, at least one.
-        milliseconds: per frame, from 10 to 655350; GIF rounds to hundredths of a second.
+      path: of the file, replaced when it is there.
+      frames: grey or RGB, all of one size, at least one.
+      milliseconds: per frame, from 10 to 655350; GIF rounds to hundredths of a second.
 
     Raises:
-        ValueError: another dtype, shape or duration, or no frames.
-        OSError: the file cannot be written.
+      ValueError: another dtype, shape or duration, or no frames.
+      OSError: the file cannot be written.
     """
     if not 10 <= milliseconds <= _LONGEST_MILLISECONDS:
         raise ValueError(
@@ -119,17 +120,19 @@ def save_gif(path: str | Path, frames: Sequence[np.ndarray], milliseconds: int) 
     )
 
 
-def save_images(directory: str | Path, images: np.ndarray, start: int = 0) -> None:
+def save_images(
+    directory: str | Path, images: UInt8[Any, "B height width C"], start: int = 0
+) -> None:
     """Writes images as 000000.png, 000001.png and so on, making their folder.
 
     Args:
-        directory: of the files.
-        images: uint8 [B, H, W, C] with C of 1 or 3.
-        start: number of the first file, from 0 up.
+      directory: of the files.
+      images: with C of 1 or 3.
+      start: number of the first file, from 0 up.
 
     Raises:
-        ValueError: another dtype or shape, or a negative start.
-        OSError: a file cannot be written.
+      ValueError: another dtype or shape, or a negative start.
+      OSError: a file cannot be written.
     """
     if start < 0:
         raise ValueError(f"start is {start}; it must be at least 0")
@@ -137,15 +140,13 @@ def save_images(directory: str | Path, images: np.ndarray, start: int = 0) -> No
         save_png(Path(directory) / f"{number:06d}.png", image)
 
 
-def _image(array: np.ndarray):
-    from PIL import Image
-
+def _image(array: np.ndarray) -> Image.Image:
     array = np.asarray(array)
     if array.ndim == 3 and array.shape[-1] == 1:
         array = array[..., 0]
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,)):
         raise ValueError(
-            f"an image must be uint8 [H, W], [H, W, 1] or [H, W, 3], "
+            "an image must be uint8 [height, width], [height, width, 1] or [height, width, 3], "
             f"not {array.dtype} {list(array.shape)}"
         )
     return Image.fromarray(array)

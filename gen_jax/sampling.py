@@ -12,7 +12,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -38,6 +38,7 @@ __all__ = [
 _KEPT_PROGRAMS = 32  # compiled by `generate_many`; those used least recently are dropped
 
 
+@runtime_checkable
 class Sampler(Protocol):
     """One strategy of generation: a frozen, hashable dataclass of static choices.
 
@@ -71,6 +72,7 @@ class Sampler(Protocol):
         """The samples [B, ...]."""
 
 
+@runtime_checkable
 class Stoppable(Protocol):
     """What a sampler has besides when it may need fewer than `steps` trips."""
 

@@ -7,7 +7,7 @@ finite.
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, no_type_check, runtime_checkable
 
 import flax.struct
 import jax
@@ -24,6 +24,7 @@ __all__ = ["TrainState", "Trainable", "init_state", "make_step"]
 _OURS = ("examples_per_second", "skipped", "step", "stop")  # names that the loop gives to metrics
 
 
+@runtime_checkable
 class Trainable(Protocol):
     """What `fit` trains: a state, and how one batch changes it.
 
@@ -69,6 +70,7 @@ class Trainable(Protocol):
         """The part of the state that the moving average is taken of and samples come from."""
 
 
+@no_type_check  # jax also makes trees of this class whose leaves are no arrays
 @flax.struct.dataclass
 class TrainState:
     """All that training carries from step to step.

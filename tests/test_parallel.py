@@ -9,12 +9,11 @@ import sys
 import numpy as np
 import pytest
 
-OPTIONS = [
-    *("--data.flip", "--model.widths", "4", "4", "--model.groups", "2", "--model.attention"),
-    *("--model.dropout", "0.2", "--train.steps", "6", "--train.batch", "16"),
-    *("--train.warmup", "1", "--train.learning-rate", "0.01"),
-    *("--train.log-every", "1", "--train.checkpoint-every", "3"),
-]
+OPTIONS = (
+    "--data.flip --model.widths 8 --model.groups 4 --model.attention --model.patch 4 "
+    "--model.dropout 0.2 --train.steps 6 --train.batch 16 --train.warmup 1 "
+    "--train.learning-rate 0.01 --train.log-every 1 --train.checkpoint-every 3"
+)
 
 
 def start(path, processes, index, port, command="train"):
@@ -23,15 +22,18 @@ def start(path, processes, index, port, command="train"):
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // processes}",
     }
-    distributed = [
-        "--distributed.coordinator", f"127.0.0.1:{port}",
-        "--distributed.processes", str(processes), "--distributed.index", str(index),
-    ]  # fmt: skip
+    distributed = (
+        f"--distributed.coordinator 127.0.0.1:{port} --distributed.processes {processes} "
+        f"--distributed.index {index}"
+    )
+    options = OPTIONS.split() + (distributed.split() if processes > 1 else [])
     return subprocess.Popen(
-        [sys.executable, "-m", "experiments.ddpm_cifar", command, "--workdir", str(path)]
-        + OPTIONS + (distributed if processes > 1 else []),
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+        [sys.executable, "-m", "experiments.ddpm_cifar", command, "--workdir", str(path), *options],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def run(path, processes, port):
@@ -39,7 +41,7 @@ def run(path, processes, port):
     outputs = [process.communicate(timeout=300)[0] for process in started]
     for process, output in zip(started, outputs, strict=True):
         assert process.returncode == 0, output
-    lines = (path / "metrics.jsonl").read_text().splitlines()
+    lines = (path / "model" / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["loss"] for line in lines]
 
 

@@ -5,12 +5,24 @@ import io
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
+from jaxtyping import Int32, UInt8
 
 from gen_jax.data.config import Split
 from gen_jax.data.images import Images
+
+__all__ = [
+    "BINARY_FOLDER",
+    "LABEL_NAMES",
+    "PYTHON_FOLDER",
+    "TEST_FILES",
+    "TRAIN_FILES",
+    "URL",
+    "decode",
+    "read",
+]
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 BINARY_FOLDER = "cifar-10-batches-bin"
@@ -52,17 +64,17 @@ def read(directory: str | Path, split: Split) -> Images:
     """Reads the official files of CIFAR-10.
 
     Args:
-        directory: the folder cifar-10-batches-bin or cifar-10-batches-py, or one that holds it;
-            the binary files are taken where both are there.
-        split: "train" (five files) or "test" (one file).
+      directory: the folder cifar-10-batches-bin or cifar-10-batches-py, or one that holds it;
+        the binary files are taken where both are there.
+      split: "train" (five files) or "test" (one file).
 
     Returns:
-        images uint8 [N, 32, 32, 3], labels int32 [N] in [0, 10).
+      Images uint8 [examples, 32, 32, 3] with labels in [0, 10).
 
     Raises:
-        FileNotFoundError: neither folder is there, or one of its files is missing.
-        ValueError: a file is truncated, is no CIFAR-10 file, or is a pickle that asks for more
-            than NumPy arrays in plain containers.
+      FileNotFoundError: neither folder is there, or one of its files is missing.
+      ValueError: a file is truncated, is no CIFAR-10 file, or is a pickle that asks for more
+        than NumPy arrays in plain containers.
     """
     folder, suffix, read_file = _locate(Path(directory))
     names = TRAIN_FILES if split == "train" else TEST_FILES
@@ -72,18 +84,20 @@ def read(directory: str | Path, split: Split) -> Images:
     return Images(images, labels, LABEL_NAMES)
 
 
-def decode(records: bytes, source: str) -> tuple[np.ndarray, np.ndarray]:
+def decode(
+    records: bytes, source: str
+) -> tuple[UInt8[np.ndarray, "examples 32 32 3"], Int32[np.ndarray, " examples"]]:
     """Decodes records of the binary version: a byte of label, then planes of red, green, blue.
 
     Args:
-        records: the content of a file, a whole number of records of 3073 bytes.
-        source: the name of the file, for the error.
+      records: the content of a file, a whole number of records of 3073 bytes.
+      source: the name of the file, for the error.
 
     Returns:
-        images uint8 [N, 32, 32, 3], labels int32 [N].
+      Images and their labels.
 
     Raises:
-        ValueError: the size is no positive multiple of 3073, or a label is not in [0, 10).
+      ValueError: the size is no positive multiple of 3073, or a label is not in [0, 10).
     """
     if not records or len(records) % _RECORD:
         raise ValueError(
@@ -175,7 +189,7 @@ class _Refused(ValueError):
 class _ArrayUnpickler(pickle.Unpickler):
     """Admits what arrays of bytes need and nothing else: a pickle can name any function."""
 
-    def __init__(self, file: BinaryIO, path: Path) -> None:
+    def __init__(self, file: io.BytesIO, path: Path) -> None:
         super().__init__(file, encoding="bytes")
         self._path = path
 
@@ -198,19 +212,19 @@ class _ArrayUnpickler(pickle.Unpickler):
         raise _Refused(f"{self._path} is refused: its pickle asks for the external object {pid!r}")
 
 
-def _empty_array(kind: type, shape: tuple[int, ...], typecode: str | bytes) -> np.ndarray:
+def _empty_array(kind, shape, typecode):
     if kind is not np.ndarray or tuple(shape) != (0,):
         raise pickle.UnpicklingError("not an array")
     return np.empty((0,), np.uint8)
 
 
-def _byte_dtype(code: str | bytes, align: bool = False, copy: bool = True) -> np.dtype:
+def _byte_dtype(code, align=False, copy=True):
     if code not in ("u1", b"u1", "|u1", b"|u1"):
         raise pickle.UnpicklingError(f"dtype {code!r}")
     return np.dtype("u1", copy=True)
 
 
-def _latin1(text: str, encoding: str | bytes) -> bytes:
+def _latin1(text, encoding):
     if encoding not in ("latin1", b"latin1"):
         raise pickle.UnpicklingError(f"encoding {encoding!r}")
     return codecs.encode(text, "latin1")

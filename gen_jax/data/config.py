@@ -1,41 +1,40 @@
-"""Which data set to read, as the command line and the experiments state it."""
+"""Which data set to read, as the command line and the experiments state it.
 
-from dataclasses import dataclass
-from typing import Literal, get_args
+Importing this module loads nothing heavy, not even NumPy.
+"""
 
-Name = Literal["shapes", "cifar10", "folder", "tfds"]
-TextName = Literal["pydoc", "file", "tfds"]
-TranslationName = Literal["synonyms", "files", "tfds"]
+from typing import Literal
+
+from gen_jax.config import frozen
+
+__all__ = ["DataConfig", "Split", "TextConfig", "TranslationConfig", "TranslationSplit"]
+
 Split = Literal["train", "test"]
 TranslationSplit = Literal["train", "validation", "test"]
 
 
-@dataclass(frozen=True)
+@frozen
 class DataConfig:
     """The choice of a data set and of how its images are presented.
 
     Raises:
-        ValueError: a field is out of range, or asks of a set what it does not offer.
+      ValueError: a field is out of range, or asks of a set what it does not offer.
     """
 
-    name: Name = "shapes"
+    name: Literal["shapes", "cifar10", "folder", "tfds"] = "shapes"
     """shapes (embedded, nothing to download), cifar10 (official files), folder (images) or tfds."""
     dir: str = ""
     """Folder of cifar-10-batches-bin or -py, of the images, or the TFDS data_dir."""
     size: int = 16
     """Side in pixels: 16 or 32 for shapes; images of a folder are cropped and resized to it."""
     palette: bool = False
-    """Shapes only: palette indices [N, H, W] rather than RGB [N, H, W, 3]."""
+    """Shapes only: indices of a palette [height, width] instead of RGB [height, width, 3]."""
     tfds_name: str = "cifar10"
     """Name of the set in TensorFlow Datasets, for name=tfds."""
     flip: bool = False
     """Flip each training image left to right with probability one half."""
 
-    def __post_init__(self) -> None:
-        if self.name not in get_args(Name):
-            raise ValueError(
-                f"data.name is {self.name!r}; choose one of {', '.join(get_args(Name))}"
-            )
+    def __post_init__(self):
         if self.name == "shapes" and self.size not in (16, 32):
             raise ValueError(
                 f"data.size is {self.size}; the shapes set is drawn at 16 or 32 pixels"
@@ -46,19 +45,18 @@ class DataConfig:
             raise ValueError(f"data.palette is for data.name=shapes only, not {self.name}")
         if self.name == "folder" and not self.dir:
             raise ValueError("data.name=folder needs --data.dir, the folder that holds the images")
-        if self.name == "tfds" and not self.tfds_name:
-            raise ValueError("data.name=tfds needs --data.tfds-name, the name of a TFDS data set")
+        _check_tfds_name(self)
 
 
-@dataclass(frozen=True)
+@frozen
 class TextConfig:
     """The choice of a text and of how it is split.
 
     Raises:
-        ValueError: a field is out of range, or asks of a text what it does not offer.
+      ValueError: a field is out of range, or asks of a text what it does not offer.
     """
 
-    name: TextName = "pydoc"
+    name: Literal["pydoc", "file", "tfds"] = "pydoc"
     """pydoc (English that comes with Python, nothing to download), file (UTF-8) or tfds."""
     path: str = ""
     """The text file, for name=file."""
@@ -69,34 +67,29 @@ class TextConfig:
     validation: float = 0.1
     """The last share of a pydoc or file text, held out as the test split; TFDS has its own."""
     characters: int = 0
-    """Read at most so many characters of the text, or of a split of TFDS; 0 for all."""
+    """Read at most this many characters of the text, or of a split of TFDS; 0 for all."""
 
-    def __post_init__(self) -> None:
-        if self.name not in get_args(TextName):
-            raise ValueError(
-                f"data.name is {self.name!r}; choose one of {', '.join(get_args(TextName))}"
-            )
+    def __post_init__(self):
         if self.name == "file" and not self.path:
             raise ValueError("data.name=file needs --data.path, a UTF-8 text file")
         if self.path and self.name != "file":
             raise ValueError(f"data.path is for data.name=file only, not {self.name}")
-        if self.name == "tfds" and not self.tfds_name:
-            raise ValueError("data.name=tfds needs --data.tfds-name, the name of a TFDS data set")
+        _check_tfds_name(self)
         if not 0 < self.validation < 1:
             raise ValueError(f"data.validation is {self.validation}; give a share between 0 and 1")
         if self.characters < 0:
             raise ValueError(f"data.characters is {self.characters}; give 0 for all, or a number")
 
 
-@dataclass(frozen=True)
+@frozen
 class TranslationConfig:
     """The choice of pairs of sentences and of how they become tokens.
 
     Raises:
-        ValueError: a field is out of range, or asks of a set what it does not offer.
+      ValueError: a field is out of range, or asks of a set what it does not offer.
     """
 
-    name: TranslationName = "synonyms"
+    name: Literal["synonyms", "files", "tfds"] = "synonyms"
     """synonyms (procedural, nothing to download), files (one sentence per line) or tfds."""
     dir: str = ""
     """Folder of {train,val,test_2016_flickr}.{en,de}, also .gz, or the TFDS data_dir."""
@@ -109,9 +102,9 @@ class TranslationConfig:
     vocabulary: int = 4000
     """Tokens of the byte-pair vocabulary that both languages share; files and tfds only."""
     max_length: int = 40
-    """Most tokens of a side with its END; longer training pairs are left out, others truncated."""
+    """Most tokens of a side with its EOS; longer training pairs are left out, others truncated."""
     pairs: int = 0
-    """Read only so many training pairs, the first ones; 0 for all, or 50000 synonyms."""
+    """Read only this many training pairs, the first ones; 0 for all, or 50000 synonyms."""
     targets: str = ""
     """UTF-8 file with one line per training pair that replaces its target: distillation."""
     words: int = 64
@@ -127,15 +120,10 @@ class TranslationConfig:
     seed: int = 0
     """Synonyms only: decides the dictionary and the pairs."""
 
-    def __post_init__(self) -> None:
-        if self.name not in get_args(TranslationName):
-            raise ValueError(
-                f"data.name is {self.name!r}; choose one of {', '.join(get_args(TranslationName))}"
-            )
+    def __post_init__(self):
         if self.name == "files" and not self.dir:
             raise ValueError("data.name=files needs --data.dir, the folder that holds the files")
-        if self.name == "tfds" and not self.tfds_name:
-            raise ValueError("data.name=tfds needs --data.tfds-name, the name of a TFDS data set")
+        _check_tfds_name(self)
         if self.name == "synonyms" and self.dir:
             raise ValueError("data.dir is for data.name=files or tfds only, not synonyms")
         if not self.source or not self.target or self.source == self.target:
@@ -145,11 +133,13 @@ class TranslationConfig:
         for field, low in (("vocabulary", 258), ("max_length", 2), ("pairs", 0), ("seed", 0)):
             if getattr(self, field) < low:
                 raise ValueError(f"data.{field} is {getattr(self, field)}; give at least {low}")
-        for field in ("orders", "styles"):
-            if getattr(self, field) not in (1, 2):
-                raise ValueError(f"data.{field} is {getattr(self, field)}; choose 1 or 2")
         if not 1 <= self.min_words <= self.max_words <= self.words:
             raise ValueError(
                 f"data.min_words {self.min_words}, data.max_words {self.max_words} and data.words "
                 f"{self.words} must rise, from 1 up: the words of a source are distinct"
             )
+
+
+def _check_tfds_name(config: DataConfig | TextConfig | TranslationConfig) -> None:
+    if config.name == "tfds" and not config.tfds_name:
+        raise ValueError("data.name=tfds needs --data.tfds-name, the name of a TFDS data set")

@@ -3,11 +3,14 @@
 from dataclasses import dataclass
 from functools import cached_property
 from math import comb
+from typing import Any
 
 import numpy as np
+from jaxtyping import Float64, Int32, Integer
 
-from gen_jax.data.streams import check_batch, generator, shard_of_step
-from gen_jax.data.text import check_tokens
+from gen_jax.data.streams import check_batch, check_tokens, generator, shard_of_step
+
+__all__ = ["Enumerated"]
 
 _LARGEST_DENSE = 1 << 24
 _LONGEST_OF_SUBSETS = 16
@@ -15,29 +18,32 @@ _LONGEST_OF_SUBSETS = 16
 
 @dataclass(frozen=True, eq=False)
 class Enumerated:
-    """A distribution over sequences of L tokens, given by the N sequences that can occur.
+    """A distribution over sequences of L tokens, given by those that can occur: its support.
+
+    A table of the probabilities of all V**L sequences has one axis of size V per position; its
+    shape [V, ..., V] is written *V.
 
     Entropies and correlations are in nats and exact up to rounding.
 
-    Args:
-        support: int32 [N, L], N and L >= 1; distinct rows.
-        prob: float64 [N], each above 0, with sum 1.
-        vocabulary: V; every token lies in [0, V).
+    Attributes:
+      support: distinct rows, at least one, of at least one token.
+      prob: of each row, above 0, with sum 1.
+      vocabulary: V; every token lies in [0, V).
 
     Raises:
-        ValueError: another dtype or shape, equal rows, a token out of range, or probabilities
-            that are no distribution.
+      ValueError: another dtype or shape, equal rows, a token out of range, or probabilities
+        that are no distribution.
     """
 
-    support: np.ndarray
-    prob: np.ndarray
+    support: Int32[np.ndarray, "sequences L"]
+    prob: Float64[np.ndarray, " sequences"]
     vocabulary: int
 
-    def __post_init__(self) -> None:
+    def __post_init__(self):
         support, prob = self.support, self.prob
         if support.dtype != np.int32 or support.ndim != 2 or 0 in support.shape:
             raise ValueError(
-                "support must be int32 [N, L] with N and L >= 1, "
+                "support must be int32 [sequences, L], both at least 1, "
                 f"not {support.dtype} {list(support.shape)}"
             )
         if prob.dtype != np.float64 or prob.shape != support.shape[:1]:
@@ -52,14 +58,14 @@ class Enumerated:
             raise ValueError("support holds a sequence twice; add its probabilities up")
 
     @classmethod
-    def from_dense(cls, dense: np.ndarray) -> "Enumerated":
+    def from_dense(cls, dense: Float64[np.ndarray, "*V"]) -> "Enumerated":
         """The distribution with the probabilities of a table.
 
         Args:
-            dense: float64 [V, ..., V], one axis per position; entries of 0 leave the support.
+          dense: one axis per position; sequences of probability 0 are not in the support.
 
         Raises:
-            ValueError: the axes differ, or the entries are no distribution.
+          ValueError: the axes differ, or the entries are no distribution.
         """
         if dense.ndim == 0 or len(set(dense.shape)) != 1:
             raise ValueError(f"a table has L >= 1 axes of one size V, not {list(dense.shape)}")
@@ -72,14 +78,11 @@ class Enumerated:
         """L, the number of positions."""
         return self.support.shape[1]
 
-    def dense(self) -> np.ndarray:
-        """The probabilities of all V**L sequences.
-
-        Returns:
-            float64 [V, ..., V], one axis per position.
+    def dense(self) -> Float64[np.ndarray, "*V"]:
+        """The table of the probabilities of all V**L sequences.
 
         Raises:
-            ValueError: there are more than 2**24 sequences.
+          ValueError: there are more than 2**24 sequences.
         """
         if self.vocabulary**self.length > _LARGEST_DENSE:
             raise ValueError(
@@ -89,17 +92,17 @@ class Enumerated:
         table[tuple(self.support.T)] = self.prob
         return table
 
-    def log_prob(self, tokens: np.ndarray) -> np.ndarray:
+    def log_prob(self, tokens: Integer[Any, "B L"]) -> Float64[np.ndarray, " B"]:
         """The log-probability of sequences.
 
         Args:
-            tokens: integer [B, L], each in [0, V).
+          tokens: each in [0, V).
 
         Returns:
-            float64 [B], in nats; -inf for a sequence that cannot occur.
+          In nats; -inf for a sequence that cannot occur.
 
         Raises:
-            ValueError: another shape or dtype, or a token out of range.
+          ValueError: another shape or dtype, or a token out of range.
         """
         tokens = self._check(tokens)
         check_tokens(tokens, self.vocabulary)
@@ -107,15 +110,15 @@ class Enumerated:
         found = [rows.get(row.tobytes(), -1) for row in np.ascontiguousarray(tokens, np.int32)]
         return np.append(np.log(self.prob), -np.inf)[np.array(found, np.int64)]
 
-    def sample(self, seed: int, number: int) -> np.ndarray:
-        """Independent sequences: int32 [number, L], a pure function of its arguments.
+    def sample(self, seed: int, number: int) -> Int32[np.ndarray, "{number} L"]:
+        """Independent sequences, a pure function of the arguments.
 
         Args:
-            seed: in [0, 2**64).
-            number: from 1 up.
+          seed: in [0, 2**64).
+          number: from 1 up.
 
         Raises:
-            ValueError: an argument is out of range.
+          ValueError: an argument is out of range.
         """
         check_batch(seed, 0, number)
         return self._draw(generator(seed, 0).random(number))
@@ -126,16 +129,16 @@ class Enumerated:
         """This shard of a batch of independent sequences, a pure function of its arguments.
 
         Args:
-            seed: in [0, 2**64).
-            step: from 0 up.
-            size: sequences per global batch, over all shards.
-            shard: (index, count); the shards in order, concatenated, are the whole batch.
+          seed: in [0, 2**64).
+          step: from 0 up.
+          size: sequences per global batch, over all shards.
+          shard: (index, count); the shards in order, concatenated, are the whole batch.
 
         Returns:
-            "tokens": int32 [size / count, L].
+          "tokens": int32 [B, L], with B = size / count.
 
         Raises:
-            ValueError: an argument is out of range, or count does not divide size.
+          ValueError: an argument is out of range, or count does not divide size.
         """
         stream, mine = shard_of_step(seed, step, size, shard)
         return {"tokens": self._draw(stream.random(size)[mine])}
@@ -146,25 +149,24 @@ class Enumerated:
         return float(-self.prob @ np.log(self.prob))
 
     @cached_property
-    def marginals(self) -> np.ndarray:
-        """float64 [L, V]: the distribution of the token at each position."""
+    def marginals(self) -> Float64[np.ndarray, "L V"]:
+        """The distribution of the token at each position."""
         return (self.prob @ self._one_hot).reshape(self.length, self.vocabulary)
 
-    def conditionals(self, tokens: np.ndarray, mask_id: int) -> np.ndarray:
+    def conditionals(
+        self, tokens: Integer[Any, "B L"], mask_id: int
+    ) -> Float64[np.ndarray, "B L V"]:
         """The distribution of each position given the positions that are known.
 
         A known position has its own token with probability 1. What cannot occur has no
         conditional distribution; there, by convention, an unknown position is uniform.
 
         Args:
-            tokens: integer [B, L]; mask_id where unknown, else in [0, V).
-            mask_id: outside [0, V).
-
-        Returns:
-            float64 [B, L, V].
+          tokens: mask_id where unknown, else in [0, V).
+          mask_id: outside [0, V).
 
         Raises:
-            ValueError: another shape or dtype, or a token out of range.
+          ValueError: another shape or dtype, or a token out of range.
         """
         tokens, size = self._check(tokens), self.vocabulary
         if 0 <= mask_id < size:
@@ -179,21 +181,21 @@ class Enumerated:
         result = np.where(total > 0, joint / np.where(total > 0, total, 1), 1 / size)
         return np.where(known[:, :, None], observed.reshape(result.shape), result)
 
-    def conditional_table(self, position: int, known: set[int]) -> np.ndarray:
+    def conditional_table(self, position: int, known: set[int]) -> Float64[np.ndarray, "*V"]:
         """p(x_position | x_known) for all contexts; uniform where the context cannot occur.
 
         Args:
-            position: not in known.
-            known: positions.
+          position: not in known.
+          known: positions.
 
         Returns:
-            float64, with one axis per position: of size V at `position` and those known, else 1.
+          One axis per position: of size V at `position` and those known, else 1.
 
         Raises:
-            ValueError: there are more than 2**24 sequences.
+          ValueError: there are more than 2**24 sequences.
         """
-        free = tuple(i for i in range(self.length) if i not in known and i != position)
-        joint = self.dense().sum(axis=free, keepdims=True)
+        others = tuple(i for i in range(self.length) if i not in known and i != position)
+        joint = self.dense().sum(axis=others, keepdims=True)
         context = joint.sum(axis=position, keepdims=True)
         safe = np.where(context > 0, context, 1)
         return np.where(context > 0, joint / safe, 1 / self.vocabulary)
@@ -202,7 +204,7 @@ class Enumerated:
         """H(x_S), in nats, of the tokens at some positions S; 0 where there are none.
 
         Raises:
-            ValueError: a position is out of range or named twice.
+          ValueError: a position is out of range or named twice.
         """
         self._check_positions(positions)
         return _entropy(np.bincount(self._groups(positions), self.prob))
@@ -210,17 +212,17 @@ class Enumerated:
     def total_correlation(
         self, positions: tuple[int, ...] | None = None, given: tuple[int, ...] = ()
     ) -> float:
-        """What drawing positions S in parallel loses, given positions E: a divergence in nats.
+        """What drawing positions S in parallel loses, given positions E: a KL divergence in nats.
 
         sum over i in S of H(x_i | x_E), less H(x_S | x_E): the total correlation of Watanabe
         (1960), conditional as in Huang et al. (2022, arXiv 2206.05975).
 
         Args:
-            positions: S; None for all that are not given.
-            given: E, disjoint from S.
+          positions: S; None for all that are not given.
+          given: E, disjoint from S.
 
         Raises:
-            ValueError: a position is out of range or named twice.
+          ValueError: a position is out of range or named twice.
         """
         if positions is None:
             positions = tuple(i for i in range(self.length) if i not in given)
@@ -230,13 +232,13 @@ class Enumerated:
         return alone - (self.subset_entropy((*given, *positions)) - context)
 
     @cached_property
-    def subset_entropies(self) -> np.ndarray:
-        """float64 [2**L], in nats: H of every subset of positions.
+    def subset_entropies(self) -> Float64[np.ndarray, " 2**{self.length}"]:
+        """H of every subset of positions, in nats.
 
         Position i is in the subset of index b where bit i of b is set.
 
         Raises:
-            ValueError: L is above 16.
+          ValueError: L is above 16.
         """
         if self.length > _LONGEST_OF_SUBSETS:
             raise ValueError(f"{self.length} positions have too many subsets; at most 16 do")
@@ -246,15 +248,16 @@ class Enumerated:
             index, first, groups = pending.pop()
             result[index] = _entropy(np.bincount(groups, self.prob))
             for i in range(first, self.length):
-                pending.append((index | 1 << i, i + 1, self._refine(groups, i)))
+                finer = np.unique(self._keys(groups, i), return_inverse=True)[1]
+                pending.append((index | 1 << i, i + 1, finer))
         return result
 
     @cached_property
-    def entropy_profile(self) -> np.ndarray:
-        """float64 [L + 1], in nats: f(m), the mean of H(x_S) over the subsets of m positions.
+    def entropy_profile(self) -> Float64[np.ndarray, " {self.length}+1"]:
+        """f(m) for m = 0..L, in nats: the mean of H(x_S) over the subsets S of m positions.
 
         Raises:
-            ValueError: L is above 16.
+          ValueError: L is above 16.
         """
         sizes = [index.bit_count() for index in range(1 << self.length)]
         sums = np.bincount(sizes, self.subset_entropies)
@@ -274,16 +277,19 @@ class Enumerated:
     def _draw(self, uniform: np.ndarray) -> np.ndarray:
         return self.support[np.searchsorted(self._cumulative, uniform, side="right")]
 
-    def _refine(self, groups: np.ndarray, position: int) -> np.ndarray:
-        keys = groups * self.vocabulary + self.support[:, position]
-        return np.unique(keys, return_inverse=True)[1]
+    def _keys(self, groups: np.ndarray, position: int) -> np.ndarray:
+        """int64 [sequences]: equal where rows have one group and one token at the position."""
+        return groups * self.vocabulary + self.support[:, position]
 
     def _groups(self, positions) -> np.ndarray:
-        """int64 [N]: equal where rows of the support agree at the positions; 0, 1, ..."""
-        groups = np.zeros(len(self.support), np.int64)
+        """int64 [sequences]: equal where rows of the support agree at the positions; 0, 1, ..."""
+        groups, bound = np.zeros(len(self.support), np.int64), 1
         for position in positions:
-            groups = self._refine(groups, position)
-        return groups
+            if bound > np.iinfo(np.int64).max // self.vocabulary:
+                groups = np.unique(groups, return_inverse=True)[1]
+                bound = int(groups.max()) + 1
+            groups, bound = self._keys(groups, position), bound * self.vocabulary
+        return np.unique(groups, return_inverse=True)[1]
 
     def _check(self, tokens: np.ndarray) -> np.ndarray:
         tokens = np.asarray(tokens)

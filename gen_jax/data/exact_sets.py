@@ -1,15 +1,29 @@
 """Known distributions, each with one difficulty of parallel generation, to be enumerated."""
 
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from itertools import permutations as orderings
 
 import numpy as np
+from jaxtyping import Float64, Int32, Integer
 
+from gen_jax.config import frozen
 from gen_jax.data.exact import Enumerated
 
-END = 1
+__all__ = [
+    "EOS",
+    "BinaryPyramid",
+    "NoisyMixture",
+    "binary_chain",
+    "bit_entropy",
+    "even_parity",
+    "lengths",
+    "lengths_first",
+    "modes",
+    "permutations",
+]
+
+EOS = 1
 """The token that fills the positions behind a sequence of `lengths`; its content is token 0."""
 
 
@@ -21,33 +35,33 @@ def modes(weights: tuple[float, ...], length: int) -> Enumerated:
     arXiv 1711.02281).
 
     Args:
-        weights: the K probabilities, each above 0, with sum 1.
-        length: L, from 1 up.
+      weights: the K probabilities, each above 0, with sum 1.
+      length: L, from 1 up.
 
     Raises:
-        ValueError: the weights are no distribution, or the length is below 1.
+      ValueError: the weights are no distribution, or the length is below 1.
     """
     number = len(weights)
     support = (np.arange(number)[:, None] + np.arange(length)) % max(number, 1)
     return Enumerated(support.astype(np.int32), np.array(weights, np.float64), number)
 
 
-@dataclass(frozen=True)
+@frozen
 class NoisyMixture:
     """Modes seen through noise: p(x) = sum_k pi_k prod_i [(1 - e) 1{x_i = c_ki} + e / V].
 
     Given its latent k the positions are independent: a strategy that draws k first is exact in
     two rounds.
 
-    Args:
-        number: K, from 1 up to V.
-        length: L, from 1 up.
-        vocabulary: V.
-        noise: e in [0, 1]; the probability that a token is replaced by a uniform one.
-        weights: the K probabilities pi, each above 0; None for 1 / K.
+    Attributes:
+      number: K, from 1 up to V.
+      length: L, from 1 up.
+      vocabulary: V.
+      noise: e in [0, 1]; the probability that a token is replaced by a uniform one.
+      weights: the K probabilities pi, each above 0; None for 1 / K.
 
     Raises:
-        ValueError: an argument is out of range, or the weights are no distribution.
+      ValueError: an argument is out of range, or the weights are no distribution.
     """
 
     number: int
@@ -56,7 +70,7 @@ class NoisyMixture:
     noise: float
     weights: tuple[float, ...] | None = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self):
         if not 1 <= self.number <= self.vocabulary or self.length < 1 or not 0 <= self.noise <= 1:
             raise ValueError(
                 f"{self.number} modes of length {self.length} over {self.vocabulary} tokens with "
@@ -68,31 +82,31 @@ class NoisyMixture:
             raise ValueError(f"weights must be {self.number} probabilities above 0 with sum 1")
 
     @property
-    def prior(self) -> np.ndarray:
-        """float64 [K]: pi, the distribution of the latent."""
+    def prior(self) -> Float64[np.ndarray, " K"]:
+        """pi, the distribution of the latent."""
         equal = (1 / self.number,) * self.number
         return np.array(equal if self.weights is None else self.weights, np.float64)
 
     @property
-    def centres(self) -> np.ndarray:
-        """int32 [K, L]: the modes; no two agree at any position."""
+    def centres(self) -> Int32[np.ndarray, "K L"]:
+        """The modes; no two agree at any position."""
         rows = (np.arange(self.number)[:, None] + np.arange(self.length)) % self.vocabulary
         return rows.astype(np.int32)
 
     @property
-    def components(self) -> np.ndarray:
-        """float64 [K, L, V]: the distribution of each token given the latent."""
+    def components(self) -> Float64[np.ndarray, "K L V"]:
+        """The distribution of each token given the latent."""
         hit = self.centres[:, :, None] == np.arange(self.vocabulary)
         return (1 - self.noise) * hit + self.noise / self.vocabulary
 
-    def posterior(self, tokens: np.ndarray) -> np.ndarray:
+    def posterior(self, tokens: Integer[np.ndarray, "B L"]) -> Float64[np.ndarray, "B K"]:
         """The distribution of the latent given whole sequences.
 
         Args:
-            tokens: integer [B, L], each in [0, V).
+          tokens: each in [0, V).
 
         Returns:
-            float64 [B, K]; by convention the prior where the sequence cannot occur.
+          By convention the prior where the sequence cannot occur.
         """
         sites = np.arange(self.length)
         likelihood = self.components[:, sites, tokens].prod(axis=2).T * self.prior
@@ -111,7 +125,7 @@ class NoisyMixture:
         return Enumerated(rows, self._tables()[tuple(rows.T)], self.vocabulary)
 
     def _tables(self) -> np.ndarray:
-        """float64 [K, V, ..., V]: the joint distribution."""
+        """float64 [K, *V]: the joint distribution."""
         result = self.prior
         for i in range(self.length):
             factor = self.components[:, i].reshape(self.number, *[1] * i, self.vocabulary)
@@ -126,7 +140,7 @@ def even_parity(length: int) -> Enumerated:
     parallel. A mixture of products needs 2 ** (L - 1) components to be exact.
 
     Raises:
-        ValueError: the length is below 1.
+      ValueError: the length is below 1.
     """
     bits = _all_bits(length)
     even = bits[bits.sum(axis=1) % 2 == 0]
@@ -137,7 +151,7 @@ def permutations(length: int) -> Enumerated:
     """The L! orders of L different tokens, all alike.
 
     Raises:
-        ValueError: the length is not in 1..8.
+      ValueError: the length is not in 1..8.
     """
     if not 1 <= length <= 8:
         raise ValueError(f"length is {length}; 1..8 have permutations few enough to list")
@@ -151,11 +165,11 @@ def binary_chain(length: int, stay: float) -> Enumerated:
     Drawing all positions at once loses (L - 1) (ln 2 - h(stay)) nats, with h the entropy of a bit.
 
     Args:
-        length: L, from 1 up.
-        stay: in [0, 1].
+      length: L, from 1 up.
+      stay: in [0, 1].
 
     Raises:
-        ValueError: an argument is out of range.
+      ValueError: an argument is out of range.
     """
     if not 0 <= stay <= 1:
         raise ValueError(f"stay is {stay}, no probability")
@@ -166,16 +180,16 @@ def binary_chain(length: int, stay: float) -> Enumerated:
 
 
 def lengths(maximum: int) -> Enumerated:
-    """n times token 0, then `END` up to the last position, with n uniform on 1..maximum.
+    """n times token 0, then `EOS` up to the last position, with n uniform on 1..maximum.
 
     The content holds no information, so that all that a strategy can get wrong is the length.
 
     Raises:
-        ValueError: the maximum is below 1.
+      ValueError: the maximum is below 1.
     """
     if maximum < 1:
         raise ValueError(f"maximum is {maximum}; a sequence has at least one token")
-    support = np.where(np.arange(maximum) <= np.arange(maximum)[:, None], 0, END)
+    support = np.where(np.arange(maximum) <= np.arange(maximum)[:, None], 0, EOS)
     return Enumerated(support.astype(np.int32), np.full(maximum, 1 / maximum), 2)
 
 
@@ -183,32 +197,32 @@ def lengths_first(maximum: int) -> Enumerated:
     """The same sequences behind a token n - 1 that tells their length.
 
     Raises:
-        ValueError: the maximum is below 1.
+      ValueError: the maximum is below 1.
     """
     behind = lengths(maximum)
     support = np.concatenate([np.arange(maximum, dtype=np.int32)[:, None], behind.support], axis=1)
     return Enumerated(support, behind.prob, max(maximum, 2))
 
 
-@dataclass(frozen=True)
+@frozen
 class BinaryPyramid:
     """Images of bits at sides 1, 2, 4, ...: each pixel copies the pixel above it, or flips.
 
     A pixel of one level has four children, the block that it covers at the next level. Drawn
     level by level, each in parallel, the images are exact.
 
-    Args:
-        levels: from 1 up; the finest has side 2 ** (levels - 1).
-        flip: in (0, 1); the probability that a child differs from its parent.
+    Attributes:
+      levels: from 1 up; the finest has side 2 ** (levels - 1).
+      flip: in (0, 1); the probability that a child differs from its parent.
 
     Raises:
-        ValueError: an argument is out of range.
+      ValueError: an argument is out of range.
     """
 
     levels: int
     flip: float
 
-    def __post_init__(self) -> None:
+    def __post_init__(self):
         if self.levels < 1 or not 0 < self.flip < 1:
             raise ValueError(
                 f"{self.levels} levels with flip {self.flip}: give at least 1, and one in (0, 1)"
@@ -240,7 +254,7 @@ class BinaryPyramid:
         """The distribution of all pixels, levels one after the other, each row by row.
 
         Raises:
-            ValueError: there are more than 2 levels, and more than 2**20 images.
+          ValueError: there are more than 2 levels, and more than 2**20 images.
         """
         if self.levels > 2:
             raise ValueError(f"{self.levels} levels have too many images to list; 2 do not")
@@ -254,7 +268,7 @@ class BinaryPyramid:
         """The distribution of the finest level alone, row by row.
 
         Raises:
-            ValueError: there are more than 3 levels, and more than 2**16 images.
+          ValueError: there are more than 3 levels, and more than 2**16 images.
         """
         if self.levels > 3:
             raise ValueError(f"{self.levels} levels have too many images to list; 3 do not")
@@ -284,7 +298,7 @@ def _all_bits(length: int) -> np.ndarray:
 
 
 def _raster(blocks: np.ndarray, levels: int) -> np.ndarray:
-    """Pixels listed block by block, blocks of blocks first: int32 [N, side**2] row by row."""
+    """Pixels listed block by block, blocks of blocks first: int32 [images, side**2] row by row."""
     depth = levels - 1
     if depth == 0:
         return blocks

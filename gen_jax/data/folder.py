@@ -4,9 +4,12 @@ import hashlib
 from pathlib import Path
 
 import numpy as np
+from PIL import Image, ImageOps
 
 from gen_jax.data.config import Split
 from gen_jax.data.images import Images
+
+__all__ = ["SUFFIXES", "read"]
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -19,18 +22,18 @@ def read(directory: str | Path, split: Split, size: int) -> Images:
     removing other pictures does not move it.
 
     Args:
-        directory: holds pictures, or one sub-folder of pictures per class; labels follow the
-            sorted names of the sub-folders. Names that begin with a dot are left out.
-        split: "train" or "test".
-        size: side of the result in pixels.
+      directory: holds pictures, or one sub-folder of pictures per class; labels follow the
+        sorted names of the sub-folders. Names that begin with a dot are left out.
+      split: "train" or "test".
+      size: side of the result in pixels.
 
     Returns:
-        images uint8 [N, size, size, 3], labels int32 [N]; grey pictures become RGB and
-        transparent ones are laid on black.
+      Images uint8 [examples, size, size, 3] with labels; grey pictures become RGB and transparent
+      ones are laid on black.
 
     Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: it holds no pictures for this split, or one of them cannot be read.
+      FileNotFoundError: there is no such folder.
+      ValueError: it holds no pictures for this split, or one of them cannot be read.
     """
     root = Path(directory)
     if not root.is_dir():
@@ -92,8 +95,6 @@ def _in_test(path: Path, root: Path) -> bool:
 
 
 def _square(path: Path, size: int) -> np.ndarray:
-    from PIL import Image, ImageOps
-
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)

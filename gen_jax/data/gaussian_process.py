@@ -2,31 +2,43 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
+from jaxtyping import Float, Float64
 
 from gen_jax.data.streams import check_batch, generator, shard_of_step
+
+__all__ = [
+    "GaussianSource",
+    "correlated_pair",
+    "gaussian_kl",
+    "levinson",
+    "sinusoid",
+    "sinusoid_autocovariance",
+    "sinusoid_gap",
+]
 
 
 @dataclass(frozen=True, eq=False)
 class GaussianSource:
-    """Vectors of N real values, jointly Gaussian with mean 0.
+    """Signals of L real values, jointly Gaussian with mean 0.
 
-    Args:
-        covariance: float64 [N, N], N >= 1; symmetric and positive definite.
+    Attributes:
+      covariance: symmetric and positive definite, with L >= 1.
 
     Raises:
-        ValueError: another dtype or shape, or no covariance.
+      ValueError: another dtype or shape, or no covariance.
     """
 
-    covariance: np.ndarray
+    covariance: Float64[np.ndarray, "L L"]
 
-    def __post_init__(self) -> None:
+    def __post_init__(self):
         covariance = self.covariance
         square = covariance.ndim == 2 and len(set(covariance.shape)) == 1 and covariance.size
         if covariance.dtype != np.float64 or not square:
             raise ValueError(
-                "covariance must be float64 [N, N] with N >= 1, "
+                "covariance must be float64 [L, L] with L >= 1, "
                 f"not {covariance.dtype} {list(covariance.shape)}"
             )
         # A NaN is not equal to itself.
@@ -39,12 +51,12 @@ class GaussianSource:
 
     @property
     def length(self) -> int:
-        """N, the number of values."""
+        """L, the number of values."""
         return len(self.covariance)
 
     @cached_property
-    def cholesky(self) -> np.ndarray:
-        """float64 [N, N]: lower triangular with cholesky @ cholesky.T = covariance."""
+    def cholesky(self) -> Float64[np.ndarray, "L L"]:
+        """The lower triangular matrix with cholesky @ cholesky.T = covariance."""
         return np.linalg.cholesky(self.covariance)
 
     @cached_property
@@ -61,39 +73,36 @@ class GaussianSource:
         return float(0.5 * np.log(variances).sum() - np.log(np.diag(self.cholesky)).sum())
 
     @cached_property
-    def predictor(self) -> tuple[np.ndarray, np.ndarray]:
+    def predictor(self) -> tuple[Float64[np.ndarray, "L L"], Float64[np.ndarray, " L"]]:
         """The autoregressive model: each value given those before it.
 
         Returns:
-            coefficients float64 [N, N], strictly lower triangular, and variances float64 [N]:
-            x_i given the past is Gaussian with mean coefficients[i] @ x and variance variances[i].
+          Coefficients, strictly lower triangular, and variances: x_i given the past is Gaussian
+          with mean coefficients[i] @ x and variance variances[i].
         """
         scale = np.diag(self.cholesky)
         whitening = np.linalg.inv(self.cholesky)
         return np.tril(-scale[:, None] * whitening, -1), scale**2
 
-    def one_step(self, noise: np.ndarray) -> np.ndarray:
+    def one_step(self, noise: Float64[np.ndarray, "B L"]) -> Float64[np.ndarray, "B L"]:
         """The exact one-step generator, an inverse autoregressive flow: x = cholesky z.
 
         Every value is computed at once from the noise, as by the student of probability density
         distillation (van den Oord et al., 2017, arXiv 1711.10433).
 
         Args:
-            noise: float64 [B, N], standard normal.
+          noise: standard normal.
 
         Returns:
-            float64 [B, N]: distributed as this source.
+          Signals, distributed as this source.
         """
         return noise @ self.cholesky.T
 
-    def autoregress(self, noise: np.ndarray) -> np.ndarray:
+    def autoregress(self, noise: Float64[np.ndarray, "B L"]) -> Float64[np.ndarray, "B L"]:
         """The same signals from the same noise, drawn value by value with the predictor.
 
         Args:
-            noise: float64 [B, N], standard normal.
-
-        Returns:
-            float64 [B, N].
+          noise: standard normal.
         """
         coefficients, variances = self.predictor
         signal = np.zeros_like(noise)
@@ -101,21 +110,21 @@ class GaussianSource:
             signal[:, i] = signal @ coefficients[i] + np.sqrt(variances[i]) * noise[:, i]
         return signal
 
-    def log_prob(self, signal: np.ndarray) -> np.ndarray:
-        """The log-density of float64 [B, N] signals: float64 [B], in nats."""
+    def log_prob(self, signal: Float[Any, "B L"]) -> Float64[np.ndarray, " B"]:
+        """The log-density of signals, in nats."""
         white = np.linalg.solve(self.cholesky, np.asarray(signal, np.float64).T)
         constant = self.length * 0.5 * np.log(2 * np.pi) + np.log(np.diag(self.cholesky)).sum()
         return -0.5 * (white**2).sum(axis=0) - constant
 
-    def sample(self, seed: int, number: int) -> np.ndarray:
-        """Independent signals: float64 [number, N], a pure function of its arguments.
+    def sample(self, seed: int, number: int) -> Float64[np.ndarray, "{number} L"]:
+        """Independent signals, a pure function of the arguments.
 
         Args:
-            seed: in [0, 2**64).
-            number: from 1 up.
+          seed: in [0, 2**64).
+          number: from 1 up.
 
         Raises:
-            ValueError: an argument is out of range.
+          ValueError: an argument is out of range.
         """
         check_batch(seed, 0, number)
         return self.one_step(generator(seed, 0).standard_normal((number, self.length)))
@@ -126,16 +135,16 @@ class GaussianSource:
         """This shard of a batch of independent signals, a pure function of its arguments.
 
         Args:
-            seed: in [0, 2**64).
-            step: from 0 up.
-            size: signals per global batch, over all shards.
-            shard: (index, count); the shards in order, concatenated, are the whole batch.
+          seed: in [0, 2**64).
+          step: from 0 up.
+          size: signals per global batch, over all shards.
+          shard: (index, count); the shards in order, concatenated, are the whole batch.
 
         Returns:
-            "signal": float32 [size / count, N].
+          "signal": float32 [B, L], with B = size / count.
 
         Raises:
-            ValueError: an argument is out of range, or count does not divide size.
+          ValueError: an argument is out of range, or count does not divide size.
         """
         stream, mine = shard_of_step(seed, step, size, shard)
         noise = stream.standard_normal((size, self.length))[mine]
@@ -146,7 +155,7 @@ def correlated_pair(rho: float) -> GaussianSource:
     """Two values of variance 1 with correlation rho: drawn at once they lose -1/2 ln(1 - rho^2).
 
     Raises:
-        ValueError: rho is not in (-1, 1).
+      ValueError: rho is not in (-1, 1).
     """
     return GaussianSource(np.array([[1, rho], [rho, 1]], np.float64))
 
@@ -157,19 +166,21 @@ def sinusoid(length: int, cycles: int, noise: float) -> GaussianSource:
     a and b are standard normal, w = 2 pi cycles / length, and n_t has variance `noise`.
 
     Args:
-        length: N, from 3 up.
-        cycles: whole periods in the signal; above 0 and below N / 2.
-        noise: above 0.
+      length: L, from 3 up.
+      cycles: whole periods in the signal; above 0 and below L / 2.
+      noise: above 0.
 
     Raises:
-        ValueError: an argument is out of range.
+      ValueError: an argument is out of range.
     """
     _check_sinusoid(length, cycles, noise)
     return GaussianSource(_toeplitz(sinusoid_autocovariance(length, cycles, noise)))
 
 
-def sinusoid_autocovariance(length: int, cycles: int, noise: float) -> np.ndarray:
-    """E[x_0 x_t] of `sinusoid`: cos(w t), and the noise's variance at t = 0; float64 [N]."""
+def sinusoid_autocovariance(
+    length: int, cycles: int, noise: float
+) -> Float64[np.ndarray, " {length}"]:
+    """E[x_0 x_t] of `sinusoid` at t = 0, 1, ...: cos(w t), and the noise's variance at t = 0."""
     _check_sinusoid(length, cycles, noise)
     result = np.cos(2 * np.pi * cycles * np.arange(length) / length)
     result[0] += noise
@@ -179,31 +190,32 @@ def sinusoid_autocovariance(length: int, cycles: int, noise: float) -> np.ndarra
 def sinusoid_gap(length: int, noise: float) -> float:
     """The one-shot gap of `sinusoid` in closed form, in nats, for any number of cycles.
 
-    The covariance has the eigenvalue noise + N / 2 twice and noise N - 2 times; s2 = noise:
-    1/2 [N ln(1 + s2) - (N - 2) ln s2 - 2 ln(s2 + N / 2)].
+    The covariance has the eigenvalue noise + L / 2 twice and noise L - 2 times; with s2 = noise
+    the gap is 1/2 [L ln(1 + s2) - (L - 2) ln s2 - 2 ln(s2 + L / 2)].
 
     Raises:
-        ValueError: an argument is out of range.
+      ValueError: an argument is out of range.
     """
     _check_sinusoid(length, 1, noise)
     tone = 2 * np.log(noise + length / 2)
     return float(0.5 * (length * np.log1p(noise) - (length - 2) * np.log(noise) - tone))
 
 
-def levinson(autocovariance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Predicts each value of a stationary signal from those before it, in O(N^2).
+def levinson(
+    autocovariance: Float64[np.ndarray, " L"],
+) -> tuple[Float64[np.ndarray, "L L"], Float64[np.ndarray, " L"]]:
+    """Predicts each value of a stationary signal from those before it, in O(L^2).
 
     The recursion of Levinson (1946) and Durbin (1960).
 
     Args:
-        autocovariance: float64 [N], N >= 1: r_t = E[x_0 x_t], positive definite.
+      autocovariance: r_t = E[x_0 x_t] at t = 0, 1, ..., positive definite; L >= 1.
 
     Returns:
-        coefficients float64 [N, N], strictly lower triangular, and variances float64 [N], as
-        `GaussianSource.predictor` of the covariance r_|i-j|.
+      Coefficients and variances, as `GaussianSource.predictor` of the covariance r_|i-j|.
 
     Raises:
-        ValueError: it is no autocovariance of a signal that has something new at every step.
+      ValueError: it is no autocovariance of a signal that has something new at every step.
     """
     length = len(autocovariance)
     coefficients, variances = np.zeros((length, length)), np.zeros(length)
@@ -220,13 +232,8 @@ def levinson(autocovariance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return coefficients, variances
 
 
-def gaussian_kl(p: np.ndarray, q: np.ndarray) -> float:
-    """KL(p || q) of Gaussians with mean 0, in nats.
-
-    Args:
-        p: float64 [N, N], a covariance.
-        q: float64 [N, N], a covariance.
-    """
+def gaussian_kl(p: Float64[np.ndarray, "L L"], q: Float64[np.ndarray, "L L"]) -> float:
+    """KL(p || q), in nats, of Gaussians with mean 0 and these covariances."""
     log_ratio = np.linalg.slogdet(q)[1] - np.linalg.slogdet(p)[1]
     return float(0.5 * (np.trace(np.linalg.solve(q, p)) - len(p) + log_ratio))
 

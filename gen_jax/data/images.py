@@ -3,8 +3,11 @@
 from dataclasses import dataclass, field
 
 import numpy as np
+from jaxtyping import Int32, Int64, UInt8
 
 from gen_jax.data.streams import check_batch, generator, shard_slice
+
+__all__ = ["Images"]
 
 # Separate random streams: the key of a Philox generator is (seed, stream + counter).
 _EPOCHS = 0
@@ -15,27 +18,30 @@ _FLIPS = 1 << 62
 class Images:
     """Images with labels, all in memory.
 
-    Args:
-        images: uint8 [N, H, W, C], or uint8 [N, H, W] of palette indices; N >= 1.
-        labels: int32 [N], each in [0, len(label_names)).
-        label_names: one name per label.
-        captions: one sentence per image, or empty.
+    Attributes:
+      images: bytes, or indices of a palette where there is no axis C; at least one image.
+      labels: one per image, each in [0, len(label_names)).
+      label_names: one name per label.
+      captions: one sentence per image, or empty.
 
     Raises:
-        ValueError: an array has another dtype or shape, or a label has no name.
+      ValueError: an array has another dtype or shape, or a label has no name.
     """
 
-    images: np.ndarray
-    labels: np.ndarray
+    images: (
+        UInt8[np.ndarray, "examples height width C"] | UInt8[np.ndarray, "examples height width"]
+    )
+    labels: Int32[np.ndarray, " examples"]
     label_names: tuple[str, ...]
     captions: tuple[str, ...] = ()
     _order: dict = field(default_factory=dict, init=False, repr=False)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self):
         count = len(self.images)
         if self.images.dtype != np.uint8 or self.images.ndim not in (3, 4) or count == 0:
             raise ValueError(
-                "images must be uint8 [N, H, W] or [N, H, W, C] with N >= 1, "
+                "images must be uint8 [examples, height, width] or [examples, height, width, C], "
+                "at least one, "
                 f"not {self.images.dtype} {list(self.images.shape)}"
             )
         if self.labels.dtype != np.int32 or self.labels.shape != (count,):
@@ -53,22 +59,22 @@ class Images:
     def __len__(self) -> int:
         return len(self.images)
 
-    def indices(self, seed: int, step: int, size: int) -> np.ndarray:
+    def indices(self, seed: int, step: int, size: int) -> Int64[np.ndarray, " {size}"]:
         """The examples of one global batch.
 
         The stream of all batches is a chain of epochs; each epoch is a permutation of all
         examples that depends on (seed, epoch) alone, so none is dropped or repeated within it.
 
         Args:
-            seed: in [0, 2**64).
-            step: from 0 up.
-            size: examples per global batch, from 1 up; may exceed N.
+          seed: in [0, 2**64).
+          step: from 0 up.
+          size: examples per global batch, from 1 up; may exceed their number.
 
         Returns:
-            int64 [size], each in [0, N).
+          The numbers of the examples, each from 0 up.
 
         Raises:
-            ValueError: an argument is out of range.
+          ValueError: an argument is out of range.
         """
         check_batch(seed, step, size)
         count = len(self)
@@ -91,18 +97,18 @@ class Images:
         """This shard of the batch of a training step, a pure function of its arguments.
 
         Args:
-            seed: in [0, 2**64).
-            step: from 0 up.
-            size: examples per global batch, over all shards; may exceed N.
-            flip: mirror each image left to right with probability one half.
-            shard: (index, count); the shards in order, concatenated, are the whole batch.
+          seed: in [0, 2**64).
+          step: from 0 up.
+          size: examples per global batch, over all shards; may exceed their number.
+          flip: mirror each image left to right with probability one half.
+          shard: (index, count); the shards in order, concatenated, are the whole batch.
 
         Returns:
-            "image": uint8 [size / count, H, W, C] (or [size / count, H, W] for palette
-            indices) and "label": int32 [size / count].
+          "image": uint8 [B, height, width, C], or [B, height, width] where there is a palette; and
+          "label": int32 [B], with B = size / count.
 
         Raises:
-            ValueError: an argument is out of range, or count does not divide size.
+          ValueError: an argument is out of range, or count does not divide size.
         """
         mine = shard_slice(size, shard)
         chosen = self.indices(seed, step, size)[mine]

@@ -2,29 +2,32 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
+from jaxtyping import Float64, Integer
 
-from gen_jax.data.streams import shard_of_step
-from gen_jax.data.text import check_tokens
+from gen_jax.data.streams import check_tokens, shard_of_step
+
+__all__ = ["MarkovSource"]
 
 
 @dataclass(frozen=True, eq=False)
 class MarkovSource:
     """A Markov chain of first order over V tokens, stationary or not.
 
-    Args:
-        initial: float64 [V], V >= 1, the distribution of the first token.
-        transition: float64 [V, V]; row v is the distribution of the token that follows v.
+    Attributes:
+      initial: the distribution of the first token, with V >= 1.
+      transition: row v is the distribution of the token that follows v.
 
     Raises:
-        ValueError: another dtype or shape, or a row that is no distribution.
+      ValueError: another dtype or shape, or a row that is no distribution.
     """
 
-    initial: np.ndarray
-    transition: np.ndarray
+    initial: Float64[np.ndarray, " V"]
+    transition: Float64[np.ndarray, "V V"]
 
-    def __post_init__(self) -> None:
+    def __post_init__(self):
         size = len(self.initial)
         for name, array, shape in (
             ("initial", self.initial, (size,)),
@@ -44,13 +47,13 @@ class MarkovSource:
         """A stationary chain whose rows are drawn from a symmetric Dirichlet distribution.
 
         Args:
-            vocabulary: V, from 1 up.
-            seed: from 0 up.
-            concentration: above 0; the smaller, the more predictable the chain.
+          vocabulary: V, from 1 up.
+          seed: from 0 up.
+          concentration: above 0; the smaller, the more predictable the chain.
 
         Raises:
-            ValueError: an argument is out of range, or the concentration is so small that the
-                chain falls into parts.
+          ValueError: an argument is out of range, or the concentration is so small that the
+            chain falls into parts.
         """
         if vocabulary < 1 or seed < 0 or not 0 < concentration < np.inf:
             raise ValueError(
@@ -66,11 +69,11 @@ class MarkovSource:
         return len(self.initial)
 
     @cached_property
-    def stationary(self) -> np.ndarray:
-        """float64 [V]: the one distribution that a transition leaves as it is.
+    def stationary(self) -> Float64[np.ndarray, " V"]:
+        """The one distribution that a transition leaves as it is.
 
         Raises:
-            ValueError: there are several, as in a chain that falls into parts.
+          ValueError: there are several, as in a chain that falls into parts.
         """
         size = self.vocabulary
         equations = np.vstack([self.transition.T - np.eye(size), np.ones(size)])
@@ -85,7 +88,7 @@ class MarkovSource:
         """Nats per token of a long sequence: the entropy of a transition at stationarity.
 
         Raises:
-            ValueError: there are several stationary distributions.
+          ValueError: there are several stationary distributions.
         """
         return float(self.stationary @ _entropies(self.transition))
 
@@ -95,10 +98,10 @@ class MarkovSource:
         It is H(x_1) + sum over t of H(x_t | x_{t-1}), each from the marginal of x_{t-1}.
 
         Args:
-            length: L, from 1 up.
+          length: L, from 1 up.
 
         Raises:
-            ValueError: the length is out of range.
+          ValueError: the length is out of range.
         """
         _check_length(length)
         of_transition = _entropies(self.transition)
@@ -108,17 +111,17 @@ class MarkovSource:
             marginal = marginal @ self.transition
         return float(total)
 
-    def log_prob(self, tokens: np.ndarray) -> np.ndarray:
+    def log_prob(self, tokens: Integer[Any, "B L"]) -> Float64[np.ndarray, " B"]:
         """The log-probability of sequences.
 
         Args:
-            tokens: integer [B, L], L >= 1, each in [0, V).
+          tokens: each in [0, V), with L >= 1.
 
         Returns:
-            float64 [B], in nats; -inf for a sequence that cannot occur.
+          In nats; -inf for a sequence that cannot occur.
 
         Raises:
-            ValueError: another shape or dtype, or a token out of range.
+          ValueError: another shape or dtype, or a token out of range.
         """
         tokens = np.asarray(tokens)
         if tokens.ndim != 2 or not tokens.shape[1] or not np.issubdtype(tokens.dtype, np.integer):
@@ -137,17 +140,17 @@ class MarkovSource:
         """This shard of a batch of independent sequences, a pure function of its arguments.
 
         Args:
-            seed: in [0, 2**64).
-            step: from 0 up.
-            size: sequences per global batch, over all shards.
-            length: L, from 1 up.
-            shard: (index, count); the shards in order, concatenated, are the whole batch.
+          seed: in [0, 2**64).
+          step: from 0 up.
+          size: sequences per global batch, over all shards.
+          length: L, from 1 up.
+          shard: (index, count); the shards in order, concatenated, are the whole batch.
 
         Returns:
-            "tokens": int32 [size / count, L].
+          "tokens": int32 [B, L], with B = size / count.
 
         Raises:
-            ValueError: an argument is out of range, or count does not divide size.
+          ValueError: an argument is out of range, or count does not divide size.
         """
         _check_length(length)
         generator, mine = shard_of_step(seed, step, size, shard)
@@ -160,7 +163,7 @@ class MarkovSource:
         return {"tokens": tokens}
 
 
-def _entropies(rows: np.ndarray) -> np.ndarray:
+def _entropies(rows):
     return -(rows * np.log(np.where(rows > 0, rows, 1))).sum(axis=-1)
 
 

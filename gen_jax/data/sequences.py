@@ -3,22 +3,26 @@
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
+from jaxtyping import Int32, Integer, UInt8
 
 from gen_jax.data.images import Images
-from gen_jax.data.text import check_tokens
+from gen_jax.data.streams import check_tokens
+
+__all__ = ["PixelSequences"]
 
 
 @dataclass(frozen=True, eq=False)
 class PixelSequences:
     """A set of images as sequences of L tokens.
 
-    Images [N, H, W, C] give L = H W C tokens of 256 values, the channels of a pixel side by side;
-    palette indices [N, H, W] give L = H W.
+    Images [height, width, C] give L = height x width x C tokens of 256 values, the channels of a
+    pixel side by side; palette indices [height, width] give L = height x width.
 
-    Args:
-        images: the set.
+    Attributes:
+      images: the set.
     """
 
     images: Images
@@ -28,7 +32,7 @@ class PixelSequences:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(H, W, C) or (H, W) of one image."""
+        """(height, width, C) or (height, width) of one image."""
         return self.images.images.shape[1:]
 
     @property
@@ -53,37 +57,37 @@ class PixelSequences:
         """The batch of `Images.batch`, whose arguments and errors these are, as tokens.
 
         Returns:
-            "tokens": int32 [size / count, L] and "label": int32 [size / count].
+          "tokens": int32 [B, L] and "label": int32 [B], with B = size / count.
         """
         batch = self.images.batch(seed, step, size, flip=flip, shard=shard)
         return {"tokens": self.tokens_of(batch["image"]), "label": batch["label"]}
 
-    def tokens_of(self, images: np.ndarray) -> np.ndarray:
+    def tokens_of(self, images: Integer[Any, "B ..."]) -> Int32[np.ndarray, "B L"]:
         """Images as sequences.
 
         Args:
-            images: integer [n, H, W, C] or [n, H, W], like those of the set.
+          images: [B, height, width, C] or [B, height, width], like those of the set.
 
         Returns:
-            int32 [n, L], each in [0, vocabulary).
+          Tokens, each in [0, vocabulary).
 
         Raises:
-            ValueError: another shape or dtype, or a value out of range.
+          ValueError: another shape or dtype, or a value out of range.
         """
         images = self._checked("images", images, self.shape)
         return images.reshape(len(images), self.length).astype(np.int32)
 
-    def images_of(self, tokens: np.ndarray) -> np.ndarray:
+    def images_of(self, tokens: Integer[Any, "B L"]) -> UInt8[np.ndarray, "B ..."]:
         """The inverse of `tokens_of`.
 
         Args:
-            tokens: integer [n, L], each in [0, vocabulary).
+          tokens: each in [0, vocabulary).
 
         Returns:
-            uint8 [n, H, W, C] or [n, H, W].
+          Images [B, height, width, C] or [B, height, width].
 
         Raises:
-            ValueError: another length or dtype, or a token out of range.
+          ValueError: another length or dtype, or a token out of range.
         """
         tokens = self._checked("tokens", tokens, (self.length,))
         return tokens.reshape(len(tokens), *self.shape).astype(np.uint8)
@@ -96,7 +100,7 @@ class PixelSequences:
             or not np.issubdtype(array.dtype, np.integer)
         ):
             raise ValueError(
-                f"{name} must be integers [n, {', '.join(map(str, shape))}], "
+                f"{name} must be integers [B, {', '.join(map(str, shape))}], "
                 f"not {array.dtype} {list(array.shape)}"
             )
         check_tokens(array, self.vocabulary)

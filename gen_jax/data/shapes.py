@@ -1,19 +1,32 @@
 """Coloured shapes: a small world of images whose distribution is known exactly.
 
 Every combination of shape, colour, size, row and column is drawn once, so the set is the
-support of a uniform distribution over N images: its entropy is ln N, a model's likelihood has
-a known floor, and any sample can be checked against the nearest image of the support.
+support of a uniform distribution over 648 images: its entropy is ln 648, the likelihood of a model
+has a known floor, and any sample can be checked against the nearest image of the support.
 """
 
 import itertools
-from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, Literal
 
 import numpy as np
+from jaxtyping import Float, Float64, Int32, Int64, Integer, UInt8
 
+from gen_jax.config import frozen
 from gen_jax.data.images import Images
 
-SHAPES = ("square", "circle", "triangle", "plus", "cross", "ring")
+__all__ = ["COLOURS", "GRID", "PALETTE", "SHAPES", "SIZES", "ShapesSet"]
+
+# Whether a point (x, y) of the square [-1, 1]^2, y downwards, lies inside of a shape.
+_OUTLINES = {
+    "square": lambda x, y: np.maximum(abs(x), abs(y)) <= 1,
+    "circle": lambda x, y: x**2 + y**2 <= 1,
+    "triangle": lambda x, y: abs(x) <= (y + 1) / 2 + 0.0635,
+    "plus": lambda x, y: np.minimum(abs(x), abs(y)) <= 0.25,
+    "cross": lambda x, y: abs(abs(x) - abs(y)) <= 0.27,
+    "ring": lambda x, y: (x**2 + y**2 <= 1) & (x**2 + y**2 >= 0.6**2),
+}
+SHAPES = tuple(_OUTLINES)
 COLOURS = ("red", "green", "blue", "yellow", "magenta", "cyan")
 SIZES = ("small", "large")
 GRID = 3
@@ -40,26 +53,22 @@ _SIDES = (8, 12)
 _BYTES = 1 << 25
 
 
-@dataclass(frozen=True)
+@frozen
 class ShapesSet:
     """The shapes set at one resolution; its arrays are made once and are read-only.
 
-    N = 6 shapes x 6 colours x 2 sizes x 3 rows x 3 columns = 648 images, in the order of
+    There are 6 shapes x 6 colours x 2 sizes x 3 rows x 3 columns = 648 images, in the order of
     `itertools.product` over those attributes.
 
-    Args:
-        size: side of the images in pixels, 16 or 32; an object of the larger set is the same
-            outline drawn at twice the scale.
+    Attributes:
+      size: side of the images in pixels, 16 or 32; an object of the larger set is the same
+        outline drawn at twice the scale.
 
     Raises:
-        ValueError: another size.
+      ValueError: another size.
     """
 
-    size: int = 16
-
-    def __post_init__(self) -> None:
-        if self.size not in (16, 32):
-            raise ValueError(f"size is {self.size}; the shapes set is drawn at 16 or 32 pixels")
+    size: Literal[16, 32] = 16
 
     @property
     def attribute_names(self) -> tuple[str, ...]:
@@ -73,14 +82,14 @@ class ShapesSet:
         return (SHAPES, COLOURS, SIZES, places, places)
 
     @cached_property
-    def attributes(self) -> np.ndarray:
-        """int32 [N, 5]: for each image, the index of the value of each attribute."""
+    def attributes(self) -> Int32[np.ndarray, "examples 5"]:
+        """For each image, the index of the value of each attribute."""
         values = [range(len(names)) for names in self.attribute_values]
         return _frozen(np.array(list(itertools.product(*values)), np.int32))
 
     @cached_property
     def captions(self) -> tuple[str, ...]:
-        """N sentences, each true of one image only."""
+        """A sentence for each image, true of no other."""
         return tuple(
             f"a {size} {colour} {shape} in row {row}, column {column}"
             for shape, colour, size, row, column in itertools.product(*self.attribute_values)
@@ -88,20 +97,22 @@ class ShapesSet:
 
     @property
     def entropy(self) -> float:
-        """ln N, in nats per image."""
+        """ln 648, in nats per image."""
         return float(np.log(len(self)))
 
     def __len__(self) -> int:
         return len(self.attributes)
 
-    def images(self, palette: bool = False) -> np.ndarray:
+    def images(
+        self, palette: bool = False
+    ) -> UInt8[np.ndarray, "examples side side 3"] | UInt8[np.ndarray, "examples side side"]:
         """All images of the set.
 
         Args:
-            palette: give indices into `PALETTE` (0 is the background) rather than RGB.
+          palette: give indices into `PALETTE`, where 0 is the background, instead of RGB.
 
         Returns:
-            uint8 [N, H, W, 3], or uint8 [N, H, W] of values in [0, 7).
+          RGB, or indices in [0, 7).
         """
         return self._indices if palette else self._rgb
 
@@ -109,12 +120,12 @@ class ShapesSet:
         """How much the pixels of an image tell about each other, exactly, in nats.
 
         It is the sum of the entropies of the single pixels less the entropy of the image: the
-        least Kullback-Leibler divergence from the set to a model that draws all pixels
+        least KL divergence from the set to a model that draws all pixels
         independently (Watanabe, 1960). A pixel is one variable of 7 colours, so RGB and palette
         indices give the same number.
 
         Args:
-            palette: read the pixels of the palette images rather than those of the RGB images.
+          palette: read the pixels of the palette images instead of those of the RGB images.
         """
         images = self.images(palette)
         if not palette:
@@ -126,19 +137,22 @@ class ShapesSet:
             marginals -= float(np.sum(probabilities * np.log(probabilities)))
         return marginals - self.entropy
 
-    def nearest(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def nearest(
+        self,
+        images: Float[Any, "B side side 3"] | Integer[Any, "B side side"],
+    ) -> tuple[Int64[np.ndarray, " B"], Float64[np.ndarray, " B"]]:
         """The nearest image of the set, in mean squared error on the scale [-1, 1].
 
         Args:
-            images: float [B, H, W, 3], nominally in [-1, 1], or integer [B, H, W] of palette
-                indices in [0, 7), which are compared by their colours.
+          images: RGB, nominally in [-1, 1], or palette indices in [0, 7), which are compared by
+            their colours.
 
         Returns:
-            index int64 [B] into the set, and mse float64 [B], the mean over H, W and 3 channels.
+          The index into the set, and the error, a mean over pixels and channels.
 
         Raises:
-            ValueError: another shape or dtype, an index outside the palette, or a value that is
-                not finite.
+          ValueError: another shape or dtype, an index outside the palette, or a value that is
+            not finite.
         """
         samples = self._as_floats(images)
         support = self._flat
@@ -160,7 +174,7 @@ class ShapesSet:
         Labels are the pairs of shape and colour, `6 * shape + colour`, 36 in all.
 
         Args:
-            palette: palette indices rather than RGB.
+          palette: give palette indices instead of RGB.
         """
         return Images(
             images=self.images(palette),
@@ -177,7 +191,7 @@ class ShapesSet:
             side = _SIDES[size] * scale
             gap = (self.size - side) // (GRID - 1)
             window = image[row * gap : row * gap + side, column * gap : column * gap + side]
-            window[_outline(SHAPES[shape], side)] = colour + 1
+            window[_inside(SHAPES[shape], side)] = colour + 1
         return _frozen(images)
 
     @cached_property
@@ -208,25 +222,10 @@ class ShapesSet:
         return images.reshape(len(images), -1).astype(np.float32)
 
 
-def _outline(shape: str, side: int) -> np.ndarray:
+def _inside(shape: str, side: int) -> np.ndarray:
+    """bool [side, side]: which pixels of its square a shape covers."""
     centres = (2 * np.arange(side) + 1) / side - 1
-    y, x = centres[:, None], centres[None, :]
-    match shape:
-        case "square":
-            inside = np.maximum(abs(x), abs(y)) <= 1
-        case "circle":
-            inside = x**2 + y**2 <= 1
-        case "triangle":
-            inside = abs(x) <= (y + 1) / 2 + 0.0635
-        case "plus":
-            inside = np.minimum(abs(x), abs(y)) <= 0.25
-        case "cross":
-            inside = abs(abs(x) - abs(y)) <= 0.27
-        case "ring":
-            inside = (x**2 + y**2 <= 1) & (x**2 + y**2 >= 0.6**2)
-        case _:
-            raise ValueError(f"unknown shape {shape!r}; choose one of {', '.join(SHAPES)}")
-    return inside
+    return _OUTLINES[shape](centres[None, :], centres[:, None])
 
 
 def _to_float(images: np.ndarray) -> np.ndarray:

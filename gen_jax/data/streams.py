@@ -1,6 +1,16 @@
 """Random streams of batches: what a step draws, and which of its examples are a shard's."""
 
 import numpy as np
+from jaxtyping import Integer
+
+__all__ = [
+    "check_batch",
+    "check_range",
+    "check_tokens",
+    "generator",
+    "shard_of_step",
+    "shard_slice",
+]
 
 
 def generator(seed: int, stream: int) -> np.random.Generator:
@@ -21,11 +31,19 @@ def check_batch(seed: int, step: int, size: int) -> None:
     check_range("batch size", size, 1, 1 << 40)
 
 
+def check_tokens(tokens: Integer[np.ndarray, "..."], vocabulary: int) -> None:
+    """Raises a ValueError where a token is not in [0, vocabulary)."""
+    if tokens.size and (tokens.min() < 0 or tokens.max() >= vocabulary):
+        raise ValueError(
+            f"tokens span {tokens.min()}..{tokens.max()}; they must lie in 0..{vocabulary - 1}"
+        )
+
+
 def shard_slice(size: int, shard: tuple[int, int]) -> slice:
     """Which examples of a batch of `size` are those of shard (index, count).
 
     Raises:
-        ValueError: the index is out of range, or count does not divide size.
+      ValueError: the index is out of range, or count does not divide size.
     """
     index, count = shard
     if count < 1 or not 0 <= index < count:
@@ -44,13 +62,13 @@ def shard_of_step(
     """The random numbers of a training step, and which examples of its batch are this shard's.
 
     Args:
-        seed: in [0, 2**64).
-        step: from 0 up.
-        size: examples per global batch, over all shards.
-        shard: (index, count).
+      seed: in [0, 2**64).
+      step: from 0 up.
+      size: examples per global batch, over all shards.
+      shard: (index, count).
 
     Raises:
-        ValueError: an argument is out of range, or count does not divide size.
+      ValueError: an argument is out of range, or count does not divide size.
     """
     check_batch(seed, step, size)
     return generator(seed, step), shard_slice(size, shard)

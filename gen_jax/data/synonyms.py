@@ -6,19 +6,22 @@ here the part of the probability that it loses is known exactly.
 """
 
 import math
-from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal, get_args
 
 import numpy as np
 
+from gen_jax.config import frozen
 from gen_jax.data.config import TranslationConfig, TranslationSplit
 from gen_jax.data.streams import check_range, generator
+from gen_jax.data.tokenizer_base import EOS_NAME, PAD_NAME
+
+__all__ = ["Synonyms"]
 
 _STREAMS = {"dictionary": 0, "train": 1, "validation": 2, "test": 3}
-_PAD, _END = "<pad>", "</s>"
 
 
-@dataclass(frozen=True)
+@frozen
 class Synonyms:
     """Sources of distinct words, and their translations in a style and an order.
 
@@ -28,39 +31,37 @@ class Synonyms:
     reverse. Style and order are independent fair coins, so that the valid targets of a source are
     equally probable, and of one length.
 
-    Args:
-        words: W, source words: "s0" to "s{W-1}". Word i translates to "t{i}", to "t{i} u{i}", or
-            to "f{i}" (formal) or "i{i}" (informal).
-        min_words: fewest words of a source, from 1 up.
-        max_words: most words of a source, at most W.
-        orders: 2, or 1 for the order of the source only.
-        styles: 2, or 1 for formal targets only.
-        seed: in [0, 2**64); decides which words have synonyms or two tokens, and the pairs.
-        styled: share of the words that have synonyms.
-        double: share of the words that translate to two tokens.
+    Attributes:
+      words: W, source words: "s0" to "s{W-1}". Word i translates to "t{i}", to "t{i} u{i}", or
+        to "f{i}" (formal) or "i{i}" (informal).
+      min_words: fewest words of a source, from 1 up.
+      max_words: most words of a source, at most W.
+      orders: 2, or 1 for the order of the source only.
+      styles: 2, or 1 for formal targets only.
+      seed: in [0, 2**64); decides which words have synonyms or two tokens, and the pairs.
+      styled: share of the words that have synonyms.
+      double: share of the words that translate to two tokens.
 
     Raises:
-        ValueError: a field is out of range.
+      ValueError: a field is out of range.
     """
 
     words: int = 64
     min_words: int = 3
     max_words: int = 8
-    orders: int = 2
-    styles: int = 2
+    orders: Literal[1, 2] = 2
+    styles: Literal[1, 2] = 2
     seed: int = 0
     styled: float = 0.5
     double: float = 0.25
 
-    def __post_init__(self) -> None:
+    def __post_init__(self):
         check_range("seed", self.seed, 0, 1 << 64)
         if not 1 <= self.min_words <= self.max_words <= self.words:
             raise ValueError(
                 f"min_words {self.min_words}, max_words {self.max_words} and words {self.words} "
                 "must rise, from 1 up"
             )
-        if self.orders not in (1, 2) or self.styles not in (1, 2):
-            raise ValueError(f"orders {self.orders} and styles {self.styles} must be 1 or 2")
         if not (self.styled >= 0 and self.double >= 0 and self.styled + self.double <= 1):
             raise ValueError(
                 f"styled {self.styled} and double {self.double} must be shares of at most 1 in sum"
@@ -80,7 +81,7 @@ class Synonyms:
 
     @property
     def tokens(self) -> tuple[str, ...]:
-        """All tokens: padding, END, the source words, then those of the translations."""
+        """All tokens: padding, EOS, the source words, then those of the translations."""
         target = {
             token
             for number in range(self.words)
@@ -88,7 +89,12 @@ class Synonyms:
             for token in self._translation(number, style)
         }
         sources = (f"s{number}" for number in range(self.words))
-        return (_PAD, _END, *sources, *sorted(target, key=lambda token: (int(token[1:]), token)))
+        return (
+            PAD_NAME,
+            EOS_NAME,
+            *sources,
+            *sorted(target, key=lambda token: (int(token[1:]), token)),
+        )
 
     def pairs(self, split: TranslationSplit, number: int) -> tuple[list[str], list[str]]:
         """The first pairs of a split, each an independent draw from the task.
@@ -96,16 +102,16 @@ class Synonyms:
         The splits have random numbers of their own, but the same short source may be in both.
 
         Args:
-            split: "train", "validation" or "test".
-            number: of pairs, from 1 up; fewer are the first of more.
+          split: "train", "validation" or "test".
+          number: of pairs, from 1 up; fewer are the first of more.
 
         Returns:
-            sources and targets, words and tokens between single spaces.
+          Sources and targets, words and tokens between single spaces.
 
         Raises:
-            ValueError: the split is unknown, or the number out of range.
+          ValueError: the split is unknown, or the number out of range.
         """
-        if split not in ("train", "validation", "test"):
+        if split not in get_args(TranslationSplit):
             raise ValueError(f"split is {split!r}; choose train, validation or test")
         check_range("number of pairs", number, 1, 1 << 40)
         random = generator(self.seed, _STREAMS[split])
@@ -122,10 +128,10 @@ class Synonyms:
         """All valid targets of a source, each once, with their probabilities, which are equal.
 
         Args:
-            source: distinct words of the task, between spaces; their number may be any.
+          source: distinct words of the task, between spaces; their number may be any.
 
         Raises:
-            ValueError: another word, or a repeated one, or none.
+          ValueError: another word, or a repeated one, or none.
         """
         numbers = self._numbers(source)
         targets = {
@@ -139,7 +145,7 @@ class Synonyms:
         """log p(target | source) in nats; -inf for a target that is not valid.
 
         Raises:
-            ValueError: as `modes`.
+          ValueError: as `modes`.
         """
         probability = dict(self.modes(source)).get(target, 0.0)
         return math.log(probability) if probability else -math.inf
@@ -162,33 +168,34 @@ class Synonyms:
         valid.
 
         Raises:
-            ValueError: as `modes`.
+          ValueError: as `modes`.
         """
-        columns = self._columns(source)
-        marginals = (columns[:, :, None] == columns[:, None, :]).mean(axis=2)  # [T, modes]
+        tokens = self._tokens(source)
+        marginals = (tokens[:, :, None] == tokens[:, None, :]).mean(axis=2)  # [L, modes]
         return float(marginals.prod(axis=0).sum())
 
     def conditional_total_correlation(self, source: str) -> float:
         """The entropies of the tokens given the source, summed, less that of the target; nats.
 
-        It is the divergence of the product of marginals from the distribution of the targets.
+        It is the KL divergence from the distribution of the targets to the product of their
+        marginals.
 
         Raises:
-            ValueError: as `modes`.
+          ValueError: as `modes`.
         """
-        columns = self._columns(source)
-        marginals = (columns[:, :, None] == columns[:, None, :]).mean(axis=2)
-        return float(-np.log(marginals).mean(axis=1).sum() - math.log(columns.shape[1]))
+        tokens = self._tokens(source)
+        marginals = (tokens[:, :, None] == tokens[:, None, :]).mean(axis=2)
+        return float(-np.log(marginals).mean(axis=1).sum() - math.log(tokens.shape[1]))
 
     def accuracy(self, sources: list[str], outputs: list[str]) -> float:
         """The share of outputs that are a valid target of their source.
 
         Args:
-            sources: at least one.
-            outputs: as many.
+          sources: at least one.
+          outputs: as many.
 
         Raises:
-            ValueError: the numbers differ or are 0, or as `modes`.
+          ValueError: the numbers differ or are 0, or as `modes`.
         """
         if not sources or len(sources) != len(outputs):
             raise ValueError(
@@ -231,5 +238,5 @@ class Synonyms:
             )
         return [known[word] for word in words]
 
-    def _columns(self, source: str) -> np.ndarray:
-        return np.array([target.split() for target, _ in self.modes(source)]).T  # [T, modes]
+    def _tokens(self, source: str) -> np.ndarray:
+        return np.array([target.split() for target, _ in self.modes(source)]).T  # [L, modes]

@@ -3,11 +3,16 @@
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
+from jaxtyping import Int32, UInt16
 
+from gen_jax import data
 from gen_jax.data.config import Split, TextConfig
-from gen_jax.data.streams import check_range, shard_of_step
+from gen_jax.data.streams import check_range, check_tokens, shard_of_step
+
+__all__ = ["TokenStream", "digest", "load_text"]
 
 
 def load_text(config: TextConfig, split: Split) -> str:
@@ -17,23 +22,21 @@ def load_text(config: TextConfig, split: Split) -> str:
     all before it, as nanoGPT splits.
 
     Args:
-        config: the choice of a text.
-        split: "train" or "test".
+      config: the choice of a text.
+      split: "train" or "test".
 
     Returns:
-        at least one character.
+      A text of at least one character.
 
     Raises:
-        FileNotFoundError: there is no text where the configuration points.
-        ValueError: the split is unknown or empty, or the text is not UTF-8.
+      FileNotFoundError: there is no text where the configuration points.
+      ValueError: the split is unknown or empty, or the text is not UTF-8.
     """
-    if split not in ("train", "test"):
+    if split not in get_args(Split):
         raise ValueError(f"split is {split!r}; choose train or test")
     if config.name == "tfds":
-        from gen_jax.data import tfds_source
-
         source = f"the TFDS data set {config.tfds_name}"
-        part = tfds_source.read_text(config.tfds_name, split, config.dir, config.characters)
+        part = data.tfds_source.read_text(config.tfds_name, split, config.dir, config.characters)
     else:
         source = config.path or "the pydoc text"
         whole = _read_pydoc(config) if config.name == "pydoc" else _read_file(config)
@@ -53,22 +56,22 @@ def digest(text: str) -> str:
 class TokenStream:
     """The tokens of a text, all in memory, of which windows are drawn.
 
-    Args:
-        tokens: int32 or uint16 [N], N >= 1, each in [0, vocabulary).
-        vocabulary: the number of different tokens.
+    Attributes:
+      tokens: at least one, each in [0, vocabulary).
+      vocabulary: the number of different tokens.
 
     Raises:
-        ValueError: another dtype or shape, or a token outside the vocabulary.
+      ValueError: another dtype or shape, or a token outside the vocabulary.
     """
 
-    tokens: np.ndarray
+    tokens: Int32[np.ndarray, " tokens"] | UInt16[np.ndarray, " tokens"]
     vocabulary: int
 
-    def __post_init__(self) -> None:
+    def __post_init__(self):
         tokens = self.tokens
         if tokens.dtype not in (np.int32, np.uint16) or tokens.ndim != 1 or not len(tokens):
             raise ValueError(
-                "tokens must be int32 or uint16 [N] with N >= 1, "
+                "tokens must be int32 or uint16 [tokens], at least one, "
                 f"not {tokens.dtype} {list(tokens.shape)}"
             )
         check_tokens(tokens, self.vocabulary)
@@ -84,18 +87,18 @@ class TokenStream:
         Each window begins at an offset that is drawn uniformly and independently.
 
         Args:
-            seed: in [0, 2**64).
-            step: from 0 up.
-            size: windows per global batch, over all shards.
-            length: targets per window, from 1 up; a window is one token longer.
-            shard: (index, count); the shards in order, concatenated, are the whole batch.
+          seed: in [0, 2**64).
+          step: from 0 up.
+          size: windows per global batch, over all shards.
+          length: targets per window, from 1 up; a window is one token longer.
+          shard: (index, count); the shards in order, concatenated, are the whole batch.
 
         Returns:
-            "tokens": int32 [size / count, length + 1].
+          "tokens": int32 [B, length + 1], with B = size / count.
 
         Raises:
-            ValueError: an argument is out of range, count does not divide size, or the stream is
-                shorter than one window.
+          ValueError: an argument is out of range, count does not divide size, or the stream is
+            shorter than one window.
         """
         check_range("length", length, 1, 1 << 40)
         if len(self) <= length:
@@ -108,21 +111,23 @@ class TokenStream:
         windows = np.lib.stride_tricks.sliding_window_view(self.tokens, length + 1)
         return {"tokens": windows[offsets].astype(np.int32)}
 
-    def windows(self, length: int) -> tuple[np.ndarray, np.ndarray]:
+    def windows(
+        self, length: int
+    ) -> tuple[Int32[np.ndarray, "windows {length}+1"], Int32[np.ndarray, " windows"]]:
         """The whole stream in consecutive windows, which overlap in one token.
 
         Every token but the first is a target, a token of a window that is not its first, exactly
         once. The last window may have fewer targets; it is padded with token 0.
 
         Args:
-            length: targets per window, from 1 up.
+          length: targets per window, from 1 up.
 
         Returns:
-            tokens int32 [M, length + 1] with M = ceil((N - 1) / length), and targets int32 [M]
-            in [1, length], the number of targets of each window that are not padding.
+          The tokens of ceil((tokens - 1) / length) windows, and the number of targets of each
+          window that are not padding, in [1, length].
 
         Raises:
-            ValueError: the length is out of range, or the stream has fewer than two tokens.
+          ValueError: the length is out of range, or the stream has fewer than two tokens.
         """
         check_range("length", length, 1, 1 << 40)
         if len(self) < 2:
@@ -134,24 +139,9 @@ class TokenStream:
         return windows, np.minimum(length, len(self) - 1 - starts).astype(np.int32)
 
 
-def check_tokens(tokens: np.ndarray, vocabulary: int) -> None:
-    """Refuses tokens outside the vocabulary.
-
-    Args:
-        tokens: integers of any shape.
-        vocabulary: tokens must lie in [0, vocabulary).
-
-    Raises:
-        ValueError: one does not.
-    """
-    if tokens.size and (tokens.min() < 0 or tokens.max() >= vocabulary):
-        raise ValueError(
-            f"tokens span {tokens.min()}..{tokens.max()}; they must lie in 0..{vocabulary - 1}"
-        )
-
-
 def _read_pydoc(config: TextConfig) -> str:
     try:
+        # The module holds the text itself, and some distributions of Python leave it out.
         from pydoc_data.topics import topics
     except ImportError:
         raise FileNotFoundError(

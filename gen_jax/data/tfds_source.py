@@ -3,6 +3,9 @@
 A set that is prepared in a format of random access (array_record) is read by NumPy alone. TFDS
 prepares CIFAR-10 with TensorFlow; the builder here prepares it without, and the result is the
 same data set, readable by any other user of TFDS.
+
+Importing this module takes two seconds, for tensorflow_datasets. The rest of the package reaches it
+as `gen_jax.data.tfds_source`, which is imported at its first use.
 """
 
 import contextlib
@@ -13,10 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import requests
+import tensorflow_datasets as tfds
+from PIL import Image
+from tensorflow_datasets.core.download import download_manager
+from tensorflow_datasets.image_classification import cifar
 
 from gen_jax.data import cifar10
 from gen_jax.data.config import Split
 from gen_jax.data.images import Images
+
+__all__ = ["read", "read_pairs", "read_text"]
 
 _ARCHIVE = "cifar-10-binary.tar.gz"
 _TIMEOUT_SECONDS = 20
@@ -26,19 +36,19 @@ def read(name: str, split: Split, directory: str | Path = "") -> Images:
     """Reads one split of a TFDS data set of images, decoded once into one array.
 
     Args:
-        name: its name in TFDS. "cifar10" is downloaded and prepared when it is not there yet;
-            its archive is taken from `<directory>/downloads/manual` where present. Any other
-            set must be prepared already.
-        split: "train" or "test".
-        directory: the data_dir of TFDS; empty for its default.
+      name: its name in TFDS. "cifar10" is downloaded and prepared when it is not there yet;
+        its archive is taken from `<directory>/downloads/manual` where present. Any other
+        set must be prepared already.
+      split: "train" or "test".
+      directory: the data_dir of TFDS; empty for its default.
 
     Returns:
-        images uint8 [N, H, W, C], labels int32 [N] (zeros where the set has none).
+      Images uint8 [examples, height, width, C] with labels, which are 0 where the set has none.
 
     Raises:
-        ConnectionError: CIFAR-10 could not be downloaded.
-        FileNotFoundError: the set is not prepared in the directory.
-        ValueError: the archive has another checksum, or the set is no set of images of one size.
+      ConnectionError: CIFAR-10 could not be downloaded.
+      FileNotFoundError: the set is not prepared in the directory.
+      ValueError: the archive has another checksum, or the set is no set of images of one size.
     """
     data_dir = _data_dir(directory)
     builder = _prepared_cifar10(data_dir) if name == "cifar10" else _builder(name, data_dir)
@@ -49,17 +59,15 @@ def read_text(name: str, split: Split, directory: str | Path = "", characters: i
     """Reads one split of a TFDS data set of text: its documents, joined by line ends.
 
     Args:
-        name: its name in TFDS; the set must be prepared already, and has a feature `text`.
-        split: "train" or "test"; where the set has no test split, its validation split is read.
-        directory: the data_dir of TFDS; empty for its default.
-        characters: read at most so many characters; 0 for all.
+      name: its name in TFDS; the set must be prepared already, and has a feature `text`.
+      split: "train" or "test"; where the set has no test split, its validation split is read.
+      directory: the data_dir of TFDS; empty for its default.
+      characters: read at most this many characters; 0 for all.
 
     Raises:
-        FileNotFoundError: the set is not prepared in the directory.
-        ValueError: it has no such split, no feature `text`, or a text that is not UTF-8.
+      FileNotFoundError: the set is not prepared in the directory.
+      ValueError: it has no such split, no feature `text`, or a text that is not UTF-8.
     """
-    import tensorflow_datasets as tfds
-
     data_dir = _data_dir(directory)
     builder = _builder(name, data_dir)
     splits = builder.info.splits
@@ -90,20 +98,20 @@ def read_pairs(
     """Reads one split of a TFDS data set of translations.
 
     Args:
-        name: its name in TFDS; the set must be prepared already, and has both languages as
-            features of text.
-        split: a split of the set.
-        directory: the data_dir of TFDS; empty for its default.
-        source: language of the first list.
-        target: language of the second list.
-        limit: read at most so many pairs, the first ones; 0 for all.
+      name: its name in TFDS; the set must be prepared already, and has both languages as
+        features of text.
+      split: a split of the set.
+      directory: the data_dir of TFDS; empty for its default.
+      source: language of the first list.
+      target: language of the second list.
+      limit: read at most this many pairs, the first ones; 0 for all.
 
     Returns:
-        sentences of the one and of the other language, pair by pair.
+      Sentences of the one and of the other language, pair by pair.
 
     Raises:
-        FileNotFoundError: the set is not prepared in the directory.
-        ValueError: it has no such split or language, or a text that is not UTF-8.
+      FileNotFoundError: the set is not prepared in the directory.
+      ValueError: it has no such split or language, or a text that is not UTF-8.
     """
     # Where TensorFlow is missing, TFDS leaves its builders of translations out until asked for.
     with contextlib.suppress(ImportError):
@@ -130,14 +138,10 @@ def read_pairs(
 
 
 def _data_dir(directory: str | Path) -> Path:
-    import tensorflow_datasets as tfds
-
     return Path(directory or tfds.core.constants.DATA_DIR).expanduser()
 
 
 def _builder(name: str, data_dir: Path) -> Any:
-    import tensorflow_datasets as tfds
-
     try:
         return tfds.builder(name, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError:
@@ -161,8 +165,6 @@ def _source(builder: Any, name: str, split: str, data_dir: Path) -> Any:
 
 
 def _decode(name: str, source: Any) -> Images:
-    import tensorflow_datasets as tfds
-
     features = source.dataset_info.features
     if "image" not in features or len(source) == 0:
         raise ValueError(f"the TFDS data set {name} holds no feature `image` or no examples")
@@ -171,7 +173,7 @@ def _decode(name: str, source: Any) -> Images:
     if first.dtype != np.uint8 or first.ndim != 3:
         raise ValueError(
             f"images of the TFDS data set {name} are {first.dtype} {list(first.shape)}; "
-            "only uint8 [H, W, C] is read"
+            "only uint8 [height, width, C] is read"
         )
     images = np.empty((len(source), *first.shape), np.uint8)
     labels = np.zeros(len(source), np.int32)
@@ -191,11 +193,7 @@ def _decode(name: str, source: Any) -> Images:
 
 
 def _prepared_cifar10(data_dir: Path) -> Any:
-    import requests
-    import tensorflow_datasets as tfds
-    from tensorflow_datasets.core.download import download_manager
-
-    builder = _cifar10_builder(data_dir)
+    builder = _Cifar10(data_dir=data_dir, file_format="array_record")
     downloads = data_dir / "downloads"
     manual = downloads / "manual"
     config = tfds.download.DownloadConfig(manual_dir=manual)
@@ -219,27 +217,22 @@ def _prepared_cifar10(data_dir: Path) -> Any:
     return builder
 
 
-def _cifar10_builder(data_dir: Path) -> Any:
-    from tensorflow_datasets.image_classification import cifar
+class _Cifar10(cifar.Cifar10, skip_registration=True):
+    """The builder of TFDS, which decodes the archive without TensorFlow."""
 
-    class Cifar10(cifar.Cifar10, skip_registration=True):
-        name = "cifar10"
-        pkg_dir_path = None
+    name = "cifar10"
+    pkg_dir_path = None
 
-        def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
-            archive = Path(dl_manager.download(cifar10.URL))
-            self.info.features["label"].names = list(cifar10.LABEL_NAMES)
-            return {
-                "train": _examples(archive, "train_", cifar10.TRAIN_FILES),
-                "test": _examples(archive, "test_", cifar10.TEST_FILES),
-            }
-
-    return Cifar10(data_dir=data_dir, file_format="array_record")
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
+        archive = Path(dl_manager.download(cifar10.URL))
+        self.info.features["label"].names = list(cifar10.LABEL_NAMES)
+        return {
+            "train": _examples(archive, "train_", cifar10.TRAIN_FILES),
+            "test": _examples(archive, "test_", cifar10.TEST_FILES),
+        }
 
 
 def _examples(archive: Path, prefix: str, names: tuple[str, ...]) -> Iterator[tuple[int, dict]]:
-    from PIL import Image
-
     index = 0
     contents = _members(archive, [f"{cifar10.BINARY_FOLDER}/{name}.bin" for name in names])
     for source, records in contents.items():

@@ -4,76 +4,31 @@ import codecs
 import json
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
+from jaxtyping import Int32
 
-from gen_jax.data.text import check_tokens, digest
+from gen_jax.config import frozen
+from gen_jax.data.extras import require
+from gen_jax.data.tokenizer_base import EOS_NAMES, Ids, StoredTokenizer, TextStream, Tokenizer
+from gen_jax.data.words import Words
 
-END_NAMES = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>")
-
-
-class TextStream(Protocol):
-    """Decodes token by token: what `push` and `flush` return, joined, is `decode` of the tokens."""
-
-    def push(self, id: int) -> str:
-        """Takes a token and returns the characters that it completes, which may be none.
-
-        Raises:
-            ValueError: the token is outside the vocabulary.
-        """
-
-    def flush(self) -> str:
-        """Ends the text and returns what was held back."""
-
-
-class Tokenizer(Protocol):
-    """Text to tokens and back."""
-
-    @property
-    def vocabulary(self) -> int:
-        """Tokens lie in [0, vocabulary)."""
-
-    @property
-    def eos(self) -> int | None:
-        """The token that ends a text, where there is one."""
-
-    def encode(self, text: str) -> np.ndarray:
-        """Tokens int32 [n] of a text, and no others: nothing is put before, between or after.
-
-        Raises:
-            ValueError: the text holds what the tokenizer cannot express.
-        """
-
-    def decode(self, ids: np.ndarray) -> str:
-        """The text of tokens, integer [n]; bytes that are no UTF-8 become U+FFFD.
-
-        Raises:
-            ValueError: another shape or dtype, or a token outside the vocabulary.
-        """
-
-    def stream(self) -> TextStream:
-        """A decoder of one text, token by token."""
-
-    def describe(self) -> dict[str, Any]:
-        """For JSON: kind, vocabulary, digest (SHA-256 of what `save` writes), and characters."""
-
-    def save(self, path: str | os.PathLike) -> None:
-        """Writes one JSON file, which `load` reads; a reader sees the old one or the new one."""
+__all__ = ["Bytes", "Chars", "Pretrained", "TextStream", "Tokenizer", "Words", "load", "make"]
 
 
 def make(choice: str, text: str) -> Tokenizer:
     """The tokenizer that a configuration names.
 
     Args:
-        choice: "bytes", "chars", or the path of a tokenizer.json.
-        text: whose characters "chars" takes.
+      choice: "bytes", "chars", or the path of a tokenizer.json.
+      text: whose characters "chars" takes.
 
     Raises:
-        ValueError, FileNotFoundError: as `Chars` and `load`.
+      ValueError, FileNotFoundError: as `Chars` and `load`.
     """
     if choice == "bytes":
         return Bytes()
@@ -86,8 +41,8 @@ def load(path: str | os.PathLike) -> Tokenizer:
     """Reads a tokenizer.json, of `save` or of the package `tokenizers`.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is damaged or no tokenizer, or the package `tokenizers` is needed.
+      FileNotFoundError: there is no such file.
+      ValueError: the file is damaged or no tokenizer, or the package `tokenizers` is needed.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(
@@ -107,8 +62,6 @@ def load(path: str | os.PathLike) -> Tokenizer:
             except ValueError as error:
                 raise ValueError(f"{path} is damaged: {error}") from None
         case {"kind": "words", "words": list(words)}:
-            from gen_jax.data.words import Words
-
             try:
                 return Words(tuple(words))
             except ValueError as error:
@@ -120,53 +73,18 @@ def load(path: str | os.PathLike) -> Tokenizer:
     )
 
 
-class _Stored:
-    """What all kinds share; `_content()` is the file that `save` writes."""
-
-    kind: str
-
-    @property
-    def eos(self) -> int | None:
-        return None
-
-    def describe(self) -> dict[str, Any]:
-        return {
-            "kind": self.kind,
-            "vocabulary": self.vocabulary,
-            "digest": digest(self._content()),
-        }
-
-    def save(self, path: str | os.PathLike) -> None:
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            temporary.write_bytes(self._content().encode())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-    def _checked(self, ids: np.ndarray) -> np.ndarray:
-        ids = np.asarray(ids)
-        if ids.size == 0:
-            ids = ids.astype(np.int32)
-        if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
-            raise ValueError(f"tokens must be integers [n], not {ids.dtype} {list(ids.shape)}")
-        check_tokens(ids, self.vocabulary)
-        return ids
-
-
-@dataclass(frozen=True)
-class Bytes(_Stored):
+@frozen
+class Bytes(StoredTokenizer):
     """The 256 bytes of UTF-8."""
 
     kind = "bytes"
     vocabulary = 256
 
-    def encode(self, text: str) -> np.ndarray:
+    def encode(self, text: str) -> Int32[np.ndarray, " L"]:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
 
-    def decode(self, ids: np.ndarray) -> str:
-        return self._checked(ids).astype(np.uint8).tobytes().decode(errors="replace")
+    def decode(self, ids: Ids) -> str:
+        return self.checked(ids).astype(np.uint8).tobytes().decode(errors="replace")
 
     def stream(self) -> TextStream:
         return _ByteStream(self)
@@ -175,22 +93,22 @@ class Bytes(_Stored):
         return json.dumps({"kind": self.kind}) + "\n"
 
 
-@dataclass(frozen=True)
-class Chars(_Stored):
+@frozen
+class Chars(StoredTokenizer):
     """The characters of a text.
 
-    Args:
-        characters: at least one, sorted by code point, each once.
+    Attributes:
+      characters: at least one, sorted by code point, each once.
 
     Raises:
-        ValueError: the characters are none, or not sorted, or repeated.
+      ValueError: the characters are none, or not sorted, or repeated.
     """
 
     characters: str
 
     kind = "chars"
 
-    def __post_init__(self) -> None:
+    def __post_init__(self):
         if not self.characters:
             raise ValueError("a text without characters gives no vocabulary; give a longer text")
         if "".join(sorted(set(self.characters))) != self.characters:
@@ -200,7 +118,7 @@ class Chars(_Stored):
     def vocabulary(self) -> int:
         return len(self.characters)
 
-    def encode(self, text: str) -> np.ndarray:
+    def encode(self, text: str) -> Int32[np.ndarray, " L"]:
         points = _code_points(text)
         ids = np.searchsorted(self._points, points)
         known = self._points[np.minimum(ids, self.vocabulary - 1)] == points
@@ -213,8 +131,8 @@ class Chars(_Stored):
             )
         return ids.astype(np.int32)
 
-    def decode(self, ids: np.ndarray) -> str:
-        return self._points[self._checked(ids)].tobytes().decode("utf-32-le")
+    def decode(self, ids: Ids) -> str:
+        return self._points[self.checked(ids)].tobytes().decode("utf-32-le")
 
     def stream(self) -> TextStream:
         return _CharStream(self)
@@ -230,19 +148,19 @@ class Chars(_Stored):
         return json.dumps({"kind": self.kind, "characters": self.characters}) + "\n"
 
 
-@dataclass(frozen=True)
-class Pretrained(_Stored):
+@frozen
+class Pretrained(StoredTokenizer):
     """A tokenizer of the package `tokenizers` (Hugging Face), read without network.
 
     Special tokens are text like any other: `encode` recognises but never adds them, and `decode`
     shows them. Truncation and padding that the file asks for are left out.
 
-    Args:
-        content: the text of a tokenizer.json.
-        source: its name, for errors.
+    Attributes:
+      content: the text of a tokenizer.json.
+      source: its name, for errors.
 
     Raises:
-        ValueError: the content is no tokenizer, or the package is not installed.
+      ValueError: the content is no tokenizer, or the package is not installed.
     """
 
     content: str = field(repr=False)
@@ -250,19 +168,14 @@ class Pretrained(_Stored):
 
     kind = "pretrained"
 
-    def __post_init__(self) -> None:
+    def __post_init__(self):
         _ = self._tokenizer
 
     @cached_property
     def _tokenizer(self) -> Any:
+        tokenizers = require("tokenizers", "text", f"{self.source} needs")
         try:
-            from tokenizers import Tokenizer as Model
-        except ImportError:
-            raise ValueError(
-                f"{self.source} needs the package tokenizers: install gen_jax[text]"
-            ) from None
-        try:
-            model = Model.from_str(self.content)
+            model = tokenizers.Tokenizer.from_str(self.content)
         except Exception as error:  # the package raises nothing narrower
             reason = " ".join(str(error).split())
             raise ValueError(f"{self.source} is no tokenizer of `tokenizers` ({reason})") from None
@@ -278,15 +191,15 @@ class Pretrained(_Stored):
 
     @cached_property
     def eos(self) -> int | None:
-        known = (self._tokenizer.token_to_id(name) for name in END_NAMES)
+        known = (self._tokenizer.token_to_id(name) for name in EOS_NAMES)
         return next((id for id in known if id is not None), None)
 
-    def encode(self, text: str) -> np.ndarray:
+    def encode(self, text: str) -> Int32[np.ndarray, " L"]:
         text.encode()  # a lone surrogate is a ValueError here, and a TypeError of the package
         return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
-    def decode(self, ids: np.ndarray) -> str:
-        return self._tokenizer.decode(self._checked(ids).tolist(), skip_special_tokens=False)
+    def decode(self, ids: Ids) -> str:
+        return self._tokenizer.decode(self.checked(ids).tolist(), skip_special_tokens=False)
 
     def stream(self) -> TextStream:
         return _PretrainedStream(self)
@@ -300,8 +213,8 @@ class _ByteStream:
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def push(self, id: int) -> str:
-        return self._decoder.decode(bytes(self._tokenizer._checked([id]).tolist()))
+    def push(self, id: int | np.integer) -> str:
+        return self._decoder.decode(bytes(self._tokenizer.checked([id]).tolist()))
 
     def flush(self) -> str:
         return self._decoder.decode(b"", final=True)
@@ -311,7 +224,7 @@ class _CharStream:
     def __init__(self, tokenizer: Chars) -> None:
         self._tokenizer = tokenizer
 
-    def push(self, id: int) -> str:
+    def push(self, id: int | np.integer) -> str:
         return self._tokenizer.decode([id])
 
     def flush(self) -> str:
@@ -330,8 +243,8 @@ class _PretrainedStream:
         self._ids: list[int] = []
         self._given = 0
 
-    def push(self, id: int) -> str:
-        self._tokenizer._checked([id])
+    def push(self, id: int | np.integer) -> str:
+        self._tokenizer.checked([id])
         self._ids.append(int(id))
         name = self._tokenizer._tokenizer.id_to_token(int(id)) or ""
         if re.fullmatch("<0x[0-9A-F]{2}>", name):

@@ -6,13 +6,29 @@ import zlib
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
+from jaxtyping import Int32, Int64, Integer
 
+from gen_jax import data
+from gen_jax.data.bpe import train_bpe
 from gen_jax.data.config import TranslationConfig, TranslationSplit
 from gen_jax.data.streams import shard_of_step
-from gen_jax.data.tokenizers import Tokenizer
+from gen_jax.data.synonyms import Synonyms
+from gen_jax.data.tokenizers import Tokenizer, Words
+
+__all__ = [
+    "BUCKET_SHARES",
+    "PAD",
+    "SYNONYM_PAIRS",
+    "Pairs",
+    "default_buckets",
+    "load_pairs",
+    "make_tokenizer",
+    "parse_template",
+    "texts_of",
+]
 
 PAD = 0
 BUCKET_SHARES = (0.3, 0.45, 0.65, 1.0)
@@ -24,30 +40,26 @@ def load_pairs(config: TranslationConfig, split: TranslationSplit) -> tuple[list
     """Reads one split of the pairs that the configuration names, as text.
 
     Args:
-        config: the choice of pairs; `pairs` and `targets` are for the train split only.
-        split: "train", "validation" or "test".
+      config: the choice of pairs; `pairs` and `targets` are for the train split only.
+      split: "train", "validation" or "test".
 
     Returns:
-        sources and targets, as many and at least one, without the whitespace around a sentence.
+      Sources and targets, as many and at least one, without the whitespace around a sentence.
 
     Raises:
-        FileNotFoundError: there are no files where the configuration points.
-        ValueError: the split is unknown or empty, a file is not UTF-8 text, or the two sides, or
-            `targets`, differ in the number of lines.
+      FileNotFoundError: there are no files where the configuration points.
+      ValueError: the split is unknown or empty, a file is not UTF-8 text, or the two sides, or
+        `targets`, differ in the number of lines.
     """
     if split not in get_args(TranslationSplit):
         raise ValueError(f"split is {split!r}; choose train, validation or test")
     limit = config.pairs if split == "train" else 0
     if config.name == "synonyms":
-        from gen_jax.data.synonyms import Synonyms
-
         sources, targets = Synonyms.of(config).pairs(split, limit or SYNONYM_PAIRS[split])
     elif config.name == "files":
         sources, targets = _read_files(config, split)
     else:
-        from gen_jax.data import tfds_source
-
-        sources, targets = tfds_source.read_pairs(
+        sources, targets = data.tfds_source.read_pairs(
             config.tfds_name, split, config.dir, config.source, config.target, limit
         )
     sources = [text.strip() for text in sources[: limit or None]]
@@ -65,27 +77,22 @@ def load_pairs(config: TranslationConfig, split: TranslationSplit) -> tuple[list
 
 
 def make_tokenizer(config: TranslationConfig) -> Tokenizer:
-    """The vocabulary that both sides share, with token 0 for padding and an END.
+    """The vocabulary that both sides share, with token 0 for padding and an EOS.
 
     Byte pairs are learned from the training pairs, without regard to `targets`, so that a
     distilled set has the tokens of the set that it comes from.
 
     Raises:
-        ValueError, FileNotFoundError: as `load_pairs` and `train_bpe`.
+      ValueError, FileNotFoundError: as `load_pairs` and `train_bpe`.
     """
     if config.name == "synonyms":
-        from gen_jax.data.synonyms import Synonyms
-        from gen_jax.data.words import Words
-
         return Words(Synonyms.of(config).tokens)
-    from gen_jax.data.bpe import train_bpe
-
     sources, targets = load_pairs(replace(config, targets=""), "train")
     return train_bpe(sources + targets, config.vocabulary)
 
 
 def default_buckets(max_length: int) -> tuple[int, ...]:
-    """Columns of the batches for sides of at most `max_length` tokens: (12, 18, 26, 40) for 40."""
+    """Lengths of batches, for sides of at most `max_length` tokens: (12, 18, 26, 40) for 40."""
     return tuple(sorted({max(round(max_length * share), 1) for share in BUCKET_SHARES}))
 
 
@@ -93,39 +100,39 @@ def default_buckets(max_length: int) -> tuple[int, ...]:
 class Pairs:
     """Pairs of token sequences, of which batches of few shapes are drawn.
 
-    Both sides end with their END token, which their lengths include; the columns beyond a length
+    Both sides end with the EOS token, which their lengths include; the positions from a length on
     hold token 0. A pair belongs to the smallest bucket that holds both of its sides.
 
-    Args:
-        source: int32 [N, S], N >= 1.
-        source_length: int32 [N], each in [1, S].
-        target: int32 [N, T].
-        length: int32 [N], each in [1, T]: the target's.
-        buckets: rising numbers of columns, the last of which holds every pair.
-        left_out: how many pairs were too long and are not here.
-        truncated: how many of those here were too long and lost the end of a side.
+    Attributes:
+      source: tokens of at least one pair.
+      source_length: each in [1, M].
+      target: as many rows.
+      length: of the target, each in [1, L].
+      buckets: rising lengths, the last of which holds every pair.
+      left_out: how many pairs were too long and are not here.
+      truncated: how many of those here were too long and lost the end of a side.
 
     Raises:
-        ValueError: another dtype or shape, a length out of range, or buckets that do not rise or
-            do not hold every pair.
+      ValueError: another dtype or shape, a length out of range, or buckets that do not rise or
+        do not hold every pair.
     """
 
-    source: np.ndarray
-    source_length: np.ndarray
-    target: np.ndarray
-    length: np.ndarray
+    source: Int32[np.ndarray, "pairs M"]
+    source_length: Int32[np.ndarray, " pairs"]
+    target: Int32[np.ndarray, "pairs L"]
+    length: Int32[np.ndarray, " pairs"]
     buckets: tuple[int, ...]
     left_out: int = 0
     truncated: int = 0
 
-    def __post_init__(self) -> None:
+    def __post_init__(self):
         for name, tokens, lengths in (
             ("source", self.source, self.source_length),
             ("target", self.target, self.length),
         ):
             if tokens.dtype != np.int32 or tokens.ndim != 2 or not len(self.source):
                 raise ValueError(
-                    f"{name} must be int32 [N, columns] with N >= 1, "
+                    f"{name} must be int32 [pairs, length] of at least one pair, "
                     f"not {tokens.dtype} {list(tokens.shape)}"
                 )
             if lengths.dtype != np.int32 or lengths.shape != (len(self.source),):
@@ -135,11 +142,11 @@ class Pairs:
                 )
             if (
                 len(tokens) != len(lengths)
-                or not 1 <= lengths.min() <= lengths.max() <= (tokens.shape[1])
+                or not 1 <= lengths.min() <= lengths.max() <= tokens.shape[1]
             ):
                 raise ValueError(f"lengths of {name} must lie in 1..{tokens.shape[1]}, one a pair")
         if not self.buckets or list(self.buckets) != sorted(set(self.buckets)):
-            raise ValueError(f"buckets are {self.buckets}; give rising numbers of columns")
+            raise ValueError(f"buckets are {self.buckets}; give rising lengths")
         if self.longest > self.buckets[-1]:
             raise ValueError(
                 f"a side has {self.longest} tokens, more than the last bucket of {self.buckets}"
@@ -159,20 +166,20 @@ class Pairs:
         """The pairs as tokens.
 
         Args:
-            tokenizer: one with an END.
-            sources: texts.
-            targets: texts, as many.
-            max_length: the most tokens of a side with its END, from 2 up.
-            long: what becomes of a pair with a longer side: "leave out" for training, or
-                "truncate" for a test set, whose pairs all stay.
-            buckets: rising numbers of columns; empty for `default_buckets(max_length)`.
+          tokenizer: one with an EOS.
+          sources: texts.
+          targets: texts, as many.
+          max_length: the most tokens of a side with its EOS, from 2 up.
+          long: what becomes of a pair with a longer side: "leave out" for training, or
+            "truncate" for a test set, whose pairs all stay.
+          buckets: rising lengths; empty for `default_buckets(max_length)`.
 
         Raises:
-            ValueError: the tokenizer has no END or cannot express a text, a text spells a special
-                token, the sides differ in number, or no pair is left.
+          ValueError: the tokenizer has no EOS or cannot express a text, a text spells a special
+            token, the sides differ in number, or no pair is left.
         """
         if tokenizer.eos in (None, PAD):
-            raise ValueError("translation needs a tokenizer with an END token other than token 0")
+            raise ValueError("translation needs a tokenizer with an EOS token other than token 0")
         if max_length < 2 or len(sources) != len(targets) or long not in ("leave out", "truncate"):
             raise ValueError(
                 f"give a max_length of at least 2, not {max_length}; as many targets as sources, "
@@ -206,8 +213,8 @@ class Pairs:
         return int(max(self.source_length.max(), self.length.max()))
 
     @cached_property
-    def bucket_sizes(self) -> np.ndarray:
-        """int64 [number of buckets]: the pairs of each."""
+    def bucket_sizes(self) -> Int64[np.ndarray, " buckets"]:
+        """How many pairs belong to each bucket."""
         return np.bincount(self._bucket, minlength=len(self.buckets))
 
     def batch(
@@ -220,37 +227,39 @@ class Pairs:
         and all shards of a step have the same shape.
 
         Args:
-            seed: in [0, 2**64).
-            step: from 0 up.
-            size: pairs per global batch, over all shards.
-            shard: (index, count); the shards in order, concatenated, are the whole batch.
+          seed: in [0, 2**64).
+          step: from 0 up.
+          size: pairs per global batch, over all shards.
+          shard: (index, count); the shards in order, concatenated, are the whole batch.
 
         Returns:
-            "source" and "target": int32 [size / count, C] with C one of `buckets`; "source_length"
-            and "length": int32 [size / count].
+          "source" and "target": int32 [B, L] with B = size / count and L one of `buckets`;
+          "source_length" and "length": int32 [B].
 
         Raises:
-            ValueError: an argument is out of range, or count does not divide size.
+          ValueError: an argument is out of range, or count does not divide size.
         """
         generator, mine = shard_of_step(seed, step, size, shard)
         bucket = self._bucket[generator.integers(0, len(self))]
         first = self.bucket_sizes[:bucket].sum()
         draws = generator.integers(first, first + self.bucket_sizes[bucket], size)[mine]
-        return self._columns(self._by_bucket[draws], self.buckets[bucket])
+        return self._rows(self._by_bucket[draws], self.buckets[bucket])
 
-    def all(self, columns: int = 0) -> dict[str, np.ndarray]:
+    def all(self, max_length: int = 0) -> dict[str, np.ndarray]:
         """All pairs in their order, in one shape, as `batch` returns them.
 
         Args:
-            columns: C, at least `longest`; 0 for the last bucket.
+          max_length: L, at least `longest`; 0 for the last bucket.
 
         Raises:
-            ValueError: a side does not fit the columns.
+          ValueError: a side is longer.
         """
-        columns = columns or self.buckets[-1]
-        if columns < self.longest:
-            raise ValueError(f"{columns} columns are too few for a side of {self.longest} tokens")
-        return self._columns(np.arange(len(self)), columns)
+        max_length = max_length or self.buckets[-1]
+        if max_length < self.longest:
+            raise ValueError(
+                f"max_length is {max_length}, too short for a side of {self.longest} tokens"
+            )
+        return self._rows(np.arange(len(self)), max_length)
 
     @cached_property
     def _bucket(self) -> np.ndarray:
@@ -260,28 +269,30 @@ class Pairs:
     def _by_bucket(self) -> np.ndarray:
         return np.argsort(self._bucket, kind="stable")
 
-    def _columns(self, rows: np.ndarray, columns: int) -> dict[str, np.ndarray]:
+    def _rows(self, rows: np.ndarray, length: int) -> dict[str, np.ndarray]:
         return {
-            "source": _resized(self.source[rows], columns),
+            "source": _resized(self.source[rows], length),
             "source_length": self.source_length[rows],
-            "target": _resized(self.target[rows], columns),
+            "target": _resized(self.target[rows], length),
             "length": self.length[rows],
         }
 
 
-def texts_of(tokenizer: Tokenizer, tokens: np.ndarray, lengths: np.ndarray) -> list[str]:
-    """Sequences of tokens as texts: what stands before the first END, without padding.
+def texts_of(
+    tokenizer: Tokenizer, tokens: Integer[Any, "B L"], lengths: Integer[Any, " B"]
+) -> list[str]:
+    """Sequences of tokens as texts: what stands before the first EOS, without padding.
 
     Args:
-        tokenizer: one with an END.
-        tokens: integer [B, T].
-        lengths: integer [B]; tokens from there on are not read.
+      tokenizer: one with an EOS.
+      tokens: of B sequences.
+      lengths: tokens from there on are not read.
 
     Returns:
-        B texts, without the whitespace around them.
+      B texts, without the whitespace around them.
 
     Raises:
-        ValueError: a token outside the vocabulary.
+      ValueError: a token outside the vocabulary.
     """
     texts = []
     for row, length in zip(np.asarray(tokens), np.asarray(lengths), strict=True):
@@ -295,16 +306,16 @@ def parse_template(tokenizer: Tokenizer, text: str) -> tuple[list[int | None], b
     """A sequence of which only some tokens are given.
 
     Args:
-        tokenizer: one with an END.
-        text: what is given, with "_" for each hidden token (the space before it is part of it),
-            and "..." at the end where what follows is open.
+      tokenizer: one with an EOS.
+      text: what is given, with "_" for each hidden token (the space before it is part of it),
+        and "..." at the end where what follows is open.
 
     Returns:
-        one id for each token, None for the hidden ones; and whether the end is open: else END is
-        the last id.
+      One id for each token, None for the hidden ones; and whether the end is open: where it is
+      not, EOS is the last id.
 
     Raises:
-        ValueError: as `Pairs.encode`.
+      ValueError: as `Pairs.encode`.
     """
     text, is_open = text.strip().removesuffix("..."), text.strip().endswith("...")
     ids: list[int | None] = []
@@ -317,24 +328,24 @@ def parse_template(tokenizer: Tokenizer, text: str) -> tuple[list[int | None], b
 def _tokens(tokenizer: Tokenizer, text: str) -> np.ndarray:
     ids = tokenizer.encode(text)
     if np.isin(ids, (PAD, tokenizer.eos)).any():
-        raise ValueError(f"{text!r} spells the padding or the END token; take it out of the pairs")
+        raise ValueError(f"{text!r} spells the padding or the EOS token; take it out of the pairs")
     return ids
 
 
 def _padded(
-    sequences: list[np.ndarray], max_length: int, end: int
+    sequences: list[np.ndarray], max_length: int, eos: int
 ) -> tuple[np.ndarray, np.ndarray]:
     lengths = np.array([min(len(ids) + 1, max_length) for ids in sequences], np.int32)
     padded = np.full((len(sequences), lengths.max()), PAD, np.int32)
     for row, ids, length in zip(padded, sequences, lengths, strict=True):
         row[: length - 1] = ids[: length - 1]
-        row[length - 1] = end
+        row[length - 1] = eos
     return padded, lengths
 
 
-def _resized(tokens: np.ndarray, columns: int) -> np.ndarray:
-    result = np.full((len(tokens), columns), PAD, np.int32)
-    shared = min(columns, tokens.shape[1])
+def _resized(tokens: np.ndarray, length: int) -> np.ndarray:
+    result = np.full((len(tokens), length), PAD, np.int32)
+    shared = min(length, tokens.shape[1])
     result[:, :shared] = tokens[:, :shared]
     return result
 

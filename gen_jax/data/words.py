@@ -1,35 +1,39 @@
 """A tokenizer of whole words, for texts of a small vocabulary that is known beforehand."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import cached_property
 
 import numpy as np
+from jaxtyping import Int32
 
-from gen_jax.data.tokenizers import END_NAMES, TextStream, _Stored
+from gen_jax.config import frozen
+from gen_jax.data.tokenizer_base import EOS_NAMES, Ids, StoredTokenizer, TextStream
+
+__all__ = ["Words"]
 
 
-@dataclass(frozen=True)
-class Words(_Stored):
+@frozen
+class Words(StoredTokenizer):
     """Words of a fixed list, between spaces.
 
     A text whose words lie one space apart comes back as it was.
 
-    Args:
-        words: at least one, each once, not empty and without whitespace; token i is word i, and
-            the END token is the word that is named like one ("</s>"), where there is one.
+    Attributes:
+      words: at least one, each once, not empty and without whitespace; token i is word i, and
+        the EOS token is the word that is named like one ("</s>"), where there is one.
 
     Raises:
-        ValueError: the words are none, or one of them is repeated or no word.
+      ValueError: the words are none, or one of them is repeated or no word.
     """
 
     words: tuple[str, ...] = field(repr=False)
 
     kind = "words"
 
-    def __post_init__(self) -> None:
+    def __post_init__(self):
         for word in self.words:
-            if not isinstance(word, str) or word.split() != [word]:
+            if word.split() != [word]:
                 raise ValueError(f"{word!r} is no word of a vocabulary: give text without spaces")
         if not self.words or len(set(self.words)) != len(self.words):
             raise ValueError("the words of a vocabulary must be at least one, and each there once")
@@ -40,9 +44,9 @@ class Words(_Stored):
 
     @property
     def eos(self) -> int | None:
-        return next((self._ids[name] for name in END_NAMES if name in self._ids), None)
+        return next((self._ids[name] for name in EOS_NAMES if name in self._ids), None)
 
-    def encode(self, text: str) -> np.ndarray:
+    def encode(self, text: str) -> Int32[np.ndarray, " L"]:
         words = text.split()
         unknown = sorted({word for word in words if word not in self._ids})
         if unknown:
@@ -52,8 +56,8 @@ class Words(_Stored):
             )
         return np.array([self._ids[word] for word in words], np.int32)
 
-    def decode(self, ids: np.ndarray) -> str:
-        return " ".join(self.words[id] for id in self._checked(ids).tolist())
+    def decode(self, ids: Ids) -> str:
+        return " ".join(self.words[id] for id in self.checked(ids).tolist())
 
     def stream(self) -> TextStream:
         return _WordStream(self)
@@ -71,7 +75,7 @@ class _WordStream:
         self._tokenizer = tokenizer
         self._gap = ""
 
-    def push(self, id: int) -> str:
+    def push(self, id: int | np.integer) -> str:
         text = self._gap + self._tokenizer.decode([id])
         self._gap = " "
         return text

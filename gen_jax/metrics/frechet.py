@@ -7,23 +7,33 @@ compare with each other and with no published ones.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+from jaxtyping import Float64, Shaped
+
+__all__ = [
+    "frechet_distance",
+    "frechet_over_features",
+    "gaussian_statistics",
+    "kernel_distance",
+    "kernel_over_features",
+    "pooled_pixels",
+]
 
 _ROWS = 1024
 
 
-def gaussian_statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def gaussian_statistics(
+    features: Shaped[Any, "samples features"],
+) -> tuple[Float64[np.ndarray, " features"], Float64[np.ndarray, "features features"]]:
     """Mean and unbiased covariance of features.
 
     Args:
-        features: [N, D], N >= 2.
-
-    Returns:
-        mean float64 [D], covariance float64 [D, D].
+      features: of at least two samples.
 
     Raises:
-        ValueError: another shape, or a value that is not finite.
+      ValueError: another shape, or a value that is not finite.
     """
     features = _checked(features, "features")
     mean = features.mean(axis=0)
@@ -32,7 +42,10 @@ def gaussian_statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def frechet_distance(
-    mean1: np.ndarray, covariance1: np.ndarray, mean2: np.ndarray, covariance2: np.ndarray
+    mean1: Shaped[Any, " features"],
+    covariance1: Shaped[Any, "features features"],
+    mean2: Shaped[Any, " features"],
+    covariance2: Shaped[Any, "features features"],
 ) -> float:
     """Squared Frechet distance of two Gaussians.
 
@@ -41,21 +54,25 @@ def frechet_distance(
     rank lose no accuracy.
 
     Args:
-        mean1, mean2: [D].
-        covariance1, covariance2: [D, D], symmetric and positive semi-definite.
+      mean1: of the first.
+      covariance1: of the first, symmetric and positive semi-definite.
+      mean2: of the second.
+      covariance2: of the second.
 
     Returns:
-        The distance, at least 0.
+      The distance, at least 0.
 
     Raises:
-        ValueError: shapes disagree, or a covariance is not symmetric positive semi-definite.
+      ValueError: shapes disagree, or a covariance is not symmetric positive semi-definite.
     """
     mean1, mean2 = np.asarray(mean1, np.float64), np.asarray(mean2, np.float64)
     covariance1 = np.asarray(covariance1, np.float64)
     covariance2 = np.asarray(covariance2, np.float64)
     square = (*mean1.shape, *mean1.shape)
     if mean1.ndim != 1 or mean2.shape != mean1.shape:
-        raise ValueError(f"means have shapes {mean1.shape} and {mean2.shape}; both must be [D]")
+        raise ValueError(
+            f"means have shapes {mean1.shape} and {mean2.shape}; both must be [features]"
+        )
     if covariance1.shape != square or covariance2.shape != square:
         raise ValueError(
             f"covariances have shapes {covariance1.shape} and {covariance2.shape}; "
@@ -69,31 +86,31 @@ def frechet_distance(
 
 
 def kernel_distance(
-    x: np.ndarray,
-    y: np.ndarray,
+    x: Shaped[Any, "samples features"],
+    y: Shaped[Any, "others features"],
     *,
     degree: int = 3,
     subsets: int | None = None,
     subset_size: int | None = None,
     seed: int | None = None,
 ) -> float:
-    """Unbiased squared maximum mean discrepancy, k(a, b) = (a.b / D + 1)^degree.
+    """Unbiased squared maximum mean discrepancy, k(a, b) = (a.b / features + 1)^degree.
 
     Args:
-        x: features [N, D], N >= 2.
-        y: features [M, D], M >= 2.
-        degree: of the polynomial, from 1 up.
-        subsets: average over this many random subsets instead of using all pairs.
-        subset_size: features in each subset of x and of y, drawn without replacement, from 2 to
-            min(N, M).
-        seed: of the draw of the subsets.
+      x: features of at least two samples.
+      y: features of at least two others.
+      degree: of the polynomial, from 1 up.
+      subsets: average over this many random subsets instead of using all pairs.
+      subset_size: samples in each subset of x and of y, drawn without replacement; from 2 to the
+        smaller number of samples.
+      seed: of the draw of the subsets.
 
     Returns:
-        The estimate, which may be negative; its mean is 0 for features of one distribution.
+      The estimate, which may be negative; its mean is 0 for features of one distribution.
 
     Raises:
-        ValueError: shapes disagree, a value is not finite, or subsets, subset_size and seed are
-            out of range or not given together.
+      ValueError: shapes disagree, a value is not finite, or subsets, subset_size and seed are
+        out of range or not given together.
     """
     x, y = _checked(x, "x"), _checked(y, "y")
     if x.shape[1] != y.shape[1]:
@@ -121,20 +138,21 @@ def kernel_distance(
 
 def frechet_over_features(
     features_fn: Callable[[np.ndarray], np.ndarray],
-    images_a: np.ndarray,
-    images_b: np.ndarray,
+    images_a: Shaped[Any, "samples ..."],
+    images_b: Shaped[Any, "others ..."],
     batch_size: int,
 ) -> float:
     """Squared Frechet distance of two sets of images under any feature function.
 
     Args:
-        features_fn: images [b, ...] with b <= batch_size -> features [b, D].
-        images_a, images_b: [N, ...] and [M, ...], at least two of each.
-        batch_size: images per call; the last call of a set may see fewer.
+      features_fn: from images [B, ...], with B <= batch_size, to features [B, features].
+      images_a: at least two images.
+      images_b: at least two images.
+      batch_size: images per call; the last call of a set may see fewer.
 
     Raises:
-        ValueError: batch_size is below 1, a set has fewer than two images, or features are no
-            finite matrix with a row per image.
+      ValueError: batch_size is below 1, a set has fewer than two images, or features are no
+        finite matrix with a row per image.
     """
     a, b = _features_of_both(features_fn, images_a, images_b, batch_size)
     return frechet_distance(*gaussian_statistics(a), *gaussian_statistics(b))
@@ -142,16 +160,19 @@ def frechet_over_features(
 
 def kernel_over_features(
     features_fn: Callable[[np.ndarray], np.ndarray],
-    images_a: np.ndarray,
-    images_b: np.ndarray,
+    images_a: Shaped[Any, "samples ..."],
+    images_b: Shaped[Any, "others ..."],
     batch_size: int,
     **options: int,
 ) -> float:
     """Kernel distance of two sets of images under any feature function.
 
     Args:
-        features_fn, images_a, images_b, batch_size: as in `frechet_over_features`, with its errors.
-        options: those of `kernel_distance`; without them it takes all pairs of images.
+      features_fn, images_a, images_b, batch_size: as in `frechet_over_features`.
+      options: those of `kernel_distance`; without them it takes all pairs of images.
+
+    Raises:
+      ValueError: as `frechet_over_features` and `kernel_distance`.
     """
     a, b = _features_of_both(features_fn, images_a, images_b, batch_size)
     return kernel_distance(a, b, **options)
@@ -174,7 +195,7 @@ def _features_of_both(features_fn, images_a, images_b, batch_size):
 
 
 def _root(covariance: np.ndarray) -> np.ndarray:
-    """R [D, r] with R R^T = covariance, r its numerical rank."""
+    """R [features, rank] with R R^T = covariance, at its numerical rank."""
     scale = np.abs(covariance).max(initial=0.0)
     if not np.isfinite(scale) or not np.allclose(covariance, covariance.T, 1e-6, 1e-8 * scale):
         raise ValueError("a covariance is not finite and symmetric")
@@ -210,20 +231,22 @@ def _kernel_sum(x: np.ndarray, y: np.ndarray, degree: int, *, diagonal: bool) ->
 def _checked(features: np.ndarray, name: str) -> np.ndarray:
     features = np.asarray(features, np.float64)
     if features.ndim != 2 or len(features) < 2 or features.shape[1] < 1:
-        raise ValueError(f"{name} have shape {features.shape}; expected [N, D] with N >= 2, D >= 1")
+        raise ValueError(f"{name} have shape {features.shape}; expected at least two samples")
     if not np.isfinite(features).all():
         raise ValueError(f"{name} hold values that are not finite")
     return features
 
 
-def pooled_pixels(images: np.ndarray) -> np.ndarray:
+def pooled_pixels(
+    images: Shaped[Any, "B height width C"],
+) -> Float64[np.ndarray, "B features"]:
     """Means over blocks of 4 x 4 pixels: features that need no weights, and are no FID.
 
     Args:
-        images: float [B, H, W, C], H and W at least 4; what is left over of a block is cut off.
+      images: of at least 4 x 4 pixels; what is left over of a block is cut off.
 
     Returns:
-        float64 [B, (H // 4) * (W // 4) * C].
+      The (height // 4) x (width // 4) x C means of each image.
     """
     count, height, width, channels = images.shape
     rows, columns = height // 4, width // 4

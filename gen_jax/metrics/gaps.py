@@ -1,4 +1,4 @@
-"""What a strategy loses when its network is perfect: exact laws and divergences.
+"""What a strategy loses when its network is perfect: exact laws and their KL divergences.
 
 A strategy draws groups of positions one after the other, the positions of a group in parallel,
 each from its exact conditional distribution given the earlier groups. Its law is q; the loss is
@@ -11,8 +11,29 @@ from itertools import combinations
 from math import comb, prod
 
 import numpy as np
+from jaxtyping import Float, Float64
 
 from gen_jax.data.exact import Enumerated
+
+__all__ = [
+    "Groups",
+    "any_order_bound",
+    "checkerboard_groups",
+    "code_groups",
+    "coverage",
+    "dyadic_groups",
+    "eos_hazards",
+    "half_groups",
+    "kl",
+    "kl_of_groups",
+    "law_of_groups",
+    "law_of_rounds",
+    "lengths_of_hazards",
+    "lengths_of_law",
+    "random_order_gap",
+    "total_variation",
+    "valid_mass",
+]
 
 Groups = tuple[tuple[int, ...], ...]
 
@@ -23,11 +44,11 @@ def kl_of_groups(dist: Enumerated, groups: Groups) -> float:
     sum over s of TC(group s | earlier groups): Huang et al. (2022, arXiv 2206.05975).
 
     Args:
-        dist: p.
-        groups: a partition of the positions 0..L-1, in the order in which they are drawn.
+      dist: p.
+      groups: a partition of the positions 0..L-1, in the order in which they are drawn.
 
     Raises:
-        ValueError: the groups are no partition.
+      ValueError: the groups are no partition.
     """
     _check_partition(groups, dist.length)
     earlier, total = (), 0.0
@@ -37,21 +58,21 @@ def kl_of_groups(dist: Enumerated, groups: Groups) -> float:
     return total
 
 
-def law_of_groups(dist: Enumerated, groups: Groups) -> np.ndarray:
+def law_of_groups(dist: Enumerated, groups: Groups) -> Float64[np.ndarray, "*V"]:
     """The law q of drawing ordered groups, each in parallel.
 
     After groups that cannot occur together, which a parallel draw may give, tokens are uniform,
     as in `Enumerated.conditionals`.
 
     Args:
-        dist: p, with at most 2**24 sequences over its vocabulary.
-        groups: a partition of the positions 0..L-1, in the order in which they are drawn.
+      dist: p, with at most 2**24 sequences over its vocabulary.
+      groups: a partition of the positions 0..L-1, in the order in which they are drawn.
 
     Returns:
-        float64 [V, ..., V], one axis per position, as `Enumerated.dense`.
+      One axis per position, as `Enumerated.dense`.
 
     Raises:
-        ValueError: the groups are no partition, or the sequences are too many.
+      ValueError: the groups are no partition, or the sequences are too many.
     """
     _check_partition(groups, dist.length)
     law, earlier = np.ones_like(dist.dense()), set()
@@ -62,19 +83,19 @@ def law_of_groups(dist: Enumerated, groups: Groups) -> np.ndarray:
     return law
 
 
-def law_of_rounds(dist: Enumerated, sizes: tuple[int, ...]) -> np.ndarray:
+def law_of_rounds(dist: Enumerated, sizes: tuple[int, ...]) -> Float64[np.ndarray, "*V"]:
     """The law of drawing groups of given sizes, the positions of each chosen at random.
 
     Args:
-        dist: p, with at most 2**24 sequences over its vocabulary.
-        sizes: positions per round, each from 1 up, with sum L.
+      dist: p, with at most 2**24 sequences over its vocabulary.
+      sizes: positions per round, each from 1 up, with sum L.
 
     Returns:
-        float64 [V, ..., V]: the mean of `law_of_groups` over all such groups. Its KL is below
-        `random_order_gap`, the mean of their KL, because the order is not seen in the sample.
+      The mean of `law_of_groups` over all such groups. Its KL divergence is at most
+      `random_order_gap`, the mean of theirs, because the order is not seen in the sample.
 
     Raises:
-        ValueError: the sizes are no composition of L.
+      ValueError: the sizes are no composition of L.
     """
     _check_sizes(sizes, dist.length)
     everything, known = frozenset(range(dist.length)), 0
@@ -92,7 +113,7 @@ def law_of_rounds(dist: Enumerated, sizes: tuple[int, ...]) -> np.ndarray:
     return laws[everything]
 
 
-def kl(p: np.ndarray, q: np.ndarray) -> float:
+def kl(p: Float[np.ndarray, "*V"], q: Float[np.ndarray, "*V"]) -> float:
     """KL(p || q) in nats of two tables of probabilities of one shape; inf where q misses p."""
     seen = p > 0
     if not (q[seen] > 0).all():
@@ -100,33 +121,33 @@ def kl(p: np.ndarray, q: np.ndarray) -> float:
     return float(p[seen] @ np.log(p[seen] / q[seen]))
 
 
-def total_variation(p: np.ndarray, q: np.ndarray) -> float:
+def total_variation(p: Float[np.ndarray, "*V"], q: Float[np.ndarray, "*V"]) -> float:
     """Half the sum of |p - q| over two tables of probabilities of one shape: in [0, 1]."""
     return float(0.5 * np.abs(p - q).sum())
 
 
-def valid_mass(dist: Enumerated, law: np.ndarray) -> float:
-    """The probability under a law, float64 [V, ..., V], of a sequence that can occur."""
+def valid_mass(dist: Enumerated, law: Float[np.ndarray, "*V"]) -> float:
+    """The probability under a law of a sequence that can occur."""
     return float(law[tuple(dist.support.T)].sum())
 
 
-def coverage(dist: Enumerated, law: np.ndarray) -> float:
-    """The part of p, by its probability, that a law float64 [V, ..., V] can give at all."""
+def coverage(dist: Enumerated, law: Float[np.ndarray, "*V"]) -> float:
+    """The part of p, by its probability, that a law can give at all."""
     return float(dist.prob[law[tuple(dist.support.T)] > 0].sum())
 
 
-def random_order_gap(profile: np.ndarray, sizes: tuple[int, ...]) -> float:
+def random_order_gap(profile: Float64[np.ndarray, " L_plus_1"], sizes: tuple[int, ...]) -> float:
     """The mean over random orders of KL(p || q), in nats, with given numbers of parallel draws.
 
     sum over rounds of g [f(m + 1) - f(m)] - [f(m + g) - f(m)], g the size of the round and m the
     number of positions known before it.
 
     Args:
-        profile: float64 [L + 1], in nats: f, the `Enumerated.entropy_profile`.
-        sizes: positions per round, each from 1 up, with sum L.
+      profile: f, the `Enumerated.entropy_profile`, in nats.
+      sizes: positions per round, each from 1 up, with sum L.
 
     Raises:
-        ValueError: the sizes are no composition of L.
+      ValueError: the sizes are no composition of L.
     """
     _check_sizes(sizes, len(profile) - 1)
     cost, known, total = _round_costs(profile), 0, 0.0
@@ -147,12 +168,12 @@ def any_order_bound(
     Ou et al., 2024, arXiv 2406.03736).
 
     Args:
-        dist: p, with at most 16 positions.
-        denoise: int32 [B, L], masked tokens being V, to float64 [B, L, V], the distribution of
-            each token; None for the exact conditionals.
+      dist: p, with at most 16 positions.
+      denoise: int32 [B, L], masked tokens being V, to float64 [B, L, V], the distribution of
+        each token; None for the exact conditionals.
 
     Raises:
-        ValueError: there are more than 16 positions.
+      ValueError: there are more than 16 positions.
     """
     length, mask_id = dist.length, dist.vocabulary
     if length > 16:
@@ -179,11 +200,11 @@ def dyadic_groups(length: int, *, ends_together: bool = False) -> Groups:
     Exact for a Markov chain, in m + 2 rounds for 2**m + 1 positions.
 
     Args:
-        length: 2**m + 1, from 2 up.
-        ends_together: whether the first and the last are drawn in parallel, which is not exact.
+      length: 2**m + 1, from 2 up.
+      ends_together: whether the first and the last are drawn in parallel, which is not exact.
 
     Raises:
-        ValueError: the length is another.
+      ValueError: the length is another.
     """
     gap = length - 1
     if gap < 1 or gap & (gap - 1):
@@ -199,11 +220,11 @@ def code_groups(length: int, every: int) -> Groups:
     """Every d-th position one after the other, as a code, then all others in parallel.
 
     Args:
-        length: L, from 1 up.
-        every: d, from 1 up; 1 is autoregression.
+      length: L, from 1 up.
+      every: d, from 1 up; 1 is autoregression.
 
     Raises:
-        ValueError: an argument is out of range.
+      ValueError: an argument is out of range.
     """
     _check_length(length)
     if every < 1:
@@ -216,7 +237,7 @@ def checkerboard_groups(length: int) -> Groups:
     """Every other position in parallel, then those between them.
 
     Raises:
-        ValueError: the length is below 2.
+      ValueError: the length is below 2.
     """
     _check_length(length, 2)
     return tuple(range(0, length, 2)), tuple(range(1, length, 2))
@@ -226,54 +247,56 @@ def half_groups(length: int) -> Groups:
     """The first half in parallel, with the middle where L is odd, then the others.
 
     Raises:
-        ValueError: the length is below 2.
+      ValueError: the length is below 2.
     """
     _check_length(length, 2)
     return tuple(range(-(-length // 2))), tuple(range(-(-length // 2), length))
 
 
-def lengths_of_law(law: np.ndarray, end: int) -> np.ndarray:
-    """The distribution of the number of tokens before the first END.
+def lengths_of_law(
+    law: Float64[np.ndarray, "*V"], eos: int
+) -> Float64[np.ndarray, " {law.ndim}+1"]:
+    """The distribution of the number of tokens before the first EOS.
 
     Args:
-        law: float64 [V, ..., V], one axis per position.
-        end: the token that ends a sequence; what follows it is cut off.
+      law: one axis per position.
+      eos: the token that ends a sequence; what follows it is cut off.
 
     Returns:
-        float64 [L + 1]; a sequence without END has length L.
+      The probability of each length 0..L; a sequence without EOS has length L.
     """
     result = np.zeros(law.ndim + 1)
     running = law
     for i in range(law.ndim):
-        result[i] = running[end].sum()
-        running = np.delete(running, end, axis=0).sum(axis=0)
+        result[i] = running[eos].sum()
+        running = np.delete(running, eos, axis=0).sum(axis=0)
     result[-1] = running
     return result
 
 
-def end_hazards(dist: Enumerated, end: int) -> np.ndarray:
-    """What each position learns of END where the loss after the first END is masked.
+def eos_hazards(dist: Enumerated, eos: int) -> Float64[np.ndarray, " {dist.length}"]:
+    """What each position learns of EOS where the loss after the first EOS is masked.
 
     Args:
-        dist: p.
-        end: the token that ends a sequence.
+      dist: p.
+      eos: the token that ends a sequence.
 
     Returns:
-        float64 [L]: the probability of END given none before; 1 where there always is one.
+      The probability of EOS given none before; 1 where there always is one.
     """
-    lengths = lengths_of_law(dist.dense(), end)
+    lengths = lengths_of_law(dist.dense(), eos)
     reached = lengths[::-1].cumsum()[::-1][:-1]
     return np.where(reached > 0, lengths[:-1] / np.where(reached > 0, reached, 1), 1)
 
 
-def lengths_of_hazards(hazards: np.ndarray) -> np.ndarray:
-    """The lengths of sequences whose positions, each on its own, hold END with given probability.
+def lengths_of_hazards(hazards: Float[np.ndarray, " L"]) -> Float[np.ndarray, " L+1"]:
+    """The lengths of sequences whose positions, each on its own, hold EOS with given probability.
 
     Args:
-        hazards: float64 [L], each in [0, 1].
+      hazards: that probability for each position, in [0, 1].
 
     Returns:
-        float64 [L + 1]: the distribution of the number of tokens before the first END.
+      The distribution of the number of tokens before the first EOS, 0..L.
     """
     reached = np.append(1, np.cumprod(1 - hazards))
     return reached * np.append(hazards, 1)

@@ -5,16 +5,19 @@ from math import prod
 from typing import Literal
 
 import numpy as np
+from jaxtyping import Float, Float64, Integer
 
 from gen_jax.data.exact import Enumerated
 from gen_jax.metrics.gaps import law_of_groups
+
+__all__ = ["Rule", "kernel_of_conditionals", "mode_agreement", "repair_curve", "repair_kernel"]
 
 Rule = Literal["random_one", "random_half", "confidence_one"]
 
 _MOST_STATES = 4096
 
 
-def repair_kernel(dist: Enumerated, rule: Rule) -> np.ndarray:
+def repair_kernel(dist: Enumerated, rule: Rule) -> Float64[np.ndarray, "states states"]:
     """One round of erasing positions and drawing them again in parallel, as a Markov kernel.
 
     "random_one" erases one position, each alike: Gibbs sampling, with p stationary. "random_half"
@@ -22,15 +25,15 @@ def repair_kernel(dist: Enumerated, rule: Rule) -> np.ndarray:
     the least probable given all others, the first of equals.
 
     Args:
-        dist: p, with V**L at most 4096.
-        rule: which positions are erased.
+      dist: p, with V**L at most 4096.
+      rule: which positions are erased.
 
     Returns:
-        float64 [M, M], M = V**L: row x is the distribution of the next sequence. Sequences are
-        in lexicographic order, that of `Enumerated.dense` flattened.
+      Of V**L states: row x is the distribution of the next sequence. Sequences are in
+      lexicographic order, that of `Enumerated.dense` flattened.
 
     Raises:
-        ValueError: the rule is unknown, or the sequences are too many.
+      ValueError: the rule is unknown, or the sequences are too many.
     """
     length, states = dist.length, dist.vocabulary**dist.length
     if states > _MOST_STATES:
@@ -46,20 +49,22 @@ def repair_kernel(dist: Enumerated, rule: Rule) -> np.ndarray:
     return sum(_erase(_together(dist, some), some) for some in erased) / len(erased)
 
 
-def kernel_of_conditionals(own: np.ndarray, vocabulary: int, rule: Rule) -> np.ndarray:
+def kernel_of_conditionals(
+    own: Float[np.ndarray, "L states"], vocabulary: int, rule: Rule
+) -> Float[np.ndarray, "states states"]:
     """One round of erasing one position and drawing it again from given conditionals.
 
     Args:
-        own: float64 [L, M], M = V**L: of each sequence, in lexicographic order, the probability of
-            its token at each position given all its others, by any model.
-        vocabulary: V.
-        rule: "random_one" or "confidence_one".
+      own: of each of V**L sequences, in lexicographic order, the probability of its token at each
+        position given all its others, by any model.
+      vocabulary: V.
+      rule: "random_one" or "confidence_one".
 
     Returns:
-        float64 [M, M], as `repair_kernel`.
+      A kernel, as `repair_kernel`.
 
     Raises:
-        ValueError: the rule is another.
+      ValueError: the rule is another.
     """
     if rule not in ("random_one", "confidence_one"):
         raise ValueError(f"rule is {rule!r}; choose random_one or confidence_one")
@@ -76,15 +81,15 @@ def repair_curve(dist: Enumerated, rule: Rule, rounds: tuple[int, ...]) -> list[
     """The laws after some rounds of erase-and-repair that begin at a one-shot draw.
 
     Args:
-        dist: p, with V**L at most 4096.
-        rule: as in `repair_kernel`.
-        rounds: numbers of rounds, from 0 up, each above the one before.
+      dist: p, with V**L at most 4096.
+      rule: as in `repair_kernel`.
+      rounds: numbers of rounds, from 0 up, each above the one before.
 
     Returns:
-        one law per entry of rounds: float64 [V, ..., V], one axis per position.
+      One law per entry of rounds: float64 [V, ..., V], one axis per position.
 
     Raises:
-        ValueError: the rule is unknown, the sequences are too many, or the rounds do not ascend.
+      ValueError: the rule is unknown, the sequences are too many, or the rounds do not ascend.
     """
     if any(b <= a for a, b in zip((-1, *rounds), rounds, strict=False)):
         raise ValueError(f"rounds {rounds} must be at least 0 and ascend")
@@ -98,14 +103,14 @@ def repair_curve(dist: Enumerated, rule: Rule, rounds: tuple[int, ...]) -> list[
     return laws
 
 
-def mode_agreement(centres: np.ndarray, law: np.ndarray) -> float:
+def mode_agreement(centres: Integer[np.ndarray, "K L"], law: Float64[np.ndarray, "*V"]) -> float:
     """The mean part of a sequence's tokens that agree with its nearest mode.
 
     A law that seeks modes agrees more than the data does.
 
     Args:
-        centres: int [K, L], the modes.
-        law: float64 [V, ..., V], one axis per position.
+      centres: the modes.
+      law: one axis per position.
     """
     rows = np.stack(np.unravel_index(np.arange(law.size), law.shape), axis=1)
     agreement = (rows[:, None] == centres).mean(axis=2).max(axis=1)
@@ -113,11 +118,11 @@ def mode_agreement(centres: np.ndarray, law: np.ndarray) -> float:
 
 
 def _erase(drawn: np.ndarray, positions: tuple[int, ...]) -> np.ndarray:
-    """float64 [M, M]: the kernel that draws these positions again.
+    """float64 [states, states]: the kernel that draws these positions again.
 
     Args:
-        drawn: float64 [V, ..., V], the probability of their tokens given the other positions.
-        positions: those that are erased.
+      drawn: float64 [V, ..., V], the probability of their tokens given the other positions.
+      positions: those that are erased.
     """
     shape = drawn.shape
     index = np.arange(drawn.size).reshape(shape)

@@ -1,16 +1,22 @@
 """How well samples follow the shapes set, whose distribution is known exactly."""
 
 import math
+from typing import Any
 
 import numpy as np
+from jaxtyping import Float, Integer
 
 from gen_jax.data.shapes import ShapesSet
+
+__all__ = ["THRESHOLD", "expected_total_variation", "score"]
 
 THRESHOLD = 0.06
 
 
 def score(
-    images: np.ndarray, shapes_set: ShapesSet, threshold: float = THRESHOLD
+    images: Float[Any, "B side side 3"] | Integer[Any, "B side side"],
+    shapes_set: ShapesSet,
+    threshold: float = THRESHOLD,
 ) -> dict[str, float]:
     """Compares samples with the uniform distribution over the shapes set.
 
@@ -21,20 +27,20 @@ def score(
     end in `_expected` are what as many exact draws give on average, in closed form.
 
     Args:
-        images: float [B, H, W, 3] in [-1, 1], or palette indices [B, H, W]; B >= 1.
-        shapes_set: the set, at the resolution of the images.
-        threshold: largest mean squared error of a valid sample, on the scale [-1, 1].
+      images: RGB in [-1, 1], or palette indices; B >= 1.
+      shapes_set: the set, at the resolution of the images.
+      threshold: largest mean squared error of a valid sample, on the scale [-1, 1].
 
     Returns:
-        validity: fraction of valid samples.
-        mean_mse: mean over all samples of the error to the nearest image.
-        coverage, coverage_expected: fraction of the set that some valid sample is read as.
-        tv_joint, tv_joint_expected: total variation over all N images of the set.
-        tv_<attribute>, tv_<attribute>_expected: the same for the marginal of each attribute.
+      validity: fraction of valid samples.
+      mean_mse: mean over all samples of the error to the nearest image.
+      coverage, coverage_expected: fraction of the set that some valid sample is read as.
+      tv_joint, tv_joint_expected: total variation over all images of the set.
+      tv_<attribute>, tv_<attribute>_expected: the same for the marginal of each attribute.
 
     Raises:
-        ValueError: there are no images, the threshold is not positive, or `ShapesSet.nearest`
-            refuses the images.
+      ValueError: there are no images, the threshold is not positive, or `ShapesSet.nearest`
+        refuses the images.
     """
     if not threshold > 0:
         raise ValueError(f"threshold is {threshold}; it must be positive")
@@ -67,11 +73,11 @@ def expected_total_variation(kinds: int, draws: int) -> float:
     de Moivre's formula gives 2 v C(n, v) p^v (1 - p)^(n - v + 1) with v = floor(n p) + 1.
 
     Args:
-        kinds: K, the number of outcomes, from 1 up.
-        draws: n, the number of draws, from 1 up.
+      kinds: K, the number of outcomes, from 1 up.
+      draws: n, the number of draws, from 1 up.
 
     Raises:
-        ValueError: an argument is below 1.
+      ValueError: an argument is below 1.
     """
     if kinds < 1 or draws < 1:
         raise ValueError(f"kinds is {kinds} and draws is {draws}; both must be at least 1")

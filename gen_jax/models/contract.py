@@ -1,7 +1,7 @@
 """What every model is: a frozen dataclass with the same few methods, whatever its family."""
 
 import functools
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from gen_jax.condition import Condition, is_concrete
 __all__ = ["Model", "abstract_params", "check_label", "check_params"]
 
 
+@runtime_checkable
 class Model(Protocol):
     """A model: frozen and hashable, so that it is static under `jit`.
 

@@ -3,9 +3,10 @@ import itertools
 import numpy as np
 import pytest
 
+from annotations import unchecked_annotations
 from gen_jax.data.exact import Enumerated
 from gen_jax.data.exact_sets import (
-    END,
+    EOS,
     BinaryPyramid,
     NoisyMixture,
     binary_chain,
@@ -155,6 +156,7 @@ def test_batches_are_functions_of_seed_and_step_and_their_shards_are_their_parts
         ([0, 1], [0.5, 0.5], 2, "support must be int32"),
     ],
 )
+@unchecked_annotations()
 def test_what_is_no_distribution_is_refused(support, prob, vocabulary, message):
     with pytest.raises(ValueError, match=message):
         Enumerated(np.array(support, np.int32), np.array(prob), vocabulary)
@@ -228,7 +230,7 @@ def test_the_chain_is_the_markov_source():
 
 
 def test_lengths_are_content_then_end():
-    np.testing.assert_array_equal(lengths(3).support, [[0, END, END], [0, 0, END], [0, 0, 0]])
+    np.testing.assert_array_equal(lengths(3).support, [[0, EOS, EOS], [0, 0, EOS], [0, 0, 0]])
     np.testing.assert_array_equal(lengths_first(3).support[:, 0], [0, 1, 2])
     np.testing.assert_array_equal(lengths_first(3).support[:, 1:], lengths(3).support)
 
@@ -253,7 +255,7 @@ def test_the_leaves_of_the_pyramid_correlate_by_their_distance_in_the_tree():
     flip = 0.1
     leaves = BinaryPyramid(3, flip).leaves
     spins = 1 - 2.0 * leaves.support
-    correlation = (spins * leaves.prob[:, None]).T @ spins
+    correlation = np.einsum("n,ni,nj->ij", leaves.prob, spins, spins)
     rows, columns = np.divmod(np.arange(16), 4)
     siblings = (rows[:, None] // 2 == rows // 2) & (columns[:, None] // 2 == columns // 2)
     expected = np.where(siblings, (1 - 2 * flip) ** 2, (1 - 2 * flip) ** 4)

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from annotations import unchecked_annotations
 from gen_jax.data import MarkovSource
 
 
@@ -127,6 +128,7 @@ HALF = np.full(2, 0.5)
         (lambda: chain().log_prob(np.full((3, 2), 3)), r"must lie in 0\.\.2"),
     ],
 )
+@unchecked_annotations()
 def test_bad_arguments_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()

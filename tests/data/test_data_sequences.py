@@ -3,6 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from annotations import unchecked_annotations
 from gen_jax.data import Images, PixelSequences, ShapesSet
 from gen_jax.data.shapes import PALETTE
 
@@ -69,16 +70,17 @@ def test_batches_are_those_of_the_images_in_every_shard(shards, each, step, flip
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda data: data.images_of(np.zeros((2, 255), np.int32)), r"\[n, 256\], not int32"),
+        (lambda data: data.images_of(np.zeros((2, 255), np.int32)), r"\[B, 256\], not int32"),
         (lambda data: data.images_of(np.zeros(256, np.int32)), r"not int32 \[256\]"),
         (lambda data: data.images_of(np.zeros((2, 256))), "not float64"),
         (lambda data: data.images_of(np.full((2, 256), 7)), r"must lie in 0\.\.6"),
         (lambda data: data.images_of(np.full((2, 256), -1)), r"tokens span -1\.\.-1"),
-        (lambda data: data.tokens_of(np.zeros((2, 8, 8), np.uint8)), r"images .*\[n, 16, 16\]"),
+        (lambda data: data.tokens_of(np.zeros((2, 8, 8), np.uint8)), r"images .*\[B, 16, 16\]"),
         (lambda data: data.tokens_of(np.full((2, 16, 16), 9)), r"must lie in 0\.\.6"),
         (lambda data: data.batch(0, 0, 3, shard=(0, 2)), "not a multiple"),
     ],
 )
+@unchecked_annotations()
 def test_what_does_not_fit_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call(SETS["palette"])

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from annotations import unchecked_annotations
 from gen_jax.data import DataConfig, ShapesSet, load
 from gen_jax.data.shapes import COLOURS, PALETTE, SHAPES
 
@@ -96,8 +97,8 @@ def test_total_correlation_is_what_independent_pixels_lose(world):
     log_likelihoods = np.log(np.take_along_axis(frequencies, images.astype(np.int64), axis=0)).sum(
         axis=1
     )
-    divergence = -world.entropy - log_likelihoods.mean()
-    np.testing.assert_allclose(world.total_correlation(palette=True), divergence, rtol=1e-12)
+    kl = -world.entropy - log_likelihoods.mean()
+    np.testing.assert_allclose(world.total_correlation(palette=True), kl, rtol=1e-12)
     assert world.total_correlation(palette=True) == world.total_correlation()
     np.testing.assert_allclose(world.entropy, np.log(648))
 
@@ -134,11 +135,13 @@ def test_the_cached_arrays_cannot_be_written():
         (np.full((1, 16, 16, 3), np.nan, np.float32), "not finite"),
     ],
 )
+@unchecked_annotations()
 def test_images_that_cannot_be_compared_are_refused(images, message):
     with pytest.raises(ValueError, match=message):
         SETS[16].nearest(images)
 
 
+@unchecked_annotations()
 def test_other_sizes_are_refused():
-    with pytest.raises(ValueError, match="16 or 32"):
+    with pytest.raises(ValueError, match="size must be one of 16, 32"):
         ShapesSet(24)

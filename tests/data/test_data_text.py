@@ -7,6 +7,7 @@ import tensorflow_datasets as tfds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from annotations import unchecked_annotations
 from gen_jax.data import TextConfig, TokenStream, load_text
 from gen_jax.data.text import digest
 
@@ -92,10 +93,11 @@ def test_writing_into_a_window_leaves_the_data_alone():
         (lambda data: TokenStream(data.tokens, 4), r"tokens span 0\.\.4; they must lie in 0\.\.3"),
         (lambda data: TokenStream(data.tokens - 1, 5), r"tokens span -1\.\.3"),
         (lambda data: TokenStream(data.tokens.astype(np.int64), 5), r"not int64 \[5\]"),
-        (lambda data: TokenStream(data.tokens[:0], 5), "N >= 1"),
+        (lambda data: TokenStream(data.tokens[:0], 5), "at least one"),
         (lambda data: TokenStream(data.tokens[None], 5), r"\[1, 5\]"),
     ],
 )
+@unchecked_annotations()
 def test_bad_arguments_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call(stream(5))
@@ -137,6 +139,7 @@ def test_the_digest_is_that_of_the_file():
     assert digest("né\n") == hashlib.sha256("né\n".encode()).hexdigest()
 
 
+@unchecked_annotations()
 def test_a_text_that_cannot_be_read_is_one_clear_line(tmp_path, monkeypatch):
     missing = TextConfig(name="file", path=str(tmp_path / "none.txt"))
     with pytest.raises(FileNotFoundError, match=r"none\.txt is no file; .*--data\.name pydoc"):
@@ -155,15 +158,16 @@ def test_a_text_that_cannot_be_read_is_one_clear_line(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"name": "book"}, "choose one of pydoc, file, tfds"),
+        ({"name": "book"}, "name must be one of 'pydoc', 'file', 'tfds', got 'book'"),
         ({"name": "file"}, "needs --data.path"),
         ({"path": "x"}, "data.name=file only, not pydoc"),
         ({"name": "tfds", "tfds_name": ""}, "needs --data.tfds-name"),
         ({"validation": 0.0}, "between 0 and 1"),
-        ({"validation": float("nan")}, "between 0 and 1"),
+        ({"validation": float("nan")}, "validation must be finite"),
         ({"characters": -1}, "0 for all"),
     ],
 )
+@unchecked_annotations()
 def test_a_bad_configuration_is_one_clear_line(fields, message):
     with pytest.raises(ValueError, match=message) as caught:
         TextConfig(**fields)

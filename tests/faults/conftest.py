@@ -10,23 +10,17 @@ def folder(tmp_path):
     return path
 
 
-@pytest.fixture(scope="session")
-def compiled(tmp_path_factory):
-    """Programs compiled by one process for the next."""
-    return tmp_path_factory.mktemp("compiled")
+@pytest.fixture
+def toy(folder):
+    return processes.Toy(folder)
 
 
 @pytest.fixture
-def toy(folder, compiled):
-    return processes.toy(folder, compiled)
+def experiment(folder):
+    return processes.experiment(folder)
 
 
 @pytest.fixture
-def experiment(folder, compiled):
-    return processes.experiment(folder, compiled)
-
-
-@pytest.fixture
-def preset(folder, compiled):
+def preset(folder):
     """The experiment as it is without options, for what is refused before it starts."""
-    return processes.experiment(folder, compiled, "")
+    return processes.experiment(folder, "")

@@ -1,44 +1,52 @@
 """Programs in processes of their own, and what they leave on disk."""
 
+import contextlib
+import json
+import multiprocessing
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import orbax.checkpoint as ocp
+import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT, HERE = Path(__file__).parents[2], Path(__file__).parent
 
 # The least that the experiment can be asked for.
 MINUTE = (
     "--model.widths 8 --model.groups 4 --model.attention --model.patch 8 --train.batch 4 "
     "--train.warmup 0 --train.decay constant --train.log-every 1 --sample.number 3 "
-    "--sample.micro-batch 2 --sample.steps 4 --evaluate.images 4 --evaluate.draws 2"
+    "--sample.micro-batch 2 --sampler.steps 4 --evaluate.images 4 --evaluate.draws 2"
 )
+
+
+def _environment():
+    """That of a process on the CPU, which keeps every program that it compiles for the next one."""
+    path = os.pathsep.join(filter(None, [str(ROOT), str(HERE), os.environ.get("PYTHONPATH")]))
+    return os.environ | {
+        "PYTHONPATH": path,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
 
 
 class Program:
     """A command line to be completed, always on the CPU.
 
     Args:
-        arguments: what follows `python`.
-        folder: the current directory of its processes.
-        cache: where they keep compiled programs, so that the next one starts soon.
-        common: arguments that end every command line.
+      arguments: what follows `python`.
+      folder: the current directory of its processes.
+      common: arguments that end every command line.
     """
 
-    def __init__(self, arguments, folder, cache, common=()):
+    def __init__(self, arguments, folder, common=()):
         self.arguments, self.folder, self.common = arguments, folder, common
-        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        self.environment = os.environ | {
-            "PYTHONPATH": path,
-            "JAX_PLATFORMS": "cpu",
-            "JAX_COMPILATION_CACHE_DIR": str(cache),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        }
+        self.environment = _environment()
 
     def command(self, *arguments):
         """The whole command line."""
@@ -62,14 +70,111 @@ class Program:
         return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
-def toy(folder, cache):
-    """The program toy.py."""
-    return Program([Path(__file__).with_name("toy.py")], folder, cache)
+class Toy(Program):
+    """The program toy.py.
+
+    Its processes are forked from one that has imported jax but has not used it yet, so that a start
+    takes a tenth of a second; `command` starts one from nothing.
+    """
+
+    def __init__(self, folder):
+        super().__init__([HERE / "toy.py"], folder)
+
+    def start(self, *arguments, start_new_session=False):
+        return Forked(self.command(*arguments)[2:], self.folder, start_new_session)
 
 
-def experiment(folder, cache, options=MINUTE):
+class Forked:
+    """What `subprocess.Popen` is for a command line: a process of the toy, forked."""
+
+    def __init__(self, arguments, folder, session):
+        context = _fork_server()
+        pipes = [context.Pipe(duplex=False) for _ in range(2)]
+        writers = [writer for _, writer in pipes]
+        self.args = arguments
+        self._process = context.Process(
+            target=_run_toy, args=(arguments, str(folder), session, *writers)
+        )
+        self._process.start()
+        self.pid = self._process.pid
+        self.stdout, self.stderr = (os.fdopen(os.dup(r.fileno()), "r") for r, _ in pipes)
+        for connection in (end for pipe in pipes for end in pipe):
+            connection.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._process.join()
+        self.stdout.close()
+        self.stderr.close()
+
+    @property
+    def returncode(self):
+        return self._process.exitcode
+
+    def poll(self):
+        return self._process.exitcode
+
+    def send_signal(self, signum):
+        if self.poll() is None:
+            os.kill(self.pid, signum)
+
+    def kill(self):
+        if self.poll() is None:
+            self._process.kill()
+
+    def communicate(self, timeout=120):
+        """Waits for the end; what is left to read on both streams."""
+        texts = ["", ""]
+
+        def read(place, stream):
+            texts[place] = stream.read()
+
+        readers = [
+            threading.Thread(target=read, args=pair, daemon=True)
+            for pair in enumerate((self.stdout, self.stderr))
+        ]
+        for reader in readers:
+            reader.start()
+        self._process.join(timeout)
+        if self.poll() is None:
+            raise subprocess.TimeoutExpired(self.args, timeout)
+        for reader in readers:
+            reader.join()
+        return tuple(texts)
+
+
+def _fork_server():
+    """The server of forks, started with the environment of the processes.
+
+    It must have one thread, so NumPy's own are switched off.
+    """
+    context = multiprocessing.get_context("forkserver")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (_environment() | {"OPENBLAS_NUM_THREADS": "1"}).items():
+            patch.setenv(name, value)
+        context.set_forkserver_preload(["gen_jax.trainables", "gen_jax.training", "tyro", "toy"])
+        multiprocessing.forkserver.ensure_running()
+    return context
+
+
+def _run_toy(arguments, folder, session, stdout, stderr):
+    """In the forked process: what `python toy.py` does."""
+    import toy
+
+    if session:
+        os.setsid()
+    for number, stream in ((1, stdout), (2, stderr)):
+        os.dup2(stream.fileno(), number)
+    os.chdir(folder)
+    sys.argv[1:] = arguments
+    sys.exit(toy.main())
+
+
+def experiment(folder, options=MINUTE):
     """The experiment ddpm_cifar, with these options at the end of every command line."""
-    return Program(["-m", "experiments.ddpm_cifar"], folder, cache, options.split())
+    return Program(["-m", "experiments.ddpm_cifar"], folder, options.split())
 
 
 def wait_until(condition, process, seconds=120):
@@ -81,19 +186,33 @@ def wait_until(condition, process, seconds=120):
         time.sleep(0.005)
 
 
+def _stage(workdir):
+    """Where a run trains: in the directory of its stage, or of the run itself for the toy."""
+    path = Path(workdir).absolute()
+    return path / "model" if (path / "model").is_dir() else path
+
+
 def saved_steps(workdir):
     """The steps committed in a work directory, ascending."""
-    path = Path(workdir) / "checkpoints"
+    path = _stage(workdir) / "checkpoints"
     names = os.listdir(path) if path.is_dir() else []
     return sorted(int(name) for name in names if name.isdecimal())
+
+
+def records(workdir):
+    """The records in metrics.jsonl; none where it does not exist."""
+    with contextlib.suppress(FileNotFoundError):
+        lines = (_stage(workdir) / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+    return []
 
 
 def read_leaves(workdir, step=None):
     """All leaves of a step, the last by default, as Orbax reads them."""
     step = saved_steps(workdir)[-1] if step is None else step
     reader, leaves = ocp.PyTreeCheckpointer(), {}
-    for name in ("params", "ema", "state"):
-        path = Path(workdir).absolute() / "checkpoints" / str(step) / name
+    for name in ("ema", "state", "loop"):
+        path = _stage(workdir) / "checkpoints" / str(step) / name
         names = reader.metadata(path).item_metadata.tree
         arrays = dict.fromkeys(names, ocp.RestoreArgs(restore_type=np.ndarray))
         for leaf, value in reader.restore(path, restore_args=arrays).items():
@@ -104,7 +223,7 @@ def read_leaves(workdir, step=None):
 def assert_same_leaves(one, other):
     """Equal names, types, shapes and bits."""
     assert one.keys() == other.keys()
-    assert {"state.step", "state.skipped"} < one.keys()
+    assert {"loop.step", "loop.skipped"} < one.keys()
     for name, value in one.items():
         assert value.dtype == other[name].dtype, name
         assert value.shape == other[name].shape, name

@@ -31,7 +31,7 @@ def trees(step):
     return {"params": params, "state": {"step": np.int32(step), "mask": np.arange(3) > 1}}
 
 
-TEMPLATES = trees(0)
+ABSTRACT = trees(0)
 
 
 @pytest.fixture
@@ -49,16 +49,16 @@ def files(directory, step):
 
 def leaves(tree):
     return {
-        f"{name}.{key}": value
+        f"{name}.{key}": np.asarray(value)
         for name, part in tree.items()
-        for key, value in checkpoint._flatten(part).items()
+        for key, value in checkpoint._named(part).items()
     }
 
 
 def is_refused_or_right(directory, step=2):
     """Whether the step is refused by name; if not, every bit must be what was saved."""
     try:
-        restored = checkpoint.restore(directory, TEMPLATES, step=step)
+        restored = checkpoint.restore(directory, ABSTRACT, step=step)
     except checkpoint.DamagedCheckpoint as error:
         message = str(error)
         assert message.startswith(f"checkpoint of step {step} is damaged: "), message
@@ -99,7 +99,7 @@ def test_a_value_that_orbax_reads_without_a_word_is_named(saved):
     params["half"].view(np.uint16)[3] ^= 1
     ocp.PyTreeCheckpointer().save(saved / "2" / "params", params, force=True)
     with pytest.raises(checkpoint.DamagedCheckpoint, match=r"params\.half is not what was saved"):
-        checkpoint.restore(saved, TEMPLATES, step=2)
+        checkpoint.restore(saved, ABSTRACT, step=2)
     assert is_refused_or_right(saved)
 
 
@@ -141,7 +141,7 @@ def spoil(directory, step, part="params"):
 def test_the_latest_falls_back_with_a_warning(saved, part):
     spoil(saved, 2, part)
     with pytest.warns(UserWarning, match="falling back to the one before") as caught:
-        restored = checkpoint.restore(saved, TEMPLATES)
+        restored = checkpoint.restore(saved, ABSTRACT)
     assert len(caught) == 1
     name = "its record" if part == "meta" else f"{part}."
     assert f"checkpoint of step 2 is damaged: {name}" in str(caught[0].message)
@@ -154,7 +154,7 @@ def test_an_explicit_step_never_falls_back(saved):
     spoil(saved, 2)
     warnings.filterwarnings("error", message=".*falling back")  # until the test ends
     with pytest.raises(checkpoint.DamagedCheckpoint, match="step 2"):
-        checkpoint.restore(saved, TEMPLATES, step=2)
+        checkpoint.restore(saved, ABSTRACT, step=2)
 
 
 def test_when_all_are_damaged_that_is_said(saved):
@@ -164,25 +164,41 @@ def test_when_all_are_damaged_that_is_said(saved):
         pytest.warns(UserWarning, match="damaged"),
         pytest.raises(checkpoint.DamagedCheckpoint, match=r"every checkpoint .*: steps \[1, 2\]"),
     ):
-        checkpoint.restore(saved, TEMPLATES)
+        checkpoint.restore(saved, ABSTRACT)
+
+
+@pytest.mark.parametrize(("number", "age"), [(1, "older"), (3, "newer")])
+def test_a_checkpoint_of_another_version_is_refused(saved, monkeypatch, number, age):
+    """And not passed over for one before it, as a damaged one is."""
+    monkeypatch.setattr(checkpoint, "FORMAT", number)
+    checkpoint.save(saved, 3, trees(3), {}, keep=KEEP)
+    monkeypatch.undo()
+    for abstract in ({}, ABSTRACT):
+        with pytest.raises(ValueError, match=f"step 3 .* is of an? {age} version") as caught:
+            checkpoint.restore(saved, abstract)
+        message = str(caught.value)
+        assert "train again in another --workdir" in message
+        assert str(saved) in message
+        assert "\n" not in message
+        assert not isinstance(caught.value, checkpoint.DamagedCheckpoint)
 
 
 def test_a_missing_step_is_no_damage(saved):
     with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 3 .*\[1, 2\]"):
-        checkpoint.restore(saved, TEMPLATES, step=3)
+        checkpoint.restore(saved, ABSTRACT, step=3)
     with pytest.raises(FileNotFoundError, match="no checkpoint in"):
-        checkpoint.restore(saved / "none", TEMPLATES)
+        checkpoint.restore(saved / "none", ABSTRACT)
 
 
 def test_another_configuration_is_no_damage(saved):
-    """A template that does not fit is refused, not answered with an older checkpoint."""
+    """What does not fit is refused, not answered with an older checkpoint."""
     wrong_shape, wrong_type, wrong_name = trees(0), trees(0), trees(0)
     wrong_shape["params"]["half"] = np.zeros(6, np.float16)
     wrong_type["params"]["half"] = np.zeros(5, np.float32)
     wrong_name["params"]["other"] = wrong_name["params"].pop("half")
-    for template in (wrong_shape, wrong_type, wrong_name):
+    for abstract in (wrong_shape, wrong_type, wrong_name):
         with pytest.raises(ValueError, match="another configuration") as caught:
-            checkpoint.restore(saved, template)
+            checkpoint.restore(saved, abstract)
         assert not isinstance(caught.value, checkpoint.DamagedCheckpoint)
         assert "half" in str(caught.value)
 
@@ -192,7 +208,7 @@ def test_what_is_saved_over_damage_is_kept_aside(saved):
     for _ in range(3):
         spoil(saved, 2)
         with pytest.warns(UserWarning, match="falling back"):
-            assert checkpoint.restore(saved, TEMPLATES).step == 1
+            assert checkpoint.restore(saved, ABSTRACT).step == 1
         checkpoint.save(saved, 2, trees(2), {"note": "α"}, keep=KEEP)
         assert not is_refused_or_right(saved)
     names = {path.name for path in saved.iterdir()}
@@ -206,7 +222,7 @@ def test_damage_of_a_later_step_does_not_push_out_good_ones(saved):
         checkpoint.save(saved, step, trees(step), {"note": "α"}, keep=KEEP)
     spoil(saved, 9)
     with pytest.warns(UserWarning, match="falling back"):
-        assert checkpoint.restore(saved, TEMPLATES).step == 3
+        assert checkpoint.restore(saved, ABSTRACT).step == 3
     checkpoint.save(saved, 5, trees(5), {"note": "α"}, keep=1)
     assert checkpoint.steps(saved) == [5]
     assert not is_refused_or_right(saved, 5)
@@ -218,7 +234,7 @@ def test_half_written_steps_are_no_steps(saved):
     left = saved / "3.orbax-checkpoint-tmp"
     shutil.copytree(saved / "2", left)
     assert checkpoint.steps(saved) == [1, 2]
-    assert checkpoint.restore(saved, TEMPLATES).step == 2
+    assert checkpoint.restore(saved, ABSTRACT).step == 2
     checkpoint.save(saved, 3, trees(3), {"note": "α"}, keep=KEEP)
     assert checkpoint.steps(saved) == [1, 2, 3]
     assert not left.exists()
@@ -227,10 +243,10 @@ def test_half_written_steps_are_no_steps(saved):
 def test_training_goes_on_from_the_one_before(toy, folder):
     assert toy.run("--workdir", "whole").returncode == 0
     shutil.copytree(folder / "whole", folder / "damaged")
-    spoil(folder / "damaged" / "checkpoints", 12)
+    spoil(folder / "damaged" / "checkpoints", 12, "state")
     resumed = toy.run("--workdir", "damaged")
     assert resumed.returncode == 0, resumed.stderr
-    assert "checkpoint of step 12 is damaged: params." in resumed.stderr
+    assert "checkpoint of step 12 is damaged: state." in resumed.stderr
     assert "falling back to the one before" in resumed.stderr
     assert "Traceback" not in resumed.stderr
     assert saved_steps(folder / "damaged") == [4, 8, 12]
@@ -238,7 +254,7 @@ def test_training_goes_on_from_the_one_before(toy, folder):
     assert (folder / "damaged" / "checkpoints" / "12.damaged").is_dir()
 
     for step in (4, 8, 12):
-        spoil(folder / "damaged" / "checkpoints", step)
+        spoil(folder / "damaged" / "checkpoints", step, "state")
     refused = toy.run("--workdir", "damaged")
     assert refused.returncode == 2
     error = refused.stderr.splitlines()[-1]

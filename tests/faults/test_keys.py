@@ -1,22 +1,33 @@
 import jax
 import numpy as np
 import pytest
+from gen_jax.models.diffusion.solvers import DDIM, Ancestral
 
 from gen_jax import parallel, sampling, training
+from gen_jax.condition import Condition
 from gen_jax.config import TrainConfig
-from gen_jax.models.diffusion import losses as diffusion
-from gen_jax.models.diffusion.config import DiffusionConfig, SolverConfig
-from gen_jax.models.diffusion.samplers import make_sampler
+from gen_jax.models.contract import abstract_params
+from gen_jax.models.diffusion.config import DiffusionConfig
+from gen_jax.models.diffusion.losses import DiffusionModel
+from gen_jax.models.diffusion.samplers import DiffusionSampler
 from gen_jax.nn.config import UNetConfig
-from gen_jax.nn.unet import Denoiser
+from gen_jax.nn.unet import UNetNetwork
+from gen_jax.trainables import ModelTrainable
 
-PROCESS = DiffusionConfig(timesteps=10)
-NETWORK = Denoiser(
+NETWORK = UNetNetwork(
     UNetConfig(
-        widths=(4,), blocks=1, attention=(), groups=2, dropout=0.5, patch=4, channels=1,
-        out_channels=1, classes=2,
+        widths=(4,),
+        blocks=1,
+        attention=(),
+        groups=2,
+        dropout=0.5,
+        patch=4,
+        channels=1,
+        out_channels=1,
+        classes=2,
     )
-)  # fmt: skip
+)
+MODEL = DiffusionModel(NETWORK, DiffusionConfig(timesteps=10), (8, 8, 1))
 
 
 def test_the_check_of_keys_finds_one_used_twice():
@@ -38,40 +49,35 @@ def shapes(function, *arguments):
         return jax.eval_shape(jax.jit(function), *arguments)
 
 
-def parameters():
-    return shapes(lambda key: NETWORK.init(key, 8, 8), jax.random.key(0))
+def test_no_key_is_used_twice_in_fresh_parameters():
+    assert jax.tree.leaves(shapes(MODEL.init, jax.random.key(0)))
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_no_key_is_used_twice_in_training(accumulate):
     config = TrainConfig(steps=2, batch=16, accumulate=accumulate, warmup=0)
-    mesh = parallel.data_mesh()
-    optimizer = training.make_optimizer(config)
+    mesh, trainable = parallel.data_mesh(), ModelTrainable(MODEL, config)
     batch = {
         "image": jax.ShapeDtypeStruct((16, 8, 8, 1), np.uint8),
         "label": jax.ShapeDtypeStruct((16,), np.int32),
     }
     stop = jax.ShapeDtypeStruct((mesh.size,), np.int32)
-
-    def loss(params, batch, keys):
-        return diffusion.loss(PROCESS, NETWORK, params, batch, keys)
-
-    state = shapes(lambda params: training.init_state(params, optimizer), parameters())
-    step = training.make_step(loss, optimizer, config, mesh)
+    state = shapes(lambda: training.init_state(config, trainable))
+    step = training.make_step(trainable, config, mesh)
     with jax.debug_key_reuse(True):
         assert step.lower(state, batch, stop).as_text()
 
 
-@pytest.mark.parametrize("solver", ["ddpm", "ddim"])
-@pytest.mark.parametrize("trajectory", [False, True])
+@pytest.mark.parametrize("solver", [Ancestral(steps=3), DDIM(steps=3, eta=1.0)])
+@pytest.mark.parametrize("trajectory", [None, lambda state: state.x])
 def test_no_key_is_used_twice_in_sampling(solver, trajectory):
-    config = SolverConfig(solver=solver, steps=3, eta=1.0)
-    sampler = make_sampler(NETWORK, PROCESS, (8, 8, 1), config)
-    label = jax.ShapeDtypeStruct((2,), np.int32)
-    with jax.debug_key_reuse(True):
-        keys = sampling.sample_keys(0, 0, 2)
-        lowered = sampling.generate.lower(sampler, parameters(), keys, label, trajectory=trajectory)
-    assert lowered.as_text()
+    sampler = DiffusionSampler(MODEL, solver)
+
+    def draw(params, label):
+        keys, cond = sampling.sample_keys(0, 0, 2), Condition(label=label)
+        return sampling.generate(sampler, params, keys, cond, trajectory=trajectory)
+
+    assert shapes(draw, abstract_params(MODEL), jax.ShapeDtypeStruct((2,), np.int32))
 
 
 def test_no_key_is_used_twice_in_the_bound():
@@ -79,8 +85,8 @@ def test_no_key_is_used_twice_in_the_bound():
     labels = jax.ShapeDtypeStruct((2,), np.int32)
 
     def bound(params, image, label, keys):
-        batch = {"image": image, "label": label}
-        return diffusion.bits_per_dim(PROCESS, NETWORK, params, batch, keys, draws=2)
+        return MODEL.bits_per_dim(params, {"image": image, "label": label}, keys, draws=2)
 
     keys = sampling.sample_keys(0, 0, 2)
-    assert shapes(bound, parameters(), images, labels, keys)["bits_per_dim"].shape == (2,)
+    found = shapes(bound, abstract_params(MODEL), images, labels, keys)
+    assert found["bits_per_dim"].shape == (2,)

@@ -1,25 +1,29 @@
-import json
 import random
 import signal
 import time
 
-from processes import assert_same_leaves, read_leaves, saved_steps, wait_until
+import pytest
+from processes import assert_same_leaves, read_leaves, records, saved_steps, wait_until
 
-KILLS = 20
-AT_START = 5  # of them fall anywhere in the first two seconds of a process
+KILLS = 10
+AT_START = 3  # of them fall anywhere in the first second of a process
 STEPS = 140
-OPTIONS = ("--train.steps", STEPS, "--train.checkpoint-every", 4, "--pause", 0.02)
 
 
-def test_a_run_killed_twenty_times_ends_as_one_that_was_not(toy, folder):
-    assert toy.run("--workdir", "whole", *OPTIONS).returncode == 0
+@pytest.mark.parametrize("kind", [(), ("--game",)], ids=["model", "game"])
+def test_a_run_killed_ten_times_ends_as_one_that_was_not(toy, folder, kind):
+    """Every other checkpoint of the game is in the middle of a round, which has two turns."""
+    every = 5 if kind else 4
+    options = (*kind, "--train.steps", STEPS, "--train.checkpoint-every", every, "--pause", 0.02)
+    whole = toy.run("--workdir", "whole", *options)
+    assert whole.returncode == 0, whole.stderr
 
     moments, workdir = random.Random(0), folder / "killed"
     at_start = set(moments.sample(range(KILLS), AT_START))
     for life in range(KILLS):
-        with toy.start("--workdir", "killed", *OPTIONS) as process:
+        with toy.start("--workdir", "killed", *options) as process:
             if life in at_start:
-                time.sleep(moments.uniform(0, 2))
+                time.sleep(moments.uniform(0, 1))
             else:
                 before = saved_steps(workdir)[-1:]
                 wait_until(lambda before=before: saved_steps(workdir)[-1:] > before, process)
@@ -29,16 +33,14 @@ def test_a_run_killed_twenty_times_ends_as_one_that_was_not(toy, folder):
         assert process.returncode == -signal.SIGKILL
     assert 0 < saved_steps(workdir)[-1] < STEPS
 
-    assert toy.run("--workdir", "killed", *OPTIONS).returncode == 0
-    assert saved_steps(workdir) == saved_steps(folder / "whole") == [132, 136, 140]
+    assert toy.run("--workdir", "killed", *options).returncode == 0
+    last = [STEPS - 2 * every, STEPS - every, STEPS]
+    assert saved_steps(workdir) == saved_steps(folder / "whole") == last
     assert_same_leaves(read_leaves(workdir), read_leaves(folder / "whole"))
-    records = [
-        [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("killed", "whole")
-    ]
-    for record in [*records[0], *records[1]]:
+    lines = [records(workdir), records(folder / "whole")]
+    for record in [*lines[0], *lines[1]]:
         del record["examples_per_second"]
-    assert records[0] == records[1]
-    assert [record["step"] for record in records[0]] == list(range(1, STEPS + 1))
+    assert lines[0] == lines[1]
+    assert [record["step"] for record in lines[0]] == list(range(1, STEPS + 1))
     leftovers = [path.name for path in (workdir / "checkpoints").iterdir()]
-    assert sorted(leftovers) == ["132", "136", "140"]
+    assert sorted(leftovers, key=int) == [str(step) for step in last]

@@ -1,3 +1,4 @@
+import collections
 import dataclasses
 
 import jax
@@ -6,6 +7,7 @@ import numpy as np
 import pytest
 
 from gen_jax import sampling
+from gen_jax.condition import Condition
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,6 +15,11 @@ class Walk:
     """A sampler whose samples do not touch each other, so that the bits say which is which."""
 
     steps: int = 3
+
+    conditions = ("label",)
+
+    def check(self, params, cond):
+        pass
 
     @property
     def nfe(self):
@@ -22,7 +29,7 @@ class Walk:
         return params
 
     def init(self, params, keys, cond):
-        return keys, jnp.zeros(keys.shape) + cond
+        return keys, jnp.zeros(keys.shape) + cond.label
 
     def step(self, params, state, i):
         keys, x = state
@@ -33,7 +40,7 @@ class Walk:
         return state[1]
 
 
-COND = np.arange(11, dtype=np.float32)
+COND = Condition(label=np.arange(11))
 
 
 def draw(micro_batch):
@@ -53,6 +60,7 @@ def values(chunks):
 @pytest.fixture
 def memory(monkeypatch):
     """Lets a device hold so many samples only; `when` is "compile" or "run"."""
+    monkeypatch.setattr(sampling, "_programs", collections.OrderedDict())
     compile_generate = sampling.compile_generate
 
     def limit(size, when, calls_before=0):
@@ -77,6 +85,7 @@ def memory(monkeypatch):
 
             return run
 
+        sampling._programs.clear()
         monkeypatch.setattr(sampling, "compile_generate", limited)
 
     return limit
@@ -127,6 +136,7 @@ def test_other_errors_of_the_device_are_raised_at_once(monkeypatch):
     def broken(*arguments, **options):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
+    monkeypatch.setattr(sampling, "_programs", collections.OrderedDict())
     monkeypatch.setattr(sampling, "compile_generate", broken)
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
         draw(8)

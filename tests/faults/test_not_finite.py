@@ -1,19 +1,28 @@
-import json
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from processes import assert_same_leaves, read_leaves, saved_steps
+from processes import assert_same_leaves, read_leaves, records, saved_steps
 
 from gen_jax import checkpoint, parallel, training
 from gen_jax.config import TrainConfig
+from gen_jax.trainables import ModelTrainable
 from gen_jax.workdir import Workdir
 
 CONFIG = TrainConfig(
-    steps=12, batch=8, learning_rate=1e-2, warmup=0, ema=0.9, seed=7, log_every=1,
-    checkpoint_every=1, keep=20, max_skipped=3,
-)  # fmt: skip
+    steps=12,
+    batch=8,
+    learning_rate=1e-2,
+    warmup=0,
+    ema=0.9,
+    seed=7,
+    log_every=1,
+    checkpoint_every=1,
+    keep=20,
+    max_skipped=3,
+)
 
 
 @jax.custom_vjp
@@ -28,11 +37,18 @@ poison_gradient.defvjp(
 )
 
 
-def loss(params, batch, keys):
-    noise = jax.vmap(lambda key: jax.random.normal(key, (3,)))(keys)
-    output = poison_gradient(params["w"], batch["gradient"].max()) * (batch["x"] + noise)
-    value = (output**2).mean() + batch["loss"].mean()
-    return value, {"loss": value}
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A vector of three, whose loss and gradient a batch can poison."""
+
+    def init(self, key):
+        return {"w": jnp.ones(3)}
+
+    def loss(self, params, batch, keys):
+        noise = jax.vmap(lambda key: jax.random.normal(key, (3,)))(keys)
+        w = poison_gradient(params["w"], batch["gradient"].max())
+        value = ((w[None] * (batch["x"] + noise)) ** 2).mean() + batch["loss"].mean()
+        return value, {"loss": value}
 
 
 def train(workdir, poison, config=CONFIG, kind="loss", value=np.nan):
@@ -51,8 +67,8 @@ def train(workdir, poison, config=CONFIG, kind="loss", value=np.nan):
             rows[kind][-1] = value
         return rows
 
-    params = {"w": jnp.ones(3)}
-    return training.fit(config, loss, params, batch, workdir, mesh=parallel.data_mesh())
+    trainable = ModelTrainable(Model(), config)
+    return training.fit(config, trainable, batch, workdir, mesh=parallel.data_mesh())
 
 
 @pytest.fixture
@@ -61,48 +77,53 @@ def workdir(tmp_path):
 
 
 def learned(leaves):
-    return {name: value for name, value in leaves.items() if not name.startswith("state.s")}
+    return {name: value for name, value in leaves.items() if not name.startswith("loop.")}
 
 
-POISONS = [("loss", np.nan), ("loss", np.inf), ("gradient", np.inf)]
+# What is poisoned, by which value, and which metrics then say so.
+POISONS = [
+    ("loss", np.nan, "loss, gradient_norm"),
+    ("loss", np.inf, "loss"),
+    ("gradient", np.inf, "gradient_norm"),
+]
 
 
-@pytest.mark.parametrize(("kind", "value"), POISONS)
-def test_a_few_updates_are_skipped_and_change_nothing(workdir, capsys, kind, value):
+@pytest.mark.parametrize(("kind", "value", "names"), POISONS)
+def test_a_few_updates_are_skipped_and_change_nothing(workdir, capsys, kind, value, names):
     trained = train(workdir, {4, 5, 6}, kind=kind, value=value)
-    assert int(trained.state.step) == 12
+    assert trained.step == 12
     assert int(trained.state.skipped) == 0
 
     before = learned(read_leaves(workdir.path, 3))
     for count, step in enumerate((4, 5, 6), start=1):
         leaves = read_leaves(workdir.path, step)
-        assert leaves["state.step"] == step
-        assert leaves["state.skipped"] == count
+        assert leaves["loop.step"] == step
+        assert leaves["loop.skipped"] == count
         after = learned(leaves)
         assert after.keys() == before.keys()
         for name, leaf in after.items():
             assert leaf.tobytes() == before[name].tobytes(), name
     healthy = read_leaves(workdir.path, 7)
-    assert healthy["state.skipped"] == 0
-    assert (healthy["params.w"] != before["params.w"]).all()
+    assert healthy["loop.skipped"] == 0
+    assert (healthy["state.params.w"] != before["state.params.w"]).all()
     assert (healthy["ema.w"] != before["ema.w"]).all()
 
-    lines = (workdir.path / "metrics.jsonl").read_text().splitlines()
-    skipped = [json.loads(line)["skipped"] for line in lines]
+    skipped = [record["skipped"] for record in records(workdir.path)]
     assert skipped == [0, 0, 0, 1, 2, 3, 0, 0, 0, 0, 0, 0]
     messages = capsys.readouterr().err.splitlines()
     assert messages == [
-        f"step {step}: loss or gradient not finite, update skipped ({count} in a row, seed 7)"
+        f"step {step}: {names} not finite, update skipped ({count} in a row, seed 7)"
         for count, step in enumerate((4, 5, 6), start=1)
     ]
 
 
-@pytest.mark.parametrize(("kind", "value"), POISONS)
-def test_one_more_stops_and_leaves_finite_parameters(workdir, kind, value):
+@pytest.mark.parametrize(("kind", "value", "names"), POISONS)
+def test_one_more_stops_and_leaves_finite_parameters(workdir, kind, value, names):
     with pytest.raises(training.NotFinite) as caught:
         train(workdir, {4, 5, 6, 7}, kind=kind, value=value)
     message = str(caught.value)
     assert "4 steps in a row, up to step 7 of seed 7" in message
+    assert f"(the last in {names})" in message
     assert str(workdir.checkpoints) in message
     assert "\n" not in message
     assert saved_steps(workdir.path) == [1, 2, 3, 4, 5, 6]
@@ -110,17 +131,17 @@ def test_one_more_stops_and_leaves_finite_parameters(workdir, kind, value):
         leaves = read_leaves(workdir.path, step)
         assert all(np.isfinite(leaf).all() for leaf in leaves.values())
     last, good = read_leaves(workdir.path, 6), read_leaves(workdir.path, 3)
-    assert last["params.w"].tobytes() == good["params.w"].tobytes()
+    assert last["state.params.w"].tobytes() == good["state.params.w"].tobytes()
 
 
 def test_the_count_is_of_steps_in_a_row(workdir):
     trained = train(workdir, {1, 2, 3, 5, 6, 7, 9, 10, 11})
-    assert int(trained.state.step) == 12
+    assert trained.step == 12
 
 
 def test_the_count_survives_a_resume(workdir):
     """Stopping and resuming does not buy more steps that are not finite."""
-    half = TrainConfig(**{**vars(CONFIG), "steps": 5})
+    half = dataclasses.replace(CONFIG, steps=5)
     train(workdir, {4, 5, 6, 7}, half)
     with pytest.raises(training.NotFinite, match="4 steps in a row, up to step 7"):
         train(workdir, {4, 5, 6, 7})
@@ -129,7 +150,7 @@ def test_the_count_survives_a_resume(workdir):
 def test_a_skipped_step_is_skipped_again_after_a_resume(workdir, tmp_path):
     whole = Workdir(tmp_path / "whole")
     train(whole, {4, 5})
-    train(workdir, {4, 5}, TrainConfig(**{**vars(CONFIG), "steps": 4}))
+    train(workdir, {4, 5}, dataclasses.replace(CONFIG, steps=4))
     train(workdir, {4, 5})
     assert_same_leaves(read_leaves(workdir.path), read_leaves(whole.path))
 
@@ -137,7 +158,7 @@ def test_a_skipped_step_is_skipped_again_after_a_resume(workdir, tmp_path):
 @pytest.mark.parametrize("every", [5, 50])
 def test_the_last_steps_are_watched_too(workdir, every):
     """The metrics of a step are read one step late; those of the last steps must not be lost."""
-    config = TrainConfig(**{**vars(CONFIG), "checkpoint_every": every, "max_skipped": 0})
+    config = dataclasses.replace(CONFIG, checkpoint_every=every, max_skipped=0)
     with pytest.raises(training.NotFinite, match="up to step 12 of seed 7") as caught:
         train(workdir, {12}, config)
     assert saved_steps(workdir.path) == [step for step in (5, 10) if step % every == 0]
@@ -146,7 +167,7 @@ def test_the_last_steps_are_watched_too(workdir, every):
 
 
 def test_none_may_be_skipped(workdir):
-    config = TrainConfig(**{**vars(CONFIG), "max_skipped": 0})
+    config = dataclasses.replace(CONFIG, max_skipped=0)
     with pytest.raises(training.NotFinite, match="1 steps in a row, up to step 3"):
         train(workdir, {3}, config)
     assert saved_steps(workdir.path) == [1, 2]

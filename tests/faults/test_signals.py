@@ -6,24 +6,19 @@ import time
 
 import processes
 import pytest
-from processes import assert_same_leaves, read_leaves, saved_steps, wait_until
+from processes import assert_same_leaves, read_leaves, records, saved_steps, wait_until
 
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
 OPTIONS = ("--train.steps", 150, "--train.checkpoint-every", 50)
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory, compiled):
+def uninterrupted(tmp_path_factory):
     """The work directory of a run that no signal reached."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    run = processes.experiment(folder, compiled).run("train", "--workdir", "run", *OPTIONS)
+    run = processes.experiment(folder).run("train", "--workdir", "run", *OPTIONS)
     assert run.returncode == 0, run.stderr
     return folder / "run"
-
-
-def has_records(workdir):
-    path = workdir / "metrics.jsonl"
-    return path.exists() and path.stat().st_size > 0
 
 
 def next_error_line(process, start):
@@ -40,7 +35,7 @@ def test_a_signal_saves_and_the_command_it_prints_goes_on(
 ):
     workdir = folder / "my run"
     with experiment.start("train", "--workdir", workdir, *OPTIONS) as process:
-        wait_until(lambda: has_records(workdir), process)
+        wait_until(lambda: records(workdir), process)
         process.send_signal(signum)
         _, stderr = process.communicate(timeout=60)
     assert process.returncode == CODES[signum], stderr
@@ -87,7 +82,7 @@ def test_a_second_signal_stops_at_once(toy, folder, second):
 
 def test_ctrl_c_reaches_the_whole_group_and_leaves_nothing_behind(toy, folder):
     with toy.start("--workdir", "run", "--pause", 0.05, start_new_session=True) as process:
-        wait_until(lambda: has_records(folder / "run"), process)
+        wait_until(lambda: records(folder / "run"), process)
         os.killpg(process.pid, signal.SIGINT)
         _, stderr = process.communicate(timeout=30)
     assert process.returncode == 130, stderr

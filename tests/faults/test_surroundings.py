@@ -19,10 +19,10 @@ from processes import assert_one_line
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, compiled):
+def trained(tmp_path_factory):
     """A run of the command `all` without a terminal: (its folder, the process)."""
     folder = tmp_path_factory.mktemp("a trained run")
-    experiment = processes.experiment(folder, compiled)
+    experiment = processes.experiment(folder)
     done = experiment.run("--workdir", "my run", "--train.steps", 6)
     assert done.returncode == 0, done.stderr
     return folder / "my run", done
@@ -61,6 +61,7 @@ def test_an_impossible_work_directory_is_refused_before_jax(preset, folder, no_j
     assert_one_line(refused.stderr, "cannot write to the work directory", place, reason)
     assert refused.stdout == ""
     assert (folder / "a file").read_text() == "kept"
+    assert sorted(path.name for path in folder.iterdir()) == ["a file", "fake", "read only"]
 
 
 def test_the_fake_jax_would_be_noticed(preset, no_jax):
@@ -117,10 +118,8 @@ def test_on_a_terminal_bars_show_rate_and_time_left(experiment):
     reader = threading.Thread(target=read)
     reader.start()
     try:
-        done = experiment.run(
-            "--workdir", "run", "--train.steps", 6,
-            stdin=keyboard, stdout=keyboard, stderr=keyboard,
-        )  # fmt: skip
+        streams = dict.fromkeys(("stdin", "stdout", "stderr"), keyboard)
+        done = experiment.run("--workdir", "run", "--train.steps", 6, **streams)
     finally:
         os.close(keyboard)
         reader.join()
@@ -176,6 +175,7 @@ def test_a_home_directory_is_understood(preset, folder, no_jax):
     assert refused.returncode == 2
     assert_one_line(refused.stderr, "no run in", folder / "runs")
     assert not Path(folder, "~").exists()
+    assert not Path(folder, "runs").exists()
 
 
 def test_a_reader_that_goes_away_does_not_undo_the_run(experiment, folder):

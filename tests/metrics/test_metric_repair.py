@@ -3,6 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
+from annotations import unchecked_annotations
 from gen_jax.data.exact_sets import (
     NoisyMixture,
     binary_chain,
@@ -79,6 +80,7 @@ def test_erasing_one_at_random_leaves_the_data_as_they_are(dist):
     np.testing.assert_allclose(flow, flow.T, atol=1e-14)
 
 
+@unchecked_annotations()
 def test_arguments_out_of_range_are_refused():
     for call in (
         lambda: repair_kernel(even_parity(4), "random_two"),

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import sacrebleu
 
+from annotations import unchecked_annotations
 from gen_jax.data.synonyms import Synonyms
 from gen_jax.metrics.translation import (
     bleu,
@@ -69,6 +70,7 @@ def test_repeated_tokens_are_counted_over_all_neighbours(sequences, rate):
     assert repeated_token_rate(sequences) == rate
 
 
+@unchecked_annotations()
 def test_sequences_that_are_no_tokens_are_refused():
     for sequence in (np.zeros((2, 2), np.int32), np.zeros(3)):
         with pytest.raises(ValueError, match="must be integers"):
@@ -83,6 +85,7 @@ def test_lengths_are_compared():
     }
 
 
+@unchecked_annotations()
 def test_bad_lengths_are_refused():
     for lengths, true in (([], []), ([1], [1, 2]), ([1.0], [1]), ([[1]], [[1]])):
         with pytest.raises(ValueError, match="must be integers"):

@@ -1,6 +1,6 @@
 """Prompts: what the samplers of this family read of a condition, and check of it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -27,7 +27,9 @@ __all__ = [
 
 
 def make_prompts(
-    model: AutoregressiveModel, prompts: Iterable[Sequence[int]], length: int | None = None
+    model: AutoregressiveModel,
+    prompts: Sequence[Sequence[int] | Int[np.ndarray, " _"]],
+    length: int | None = None,
 ) -> Condition:
     """Prompts of different lengths as a condition, aligned at their ends.
 
@@ -43,7 +45,6 @@ def make_prompts(
     Raises:
       ValueError: there is no prompt, or one is empty, too long, or has an unknown token.
     """
-    prompts = list(prompts)
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     if not len(lengths):
         raise ValueError("there is no prompt: give one for each sample")

@@ -1,7 +1,7 @@
 """The sampler of diffusion models: one loop, whatever the solver."""
 
 import functools
-from typing import Any
+from typing import Any, no_type_check
 
 import flax.struct
 import jax
@@ -21,6 +21,7 @@ from gen_jax.models.diffusion.solvers import Solver
 __all__ = ["DiffusionSampler", "DiffusionState"]
 
 
+@no_type_check  # jax also makes trees of this class whose leaves are no arrays
 @flax.struct.dataclass
 class DiffusionState:
     """What there is between two steps.

@@ -4,7 +4,7 @@ B batch, L length, T rounds, V vocabulary.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, no_type_check
 
 import flax.struct
 import jax
@@ -24,6 +24,7 @@ from gen_jax.models.sequences import valid_mask
 __all__ = ["IterativeSampler", "MaskedState", "uniform_by_position"]
 
 
+@no_type_check  # jax also makes trees of this class whose leaves are no arrays
 @flax.struct.dataclass
 class MaskedState:
     """What a sampler in rounds carries.

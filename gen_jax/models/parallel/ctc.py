@@ -4,7 +4,7 @@ B batch, L length of the target, M source length, U = factor x M columns, V voca
 last token is the blank.
 """
 
-from typing import Any
+from typing import Any, no_type_check
 
 import flax.struct
 import jax
@@ -108,6 +108,7 @@ class CTCModel:
         return masks, valid_mask(masks, length)
 
 
+@no_type_check  # jax also makes trees of this class whose leaves are no arrays
 @flax.struct.dataclass
 class CTCState:
     """What the sampler of one step carries.

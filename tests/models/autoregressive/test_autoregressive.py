@@ -27,6 +27,7 @@ from gen_jax.models.autoregressive import (
 from gen_jax.models.autoregressive.config import DecodingOptions
 from gen_jax.nn.config import TransformerConfig
 from gen_jax.nn.transformer import TokenNetwork
+from gen_jax.testing import check_sampler
 from random_networks import LLAMA_FORM, random_params
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -152,7 +153,7 @@ def test_samples_have_the_exact_distribution(prompt, options):
         batch = {"tokens": all_sequences(3, 3), "label": np.ones(27, np.int32)}
         np.testing.assert_allclose(exact, np.exp(log_prob_of(model, params, batch)), rtol=1e-4)
     sampler = AutoregressiveSampler(model, len(prompt), 3, options)
-    drawn = draw(sampler, [prompt] * 20_000, label=np.ones(20_000, np.int32))
+    drawn = draw(sampler, [prompt] * 8_000, label=np.ones(8_000, np.int32))
     assert (exact > 0).sum() >= 6
     assert exact.max() < 0.7
     assert p_value(drawn, exact, 3) > 1e-4
@@ -224,32 +225,24 @@ def test_padding_on_the_left_does_not_change_a_sample(free):
 SPREAD = AutoregressiveSampler(model_of(LLAMA), 4, 8, SamplingOptions(temperature=1.5))
 
 
-@pytest.fixture(scope="module")
-def spread():
-    return draw(SPREAD, seed=3)
+def test_it_obeys_the_laws_of_samplers():
+    cond = make_prompts(SPREAD.model, PROMPTS[:6])
+    drawn = check_sampler(SPREAD, random_params(LLAMA), cond)
+    assert len({row.tobytes() for row in drawn}) == 6
 
 
-def test_the_loop_is_its_steps_in_python(spread):
-    cond, keys = make_prompts(SPREAD.model, PROMPTS), sampling.sample_keys(3, 0, 7)
-    prepared = SPREAD.prepare(random_params(LLAMA))
-    state, step = jax.jit(SPREAD.init)(prepared, keys, cond), jax.jit(SPREAD.step)
-    for i in range(SPREAD.steps):
-        state = step(prepared, state, jax.numpy.int32(i))
-    np.testing.assert_array_equal(SPREAD.finish(prepared, state), spread)
-
-
-def test_a_sample_does_not_know_its_batch_or_device(spread):
+def test_a_sample_does_not_know_its_batch_or_device():
     params, cond = random_params(LLAMA), make_prompts(SPREAD.model, PROMPTS)
-    assert len({row.tobytes() for row in spread}) == 7
-    for size in (1, 3):
-        got = collect(SPREAD, params, 3, 7, cond=cond, micro_batch=size)
-        np.testing.assert_array_equal(got, spread)
+    whole = draw(SPREAD, seed=3)
+    assert len({row.tobytes() for row in whole}) == 7
+    got = collect(SPREAD, params, 3, 7, cond=cond, micro_batch=3)
+    np.testing.assert_array_equal(got, whole)
     mesh = Mesh(np.array(jax.devices()), ("data",))
     got = collect(SPREAD, params, 3, 7, cond=cond, micro_batch=8, mesh=mesh)
-    np.testing.assert_array_equal(got, spread)
+    np.testing.assert_array_equal(got, whole)
     rest = jax.tree.map(lambda leaf: leaf[4:], cond)
     got = collect(SPREAD, params, 3, 3, cond=rest, micro_batch=3, start=4)
-    np.testing.assert_array_equal(got, spread[4:])
+    np.testing.assert_array_equal(got, whole[4:])
 
 
 def test_a_markov_source_is_learned_to_its_entropy():

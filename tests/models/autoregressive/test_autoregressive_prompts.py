@@ -26,7 +26,7 @@ from random_networks import random_params
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 GPT = TransformerConfig(vocabulary=9, context=16, layers=1, width=16, heads=2)
-STARTED = dataclasses.replace(GPT, extra_inputs=3)
+STARTED = dataclasses.replace(GPT, extra_inputs=3, tied=False)  # tied, it repeats itself
 PLAIN, START = (AutoregressiveModel(TokenNetwork(config)) for config in (GPT, STARTED))
 READER = AutoregressiveModel(
     EncoderDecoder(dataclasses.replace(GPT, extra_inputs=1, memory=True), 1)
@@ -179,7 +179,7 @@ def test_parameters_of_another_model_are_refused():
     cond = Condition(prompt=np.array([[1]]))
     sampler.check(params, cond)
     with pytest.raises(ValueError, match="token has the shape"):
-        sampler.check(random_params(STARTED), cond)
+        sampler.check(random_params(dataclasses.replace(GPT, extra_inputs=3)), cond)
     with pytest.raises(ValueError, match="pass what is in it"):
         BeamSearchSampler(PLAIN, 1, 3, 2).check({"params": params}, cond)
     pair = SpeculativeSampler(PLAIN, PLAIN, 1, 3)

@@ -18,6 +18,7 @@ from gen_jax.models.autoregressive import (
 )
 from gen_jax.nn.config import TransformerConfig
 from gen_jax.nn.transformer import TokenNetwork
+from gen_jax.testing import check_sampler
 from random_networks import LLAMA_FORM, random_params
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -176,9 +177,9 @@ def test_a_prompt_does_not_know_its_batch_or_padding():
     for prompt, row in zip(NINE_PROMPTS[1:], whole[1:], strict=True):
         alone = dataclasses.replace(sampler, prompt_length=len(prompt))
         np.testing.assert_array_equal(search(alone, [prompt])[0][0], row)
-    cond = make_prompts(sampler.model, NINE_PROMPTS)
-    (chunk,) = sampling.generate_many(sampler, random_params(NINE), 7, 3, cond=cond, micro_batch=4)
-    np.testing.assert_array_equal(chunk.samples, whole)
+    cond = make_prompts(sampler.model, NINE_PROMPTS * 2)
+    drawn = check_sampler(sampler, random_params(NINE), cond)
+    np.testing.assert_array_equal(drawn, np.concatenate([whole, whole]))
 
 
 def test_what_it_refuses():

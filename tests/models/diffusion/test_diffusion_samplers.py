@@ -7,53 +7,56 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from closed_networks import FunctionNetwork, GaussianNetwork, LabelledNetwork
 
 from gen_jax import sampling
-from gen_jax.models.diffusion import losses as diffusion
-from gen_jax.models.diffusion.config import DiffusionConfig, SolverConfig
-from gen_jax.models.diffusion.losses import Schedule, at
-from gen_jax.models.diffusion.samplers import (
+from gen_jax.condition import Condition
+from gen_jax.config import choices, from_dict, frozen, to_dict
+from gen_jax.models.diffusion import (
     DDIM,
     Ancestral,
+    DiffusionConfig,
+    DiffusionModel,
     DiffusionSampler,
     DPMSolverPP,
+    Schedule,
+    Solver,
     TimeGrid,
-    make_sampler,
 )
 from gen_jax.nn.config import UNetConfig
-from gen_jax.nn.unet import Denoiser
+from gen_jax.testing import check_sampler
+
+try:
+    from gen_jax.nn.unet import UNetNetwork
+except ImportError:
+    from gen_jax.nn.unet import Denoiser as UNetNetwork
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 LINEAR = DiffusionConfig()
+SMALL = DiffusionConfig(variance="fixed_small")
+SPACINGS = ["leading", "trailing", "linspace"]
+PARAMS = {"deviation": jnp.float32(0.5)}  # of a GaussianNetwork
 
 
-@dataclasses.dataclass(frozen=True)
-class GaussianOracle:
-    """The exact network for pixels drawn from N(0, deviation^2)."""
-
-    deviation: float
-    config: DiffusionConfig = LINEAR
-
-    def __call__(self, params, x, t, label=None, keys=None):
-        alpha_bar = at(Schedule(self.config).alpha_bar, t)
-        return jnp.sqrt(1 - alpha_bar) * x / (alpha_bar * self.deviation**2 + 1 - alpha_bar)
+def gaussian_sampler(solver, process=LINEAR, side=8, variance_output=0.0):
+    model = DiffusionModel(GaussianNetwork(process, variance_output), process, (side, side, 1))
+    return DiffusionSampler(model, solver)
 
 
-def oracle_sampler(deviation, solver, steps, spacing="leading", side=8):
-    grid = TimeGrid(steps, spacing)
-    return DiffusionSampler(
-        GaussianOracle(deviation), LINEAR, (side, side, 1), grid, solver, clip=None
-    )
+def labelled_sampler(solver, process=LINEAR):
+    network = LabelledNetwork(learned=process.variance == "learned")
+    return DiffusionSampler(DiffusionModel(network, process, (4, 4, 1)), solver)
 
 
-def exact_deviation(sampler):
+def labelled_params(sampler):
+    return sampler.model.init(jax.random.key(0))
+
+
+def exact_deviation(deviation, solver, process=LINEAR):
     """Standard deviation of the samples, propagated in float64 through the affine steps."""
-    alpha_bar = Schedule(LINEAR).alpha_bar[sampler.timesteps]
-    following = np.append(alpha_bar[1:], 1.0)
-    table = sampler.solver.coefficients(alpha_bar, following, LINEAR.prediction)
-    deviation = sampler.network.deviation
-    variance = 1.0
+    alpha_bar, _ = solver.alpha_bars(process)
+    table, variance = solver.table(process), 1.0
     for i, alpha in enumerate(alpha_bar):
         c = type(table)(*(column[i] for column in table))
         slope = np.sqrt(1 - alpha) / (alpha * deviation**2 + 1 - alpha)
@@ -73,29 +76,37 @@ def exact_deviation(sampler):
 )
 def test_ddim_on_a_gaussian_has_the_exact_deviation(deviation, eta, expected):
     steps = [2, 5, 10, 20, 50, 100, 1000]
-    got = [exact_deviation(oracle_sampler(deviation, DDIM(eta), s)) for s in steps]
+    got = [exact_deviation(deviation, DDIM(steps=s, eta=eta)) for s in steps]
     np.testing.assert_allclose(got, expected, atol=6e-6)
 
 
 def test_other_exact_deviations():
-    def got(deviation, solver, steps, spacing):
-        return exact_deviation(oracle_sampler(deviation, solver, steps, spacing))
-
     # One trailing step lands on the mean image: a model must be probabilistic.
-    assert got(0.5, DDIM(), 1, "trailing") == pytest.approx(0.00159, abs=6e-6)
-    assert got(0.5, DDIM(), 10, "trailing") == pytest.approx(0.36995, abs=6e-6)
-    assert got(0.5, Ancestral("fixed_large"), 1000, "leading") == pytest.approx(0.50075, abs=6e-6)
-    assert got(2.0, Ancestral("fixed_large"), 1000, "leading") == pytest.approx(1.99764, abs=6e-6)
+    for deviation, solver, expected in (
+        (0.5, DDIM(1, "trailing"), 0.00159),
+        (0.5, DDIM(10, "trailing"), 0.36995),
+        (0.5, Ancestral(), 0.50075),
+        (2.0, Ancestral(), 1.99764),
+    ):
+        assert exact_deviation(deviation, solver) == pytest.approx(expected, abs=6e-6)
 
 
 @pytest.mark.parametrize(
-    "solver", [DDIM(), DDIM(1.0), Ancestral("fixed_small"), Ancestral("fixed_large")]
+    ("solver", "process"),
+    [
+        (DDIM(20, clip=False), LINEAR),
+        (DDIM(20, clip=False, eta=1.0), LINEAR),
+        (Ancestral(20, clip=False), SMALL),
+        (Ancestral(20, clip=False), LINEAR),
+    ],
+    ids=["ddim", "ddim_eta_1", "fixed_small", "fixed_large"],
 )
-@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
-def test_the_loop_draws_from_the_exact_gaussian(solver, spacing):
-    sampler = oracle_sampler(0.5, solver, 20, spacing)
-    samples = np.asarray(sampling.generate(sampler, {}, sampling.sample_keys(3, 0, 256)))
-    exact = exact_deviation(sampler)
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_the_loop_draws_from_the_exact_gaussian(solver, process, spacing):
+    solver = dataclasses.replace(solver, spacing=spacing)
+    sampler = gaussian_sampler(solver, process)
+    samples = np.asarray(sampling.generate(sampler, PARAMS, sampling.sample_keys(3, 0, 256)))
+    exact = exact_deviation(0.5, solver, process)
     assert abs(samples.std() - exact) < 4 * exact / np.sqrt(2 * samples.size)
     assert abs(samples.mean()) < 4 * exact / np.sqrt(samples.size)
 
@@ -103,25 +114,23 @@ def test_the_loop_draws_from_the_exact_gaussian(solver, spacing):
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 @pytest.mark.parametrize("prediction", ["epsilon", "x0", "v"])
 def test_ddim_with_eta_1_is_ddpm_on_the_full_grid(schedule, prediction):
-    config = DiffusionConfig(schedule=schedule, prediction=prediction)
-    alpha_bar = Schedule(config).alpha_bar[::-1]
-    following = np.append(alpha_bar[1:], 1.0)
-    ddpm = Ancestral("fixed_small").coefficients(alpha_bar, following, prediction)
-    ddim = DDIM(1.0, clipped_direction=True).coefficients(alpha_bar, following, prediction)
-    posterior = Schedule(config).posterior_variance[::-1]
+    process = dataclasses.replace(SMALL, schedule=schedule, prediction=prediction)
+    ddpm = Ancestral().table(process)
+    ddim = DDIM(eta=1.0, clipped_direction=True).table(process)
+    posterior = Schedule(process).posterior_variance[::-1]
     np.testing.assert_allclose(ddim.next_noise**2, posterior, rtol=1e-6, atol=1e-15)
-    for name in ("x0_x", "x0_output", "next_x0", "next_noise"):
+    for name in ("x0_x", "x0_output", "next_x0", "next_x", "next_noise"):
         np.testing.assert_allclose(getattr(ddim, name), getattr(ddpm, name), rtol=1e-6, atol=1e-9)
-    np.testing.assert_allclose(ddim.next_x, ddpm.next_x, rtol=1e-6, atol=1e-9)
 
 
 def test_ddim_directions_agree_where_nothing_is_clipped():
     alpha_bar = Schedule(LINEAR).alpha_bar[::-50]
     following = np.append(alpha_bar[1:], 1.0)
     for prediction in ("epsilon", "x0", "v"):
-        ends = []
+        process, ends = DiffusionConfig(prediction=prediction), []
         for clipped in (False, True):
-            c = DDIM(0.3, clipped).coefficients(alpha_bar, following, prediction)
+            solver = DDIM(eta=0.3, clipped_direction=clipped)
+            c = solver.coefficients(alpha_bar, following, process)
             x, output = np.random.default_rng(1).normal(size=(2, len(alpha_bar)))
             x0 = c.x0_x * x + c.x0_output * output
             ends.append(c.next_x0 * x0 + c.next_x * x + c.next_output * output)
@@ -137,15 +146,13 @@ def test_order_of_convergence(solver, order):
     for steps in counts:
         log_odds = 2 * np.linspace(-3.0, 3.0, steps + 1)
         levels = 1 / (1 + np.exp(-log_odds))
-        c = solver.coefficients(levels[:-1], levels[1:], "epsilon")
+        table = solver.coefficients(levels[:-1], levels[1:], LINEAR)
         x, history = 1.0, 0.0
         for i, alpha in enumerate(levels[:-1]):
+            c = type(table)(*(column[i] for column in table))
             output = np.sqrt(1 - alpha) * x / (alpha * deviation**2 + 1 - alpha)
-            x0 = c.x0_x[i] * x + c.x0_output[i] * output
-            x = (
-                c.next_x0[i] * x0 + c.next_x[i] * x + c.next_output[i] * output
-                + c.next_history[i] * history
-            )  # fmt: skip
+            x0 = c.x0_x * x + c.x0_output * output
+            x = c.next_x0 * x0 + c.next_x * x + c.next_output * output + c.next_history * history
             history = x0
         spread = np.sqrt(levels * deviation**2 + 1 - levels)
         errors.append(abs(x - spread[-1] / spread[0]))
@@ -154,17 +161,17 @@ def test_order_of_convergence(solver, order):
 
 
 def test_dpm_solver_beats_ddim_at_the_same_cost():
-    target = 0.5
+    keys = sampling.sample_keys(0, 0, 64)
     for steps in (10, 20, 50):
-        deviations = []
-        for solver in (DDIM(), DPMSolverPP()):
-            sampler = oracle_sampler(target, solver, steps, "trailing", side=16)
-            keys = sampling.sample_keys(0, 0, 64)
-            deviations.append(abs(float(sampling.generate(sampler, {}, keys).std()) - target))
-        assert deviations[1] < deviations[0]
+        errors = []
+        for kind in (DDIM, DPMSolverPP):
+            sampler = gaussian_sampler(kind(steps, "trailing", False), side=16)
+            samples = np.asarray(sampling.generate(sampler, PARAMS, keys))
+            errors.append(abs(samples.std() - 0.5))
+        assert errors[1] < errors[0]
 
 
-@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("steps", [2, 7, 50, 999, 1000])
 def test_grids_fall_within_the_time_steps(spacing, steps):
     for skip_last in (False, True):
@@ -186,146 +193,265 @@ def test_grids_that_cannot_be():
         TimeGrid(1001).timesteps(1000)
     with pytest.raises(ValueError, match='use "trailing"'):
         TimeGrid(1, "leading").timesteps(1000)
-    with pytest.raises(ValueError, match="1000 sampling steps do not fit"):
-        oracle_sampler(1.0, DPMSolverPP(), 1000)
+    with pytest.raises(ValueError, match="spacing must be one of"):
+        TimeGrid(10, "karras")
+    with pytest.raises(ValueError, match="steps must be at least 1"):
+        TimeGrid(0)
 
 
-@pytest.fixture(scope="module")
-def network():
-    config = UNetConfig(widths=(8, 8), blocks=1, attention=(), groups=4, dropout=0.0, classes=3)
-    denoiser = Denoiser(config)
-    params = denoiser.init(jax.random.key(0), 8, 8)
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda leaf: leaf + 0.1 * rng.normal(size=leaf.shape).astype(np.float32), params
+@pytest.mark.parametrize(
+    ("kind", "values", "message"),
+    [
+        (Ancestral, {"spacing": "karras"}, "spacing must be one of 'leading', 'trailing'"),
+        (Ancestral, {"steps": 0}, "steps must be at least 1, got 0"),
+        (DDIM, {"steps": 0}, "steps must be at least 1, got 0"),
+        (DDIM, {"eta": -0.1}, "eta must not be negative"),
+        (DDIM, {"eta": float("inf")}, "eta must be finite"),
+        (DPMSolverPP, {"guidance": float("nan")}, "guidance must be finite"),
+        (DPMSolverPP, {"clip": 1.0}, "clip must be of type bool"),
+    ],
+)
+def test_solvers_that_cannot_be(kind, values, message):
+    with pytest.raises(ValueError, match=message):
+        kind(**values)
+
+
+def test_a_solver_that_does_not_fit_the_process_is_refused_at_construction():
+    for solver, process, message in (
+        (Ancestral(1001), LINEAR, "1001 sampling steps do not fit in 1000 time steps"),
+        (DPMSolverPP(1000), LINEAR, "1000 sampling steps do not fit .* leaves out"),
+        (DDIM(1), LINEAR, 'use "trailing"'),
+        (DDIM(guidance=2.0), DiffusionConfig(label_dropout=0.0), "trained with label_dropout"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            gaussian_sampler(solver, process)
+
+
+def test_solvers_are_stored_by_name():
+    @frozen
+    class Config:
+        sampler: Solver = Ancestral()
+
+    assert choices(Solver) == {"ddpm": Ancestral, "ddim": DDIM, "dpm_solver_pp": DPMSolverPP}
+    for kind in choices(Solver).values():
+        config = Config(kind(steps=7, spacing="trailing", guidance=2.0))
+        stored = to_dict(config)
+        assert stored["sampler"]["name"] == kind.name
+        assert from_dict(Config, stored) == config
+    with pytest.raises(ValueError, match="none of ddpm, ddim, dpm_solver_pp"):
+        from_dict(Config, {"sampler": {"name": "euler"}})
+
+
+@pytest.mark.parametrize(
+    ("solver", "process"),
+    [
+        (Ancestral(5), LINEAR),
+        (Ancestral(5, guidance=2.0), DiffusionConfig(variance="learned")),
+        (DDIM(5, eta=0.5, guidance=0.5), DiffusionConfig(prediction="v")),
+        (DPMSolverPP(5, "trailing"), LINEAR),
+    ],
+    ids=["ddpm", "learned", "ddim", "dpm_solver_pp"],
+)
+def test_the_laws_of_samplers(solver, process):
+    sampler = labelled_sampler(solver, process)
+    cond = Condition(label=np.array([0, 1, 2, 0, 1, 2]))
+    samples = check_sampler(sampler, labelled_params(sampler), cond, tolerance=2e-5)
+    assert samples.shape == (6, 4, 4, 1)
+
+
+@pytest.mark.parametrize(
+    "solver", [Ancestral(6), DDIM(6, eta=0.5), DPMSolverPP(6)], ids=lambda solver: solver.name
+)
+def test_the_compiled_trajectory_is_the_python_loop(solver):
+    sampler = labelled_sampler(solver)
+    params, keys = labelled_params(sampler), sampling.sample_keys(1, 0, 4)
+    cond = Condition(label=jnp.array([0, 1, 2, 1]))
+    samples, (xs, x0s) = sampling.generate(
+        sampler, params, keys, cond, trajectory=sampler.trajectory
     )
-    return denoiser, params
-
-
-def unet_sampler(denoiser, solver, **changes):
-    values = {"clip": 1.0, "guidance": 1.0} | changes
-    return DiffusionSampler(denoiser, LINEAR, (8, 8, 3), TimeGrid(6), solver, **values)
-
-
-@pytest.mark.parametrize("solver", [Ancestral(), DDIM(0.5), DPMSolverPP()])
-def test_the_compiled_loop_is_the_python_loop(network, solver):
-    denoiser, params = network
-    sampler = unet_sampler(denoiser, solver)
-    keys, labels = sampling.sample_keys(1, 0, 4), jnp.array([0, 1, 2, -1])
-    compiled, states = sampling.generate(sampler, params, keys, labels, trajectory=True)
     step = jax.jit(sampler.step)
-    state = sampler.init(params, keys, labels)
+    state = sampler.init(params, keys, cond)
     for i in range(sampler.steps):
         state = step(params, state, i)
-        np.testing.assert_allclose(states.x[i], state.x, atol=2e-5)
-    np.testing.assert_allclose(compiled, sampler.finish(params, state), atol=2e-5)
-    plain = sampling.generate(sampler, params, keys, labels)
-    np.testing.assert_allclose(plain, compiled, atol=2e-5)
+        np.testing.assert_allclose(xs[i], state.x, atol=2e-5)
+        np.testing.assert_allclose(x0s[i], state.x0, atol=2e-5)
+    np.testing.assert_allclose(samples, sampler.finish(params, state), atol=2e-5)
+    plain = sampling.generate(sampler, params, keys, cond)
+    np.testing.assert_allclose(plain, samples, atol=2e-5)
 
 
-def test_guidance_is_an_extrapolation_from_the_unconditional(network):
-    denoiser, params = network
-    keys, labels = sampling.sample_keys(2, 0, 3), jnp.array([0, 1, 2])
-    x = jax.random.normal(jax.random.key(0), (3, 8, 8, 3))
+@pytest.mark.parametrize("variance", ["fixed_large", "learned"])
+def test_guidance_is_an_extrapolation_from_the_unconditional(variance):
+    process = DiffusionConfig(variance=variance)
+    x, label = jax.random.normal(jax.random.key(0), (3, 4, 4, 1)), jnp.array([0, 1, 2])
     t = jnp.full(3, 500)
-    conditional = denoiser(params, x, t, labels)
-    unconditional = denoiser(params, x, t)
+
+    def guided(scale):
+        sampler = labelled_sampler(DDIM(6, guidance=scale), process)
+        return sampler._predict(labelled_params(sampler), x, t, label)
+
+    model = labelled_sampler(DDIM(), process).model
+    params = model.init(jax.random.key(0))
+    conditional, variance_output = model.predict(params, x, t, label)
+    unconditional, _ = model.predict(params, x, t)
     for scale in (0.0, 0.5, 3.0):
-        guided = unet_sampler(denoiser, DDIM(), guidance=scale)._predict(params, x, t, labels)
+        output, guided_variance = guided(scale)
         expected = unconditional + scale * (conditional - unconditional)
-        np.testing.assert_allclose(guided, expected, atol=1e-4)
-    none = sampling.generate(unet_sampler(denoiser, DDIM(), guidance=0.0), params, keys, labels)
-    free = sampling.generate(unet_sampler(denoiser, DDIM()), params, keys, jnp.full(3, -1))
+        np.testing.assert_allclose(output, expected, atol=1e-6)
+        # The variance is that of the conditional prediction.
+        if variance == "learned":
+            np.testing.assert_array_equal(guided_variance, variance_output)
+        else:
+            assert guided_variance is variance_output is None
+
+
+def test_no_guidance_by_the_label_is_a_draw_without_labels():
+    keys, label = sampling.sample_keys(2, 0, 3), jnp.array([0, 1, 2])
+    sampler = labelled_sampler(DDIM(6, guidance=0.0))
+    params = labelled_params(sampler)
+    none = sampling.generate(sampler, params, keys, Condition(label=label))
+    free = sampling.generate(labelled_sampler(DDIM(6)), params, keys)
     np.testing.assert_allclose(none, free, atol=2e-5)
+    bound = sampling.generate(labelled_sampler(DDIM(6)), params, keys, Condition(label=label))
+    assert np.abs(bound - free).max() > 1e-2
+
+
+def test_labels_may_be_of_any_integer_type():
+    sampler, keys = labelled_sampler(DDIM(3, guidance=2.0)), sampling.sample_keys(2, 0, 3)
+    params, drawn = labelled_params(sampler), []
+    for dtype in (np.int32, np.uint8):
+        cond = Condition(label=np.array([0, 1, 2], dtype))
+        drawn.append(np.asarray(sampling.generate(sampler, params, keys, cond)))
+    np.testing.assert_array_equal(*drawn)
+
+
+def test_what_does_not_fit_is_refused_before_the_loop():
+    keys, sampler = sampling.sample_keys(0, 0, 3), labelled_sampler(DDIM(4))
+    params, guided = labelled_params(sampler), labelled_sampler(DDIM(4, guidance=2.0))
+    gaussian = gaussian_sampler(DDIM(4))
+    label = Condition(label=jnp.array([0, 1, 2]))
+    assert (sampler.conditions, gaussian.conditions) == (("label",), ())
+    for taker, given, cond, message in (
+        (guided, params, None, "guidance 2.0 needs a label for each sample"),
+        (gaussian_sampler(DDIM(4, guidance=2.0)), PARAMS, None, "needs a label"),
+        (gaussian, PARAMS, label, "no use for the condition 'label'"),
+        (sampler, params, Condition(label=jnp.array([0, 1, 3])), "labels must be in 0 to 2"),
+        (sampler, params, Condition(label=jnp.array([0, 1, -1])), "labels must be in 0 to 2"),
+        (sampler, {"slope": params["slope"]}, label, "table is missing"),
+        (sampler, params | {"table": jnp.zeros(5)}, label, r"has the shape \[5\], not \[4\]"),
+        (sampler, {"params": params}, label, "pass what is in it"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sampling.generate(taker, given, keys, cond)
+
+
+def test_parameters_of_a_deeper_unet_are_refused():
+    def model(blocks):
+        config = UNetConfig(widths=(8,), blocks=blocks, attention=(), groups=4)
+        return DiffusionModel(UNetNetwork(config), LINEAR, (4, 4, 3))
+
+    deeper = jax.eval_shape(model(2).init, jax.random.key(0))
+    with pytest.raises(ValueError, match="do not fit the DiffusionModel"):
+        DiffusionSampler(model(1), DDIM(4)).check(deeper, Condition())
+
+
+def test_the_check_does_not_need_values():
+    sampler = labelled_sampler(DDIM(2, guidance=2.0))
+    params, keys = labelled_params(sampler), sampling.sample_keys(0, 0, 3)
+
+    def draw(params, label):
+        return sampling.generate(sampler, params, keys, Condition(label=label))
+
+    shape = jax.eval_shape(jax.jit(draw), params, jnp.array([0, 1, 2])).shape
+    assert shape == (3, 4, 4, 1)
 
 
 def test_a_learned_variance_at_its_ends_is_a_fixed_one():
-    config = DiffusionConfig(variance="learned")
-    shape, keys = (4, 4, 1), sampling.sample_keys(4, 0, 16)
-
-    def draw(process, solver, network):
-        sampler = DiffusionSampler(network, process, shape, TimeGrid(10), solver, clip=None)
-        return sampling.generate(sampler, {}, keys)
-
-    for sign, fixed in ((1.0, "fixed_large"), (-1.0, "fixed_small")):
-
-        def both(params, x, t, label=None, keys=None, sign=sign):
-            output = GaussianOracle(0.5)(params, x, t)
-            return jnp.concatenate([output, jnp.full_like(x, sign)], axis=-1)
-
-        learned = draw(config, Ancestral("learned"), both)
-        expected = draw(LINEAR, Ancestral(fixed), GaussianOracle(0.5))
-        np.testing.assert_allclose(learned, expected, atol=1e-5)
+    keys = sampling.sample_keys(4, 0, 16)
+    learned = DiffusionConfig(variance="learned")
+    for end, fixed in ((1.0, LINEAR), (-1.0, SMALL)):
+        drawn = [
+            np.asarray(sampling.generate(sampler, PARAMS, keys))
+            for sampler in (
+                gaussian_sampler(Ancestral(10, clip=False), learned, 4, variance_output=end),
+                gaussian_sampler(Ancestral(10, clip=False), fixed, 4),
+            )
+        ]
+        np.testing.assert_allclose(*drawn, atol=1e-5)
 
 
-def test_clipping_bounds_the_prediction(network):
-    denoiser, params = network
-    big = jax.tree.map(lambda leaf: 20 * leaf, params)
+def test_clipping_bounds_the_prediction():
     keys = sampling.sample_keys(5, 0, 2)
-    for clip, bounded in ((1.0, True), (None, False)):
-        sampler = unet_sampler(denoiser, DDIM(), clip=clip)
-        _, states = sampling.generate(sampler, big, keys, None, trajectory=True)
-        assert (np.abs(states.x0).max() <= 1) == bounded
+    for clip in (True, False):
+        sampler = labelled_sampler(DDIM(6, clip=clip))
+        big = {"slope": jnp.float32(2.0), "table": jnp.full(4, 9.0)}
+        _, (_, x0) = sampling.generate(sampler, big, keys, trajectory=sampler.trajectory)
+        assert (np.abs(x0).max() <= 1) == clip
 
 
-def test_the_program_is_one_loop_around_one_network(network):
-    denoiser, params = network
+def test_the_program_is_one_loop_around_one_network():
+    config = UNetConfig(widths=(8,), blocks=1, attention=(), groups=4)
+    model = DiffusionModel(UNetNetwork(config), LINEAR, (4, 4, 3))
     keys = sampling.sample_keys(0, 0, 4)
-    sampler = dataclasses.replace(unet_sampler(denoiser, DDIM()), grid=TimeGrid(50))
-    text = sampling.generate.lower(sampler, params, keys).compile().as_text()
+
+    def program(steps):
+        sampler = DiffusionSampler(model, DDIM(steps))
+        params = jax.eval_shape(lambda key: sampler.prepare(model.init(key)), jax.random.key(0))
+        return sampling.compile_generate(sampler, params, keys).as_text()
+
+    text, shorter = program(50), program(5)
     # The other loops of the program are those of the random bits, before it.
-    assert len(re.findall(r' while\(.*op_name="jit\(generate\)/while"', text)) == 1
-    shorter = dataclasses.replace(sampler, grid=TimeGrid(5))
-    other = sampling.generate.lower(shorter, params, keys).compile().as_text()
-    count = lambda program: program.count("convolution(")  # noqa: E731
-    assert count(text) == count(other)
+    assert len(re.findall(r' while\(.*op_name="jit\([^)"]*\)/while"', text)) == 1
+    assert 0 < text.count("convolution(") == shorter.count("convolution(")
 
 
-def test_nfe_counts_evaluations_of_the_network():
+@pytest.mark.parametrize(
+    "solver",
+    [Ancestral(5), DDIM(7, "trailing"), DPMSolverPP(9, "linspace")],
+    ids=lambda solver: solver.name,
+)
+def test_nfe_counts_evaluations_of_the_network(solver):
     calls = []
 
-    def network(params, x, t, label=None, keys=None):
+    def network(params, x, t, label):
         jax.debug.callback(lambda t: calls.append(int(t[0])), t)
         return x
 
-    for config in (
-        SolverConfig("ddpm", 5),
-        SolverConfig("ddim", 7, spacing="trailing"),
-        SolverConfig("dpm_solver_pp", 9, spacing="linspace"),
-    ):
-        calls.clear()
-        sampler = make_sampler(network, LINEAR, (2, 2, 1), config)
-        jax.block_until_ready(sampling.generate(sampler, {}, sampling.sample_keys(0, 0, 1)))
-        jax.effects_barrier()
-        assert len(calls) == sampler.nfe == config.steps
-        assert sorted(calls, reverse=True) == sampler.timesteps.tolist()
+    model = DiffusionModel(FunctionNetwork(network), LINEAR, (2, 2, 1))
+    sampler = DiffusionSampler(model, solver)
+    jax.block_until_ready(sampling.generate(sampler, {}, sampling.sample_keys(0, 0, 1)))
+    jax.effects_barrier()
+    assert len(calls) == sampler.nfe == solver.steps
+    assert sorted(calls, reverse=True) == sampler.timesteps.tolist()
 
 
 def test_an_equal_sampler_does_not_compile_again():
     keys = sampling.sample_keys(0, 0, 2)
-    make = lambda: oracle_sampler(0.75, DDIM(), 4)  # noqa: E731
-    sampling.generate(make(), {}, keys)
-    before = sampling.generate._cache_size()
-    sampling.generate(make(), {}, keys)
-    assert sampling.generate._cache_size() == before
-    assert make() is not make()
+
+    def draw():
+        sampler = gaussian_sampler(DDIM(4), side=3)
+        return sampling.generate(sampler, PARAMS, keys, trajectory=sampler.trajectory)
+
+    draw()
+    before = sampling._generate._cache_size()
+    draw()
+    assert sampling._generate._cache_size() == before
 
 
-def test_prediction_types_of_one_oracle_draw_the_same_samples():
-    keys, drawn = sampling.sample_keys(6, 0, 4), []
-    for prediction in ("epsilon", "x0", "v"):
-        config = DiffusionConfig(prediction=prediction)
-        schedule = Schedule(config)
-
-        def network(params, x, t, label=None, keys=None, config=config, schedule=schedule):
-            epsilon = GaussianOracle(0.5)(params, x, t)
-            weights = diffusion.x0_weights("epsilon", schedule.alpha_bar)
-            x0 = at(weights[0], t) * x + at(weights[1], t) * epsilon
-            return diffusion.target(config, schedule, x0, t, epsilon)
-
-        for solver in (Ancestral(), DDIM(0.5), DPMSolverPP()):
-            sampler = DiffusionSampler(network, config, (4, 4, 1), TimeGrid(20), solver, clip=None)
-            drawn.append(np.asarray(sampling.generate(sampler, {}, keys)))
-    for i in range(3):
-        np.testing.assert_allclose(drawn[i], drawn[i + 3], atol=1e-4)
-        np.testing.assert_allclose(drawn[i], drawn[i + 6], atol=1e-4)
+@pytest.mark.parametrize(
+    "solver",
+    [Ancestral(20, clip=False), DDIM(20, clip=False, eta=0.5), DPMSolverPP(20, clip=False)],
+    ids=lambda solver: solver.name,
+)
+def test_prediction_types_of_one_oracle_draw_the_same_samples(solver):
+    keys = sampling.sample_keys(6, 0, 4)
+    drawn = [
+        np.asarray(
+            sampling.generate(
+                gaussian_sampler(solver, DiffusionConfig(prediction=prediction), 4), PARAMS, keys
+            )
+        )
+        for prediction in ("epsilon", "x0", "v")
+    ]
+    np.testing.assert_allclose(drawn[0], drawn[1], atol=1e-4)
+    np.testing.assert_allclose(drawn[0], drawn[2], atol=1e-4)

@@ -3,18 +3,22 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from closed_networks import FunctionNetwork
 
 import kernels
-from gen_jax.models.diffusion.config import DiffusionConfig
-from gen_jax.models.diffusion.losses import Schedule, fold_in_each, normal_each
-from gen_jax.models.diffusion.samplers import (
+from gen_jax.condition import Condition
+from gen_jax.models.diffusion import (
     DDIM,
     Ancestral,
+    DiffusionConfig,
+    DiffusionModel,
     DiffusionSampler,
     DiffusionState,
     DPMSolverPP,
+    Schedule,
     TimeGrid,
 )
+from gen_jax.models.diffusion.process import fold_in_each, normal_each
 from gen_jax.sampling import sample_keys
 
 # diffusers hands torch tensors to numpy in a way that newer ones warn of.
@@ -71,13 +75,13 @@ def to_numpy(x):
     return x.permute(0, 2, 3, 1).numpy()
 
 
-def from_table(params, x, t, label=None, keys=None):
-    """A network that returns what was prepared for the time step."""
+def from_table(params, x, t, label):
+    """What was prepared for the time step."""
     return params["outputs"][jnp.argmax(params["timesteps"] == t[0])]
 
 
-def sampler_of(process, grid, solver, clip=None):
-    return DiffusionSampler(from_table, process, SHAPE, grid, solver, clip)
+def sampler_of(process, solver):
+    return DiffusionSampler(DiffusionModel(FunctionNetwork(from_table), process, SHAPE), solver)
 
 
 def walk(sampler, seed=0):
@@ -87,12 +91,12 @@ def walk(sampler, seed=0):
       (t, output, noise, x, next) for each step: the time step, what the network said there, the
       noise that was added or not, and the images before and after.
     """
-    channels = (2 if sampler.process.variance == "learned" else 1) * SHAPE[-1]
+    channels = (2 if sampler.model.process.variance == "learned" else 1) * SHAPE[-1]
     generator = np.random.default_rng(seed)
     shape = (sampler.steps, BATCH, *SHAPE[:-1], channels)
     outputs = jnp.asarray(generator.normal(size=shape), jnp.float32)
     params = {"timesteps": jnp.asarray(sampler.timesteps), "outputs": outputs}
-    state = sampler.init(params, sample_keys(seed, 0, BATCH), None)
+    state = sampler.init(params, sample_keys(seed, 0, BATCH), Condition())
     for i, t in enumerate(sampler.timesteps):
         following = sampler.step(params, state, i)
         noise = normal_each(fold_in_each(state.keys, i), SHAPE)
@@ -162,18 +166,19 @@ def test_every_step_of_ddpm_is_that_of_diffusers(
         "diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, **__: noises[-1]
     )
     for spacing, steps, clip in [
-        ("leading", 10, True), ("leading", 7, False), ("trailing", 10, True),
-        ("trailing", 20, False), ("linspace", 7, True),
-    ]:  # fmt: skip
+        ("leading", 10, True),
+        ("leading", 7, False),
+        ("trailing", 10, True),
+        ("trailing", 20, False),
+        ("linspace", 7, True),
+    ]:
         scheduler = schedulers.DDPMScheduler(
             **options(
                 process, variance_type=variance_type, timestep_spacing=spacing, clip_sample=clip
             )
         )
         with_our_table(scheduler, process).set_timesteps(steps)
-        sampler = sampler_of(
-            process, TimeGrid(steps, spacing), Ancestral(variance), 1.0 if clip else None
-        )
+        sampler = sampler_of(process, Ancestral(steps, spacing, clip))
         for t, output, noise, x, following in walk(sampler):
             # diffusers leaves the noise of the last step out where t = 0, which is the last step
             # of "leading" and "linspace" but not of "trailing"; ours is without noise in all.
@@ -191,18 +196,16 @@ def test_every_step_of_ddpm_is_that_of_diffusers(
 def test_every_step_of_ddim_is_that_of_diffusers(schedulers, prediction, schedule, eta, clip):
     process = DiffusionConfig(prediction=prediction, schedule=schedule)
     for spacing, steps, clipped_direction in [
-        ("leading", 10, False), ("leading", 7, True), ("trailing", 20, False),
-    ]:  # fmt: skip
+        ("leading", 10, False),
+        ("leading", 7, True),
+        ("trailing", 20, False),
+    ]:
         scheduler = schedulers.DDIMScheduler(
             **options(process, timestep_spacing=spacing, clip_sample=clip)
         )
         with_our_table(scheduler, process).set_timesteps(steps)
-        sampler = sampler_of(
-            process,
-            TimeGrid(steps, spacing),
-            DDIM(eta, clipped_direction),
-            1.0 if clip else None,
-        )
+        solver = DDIM(steps, spacing, clip, eta=eta, clipped_direction=clipped_direction)
+        sampler = sampler_of(process, solver)
         for t, output, noise, x, following in walk(sampler):
             theirs = scheduler.step(
                 to_torch(output),
@@ -229,8 +232,8 @@ def test_a_step_of_ddim_between_two_given_times_is_that_of_diffusers(schedulers,
         with_our_table(scheduler, process).set_timesteps(steps)
         for i, t in enumerate(scheduler.timesteps.tolist()):
             before = t - 1000 // steps
-            table = DDIM(eta).coefficients(
-                alpha_bar[[t]], alpha_bar[[before]] if before >= 0 else np.ones(1), prediction
+            table = DDIM(eta=eta).coefficients(
+                alpha_bar[[t]], alpha_bar[[before]] if before >= 0 else np.ones(1), process
             )
             coefficients = kernels.StepCoefficients(*(np.float32(entry[0]) for entry in table))
             keys = sample_keys(i, 0, BATCH)
@@ -265,7 +268,7 @@ def test_every_step_of_dpm_solver_is_that_of_diffusers(schedulers, prediction, s
             )
         )
         with_our_table(scheduler, process).set_timesteps(steps)
-        sampler = sampler_of(process, TimeGrid(steps, spacing), DPMSolverPP())
+        sampler = sampler_of(process, DPMSolverPP(steps, spacing, clip=False))
         for t, output, _, x, following in walk(sampler):
             theirs = scheduler.step(to_torch(output), t, to_torch(x)).prev_sample
             assert_close(following, theirs)
@@ -273,14 +276,15 @@ def test_every_step_of_dpm_solver_is_that_of_diffusers(schedulers, prediction, s
 
 def test_ten_steps_of_ddim_give_the_figures_of_diffusers():
     # The full loop of diffusers' own test of DDIMScheduler.
-    def network(params, x, t, label=None, keys=None):
+    def network(params, x, t, label):
         t = t.astype(jnp.float32)[:, None, None, None]
         return x * t / (t + 1)
 
     count = 4 * 3 * 8 * 8
     x = (jnp.arange(count, dtype=jnp.float32) / count).reshape(3, 8, 8, 4)
-    x = x.transpose(3, 1, 2, 0)  # [C, H, W, B] -> [B, H, W, C]
-    sampler = DiffusionSampler(network, DiffusionConfig(), (8, 8, 3), TimeGrid(10), DDIM(), 1.0)
+    x = x.transpose(3, 1, 2, 0)  # [C, height, width, B] -> [B, ..., C]
+    model = DiffusionModel(FunctionNetwork(network), DiffusionConfig(), (8, 8, 3))
+    sampler = DiffusionSampler(model, DDIM(10))
     state = DiffusionState(x=x, x0=jnp.zeros_like(x), keys=sample_keys(0, 0, 4), label=None)
     for i in range(sampler.steps):
         state = sampler.step(None, state, i)
