@@ -34,7 +34,7 @@ class MaskConfig:
     bound of absorbing diffusion), or L cos(pi u / 2), rounded up, u uniform (MaskGIT)."""
 
 
-def check_temperature(name: str, value: float) -> None:
+def check_temperature(name: str, value: int | float) -> None:
     """Refuses a temperature of tokens that is neither 0 nor at least 1e-6.
 
     Raises:
@@ -44,7 +44,7 @@ def check_temperature(name: str, value: float) -> None:
         raise ValueError(f"{name} must be 0 or at least {_LEAST_TEMPERATURE}, got {value}")
 
 
-def check_not_negative(name: str, value: float) -> None:
+def check_not_negative(name: str, value: int | float) -> None:
     """Refuses a number below 0.
 
     Raises:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from annotations import unchecked_annotations
 from gen_jax import sampling
 from gen_jax.condition import Condition
 from gen_jax.data.exact_sets import NoisyMixture, even_parity
@@ -182,7 +183,9 @@ def test_hidden_positions_are_random_and_valid():
     count = jnp.tile(jnp.array([2, 4, 2]), 4_000)
     tokens = jnp.broadcast_to(jnp.arange(6) % 3, (12_000, 6))
     valid = sequences.valid_mask(tokens, length)
-    seen, hidden = (np.asarray(x) for x in jax.jit(masked.hide)(keys, tokens, valid, count, 3))
+    seen, hidden = (
+        np.asarray(x) for x in jax.jit(masked.hide, static_argnums=4)(keys, tokens, valid, count, 3)
+    )
     np.testing.assert_array_equal(hidden.sum(-1), count)
     assert not (hidden & ~np.asarray(valid)).any()
     np.testing.assert_array_equal(seen, np.where(hidden, 3, tokens))
@@ -299,6 +302,7 @@ def test_holes_and_lengths():
         ({}, r"^templates, lengths and number must be of as many samples"),
     ],
 )
+@unchecked_annotations()
 def test_infilling_that_is_refused(options, text):
     with pytest.raises(ValueError, match=text) as caught:
         infill(MODEL, 4, **options)
@@ -307,6 +311,7 @@ def test_infilling_that_is_refused(options, text):
 
 @pytest.mark.parametrize("change", [{"causal": True}, {"extra_inputs": 0}])
 @pytest.mark.parametrize("pair", [False, True])
+@unchecked_annotations()
 def test_a_masked_model_sees_all_and_reads_a_mask(change, pair):
     config = dataclasses.replace(SMALL, memory=pair, **change)
     network = EncoderDecoder(config, 1) if pair else TokenNetwork(config)
@@ -323,6 +328,7 @@ def test_a_masked_model_sees_all_and_reads_a_mask(change, pair):
         (lambda: ExactDenoiser(0), "vocabulary must be at least 1, got 0"),
     ],
 )
+@unchecked_annotations()
 def test_models_that_are_refused(make, text):
     with pytest.raises(ValueError, match=text):
         make()
@@ -339,6 +345,7 @@ def test_models_that_are_refused(make, text):
         ({"support": np.zeros((2, 4), int), "prob": np.array([2, -1])}, "not be negative"),
     ],
 )
+@unchecked_annotations()
 def test_distributions_that_are_refused(params, text):
     denoiser = ExactDenoiser(3)
     denoiser.check(exact(MIXTURE), Condition(), 4)

@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import Mesh
 from scipy import stats
 
+from annotations import unchecked_annotations
 from gen_jax import sampling
 from gen_jax.condition import Condition
 from gen_jax.config import choices, resolve
@@ -547,6 +548,7 @@ NAN = float("nan")
         (lambda: options.RepairOptions(erase="least_likely", count=2), "set count to 1"),
     ],
 )
+@unchecked_annotations()
 def test_what_is_refused(make, text):
     with pytest.raises(ValueError, match=text):
         make()
@@ -571,6 +573,7 @@ def given_at(place, token, length=L):
         ({"source": np.zeros((2, 3), int)}, "no use for the condition 'source'"),
     ],
 )
+@unchecked_annotations()
 def test_conditions_that_are_refused(cond, text):
     with pytest.raises(ValueError, match=text):
         generate(MaskPredict(MODEL, L, 2), Condition(**cond))
@@ -587,6 +590,7 @@ def test_conditions_that_are_refused(cond, text):
         ),
     ],
 )
+@unchecked_annotations()
 def test_sources_that_are_refused(cond, text):
     with pytest.raises(ValueError, match=text):
         generate(MaskPredict(PAIR, L, 2), Condition(**cond), params=random_params(PAIR.network))

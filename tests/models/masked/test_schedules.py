@@ -9,6 +9,7 @@ import typing
 import numpy as np
 import pytest
 
+from annotations import unchecked_annotations
 from gen_jax.data.exact_sets import NoisyMixture, binary_chain, even_parity
 from gen_jax.metrics.gaps import random_order_gap
 from gen_jax.models.masked.config import ScheduleName
@@ -157,6 +158,7 @@ def test_equal_schedules_are_one():
 @pytest.mark.parametrize(
     "schedule", [Cosine(), Fixed((8,)), optimal(CHAIN), Power()], ids=lambda s: type(s).__name__
 )
+@unchecked_annotations()
 def test_impossible_rounds(schedule):
     after = functools.partial(masked_after, schedule)
     for call in (schedule.sizes, schedule.check, after, check_rounds):
@@ -181,6 +183,7 @@ def test_impossible_rounds(schedule):
         (lambda: Power(float("inf")), r"^exponent must be finite, got inf$"),
     ],
 )
+@unchecked_annotations()
 def test_what_is_refused(make, text):
     with pytest.raises(ValueError, match=text):
         make()

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from annotations import unchecked_annotations
 from gen_jax import sampling
 from gen_jax.condition import Condition
 from gen_jax.models.parallel.ctc import CTCModel, CTCSampler, collapse
@@ -282,6 +283,7 @@ def test_it_learns_to_copy():
         ),
     ],
 )
+@unchecked_annotations()
 def test_what_is_refused(make, text):
     with pytest.raises(ValueError, match=text):
         make()

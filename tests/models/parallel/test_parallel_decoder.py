@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from scipy import stats
 
 import random_networks
+from annotations import unchecked_annotations
 from gen_jax import sampling
 from gen_jax.condition import Condition
 from gen_jax.data.exact_sets import NoisyMixture, even_parity, modes
@@ -635,6 +636,7 @@ EOS = dataclasses.replace(PAIR, ending="eos")
         ),
     ],
 )
+@unchecked_annotations()
 def test_what_it_refuses(make, text):
     with pytest.raises(ValueError, match=text):
         make()
@@ -649,6 +651,7 @@ def test_what_it_refuses(make, text):
         (SOURCE | {"prompt": np.zeros((ROWS, 1), int)}, "no use for the condition 'prompt'"),
     ],
 )
+@unchecked_annotations()
 def test_conditions_that_are_refused(cond, text):
     with pytest.raises(ValueError, match=text):
         generate(IN_ROUNDS, random_params(CODED_PAIR), cond)
