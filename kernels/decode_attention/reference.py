@@ -52,16 +52,14 @@ def attend(q, keys, values, column, first, window, offset=0):
     groups = heads // keys.shape[1]
     q = (q / width**0.5).reshape(batch, length, -1, groups, width)
     scores = _product("blkgd,bkdt->bkglt", q, keys)
-    columns, new = offset + jnp.arange(keys.shape[-1]), jnp.arange(length)[:, None]
-    own = jnp.asarray(column)[..., None, None] + new  # [L, 1] or [B, L, 1]
-    seen = columns <= own
+    columns = offset + jnp.arange(keys.shape[-1])[None, None]  # [1, 1, T]
+    own = jnp.atleast_1d(column)[:, None, None] + jnp.arange(length)[None, :, None]
+    seen = columns <= own  # [1 or B, L, T]
     if window:
         seen = seen & (columns > own - window)
     if first is not None:
         seen = seen & (columns >= first[:, None, None])
-    if seen.ndim == 3:
-        seen = seen[:, None, None]
-    weights = jax.nn.softmax(jnp.where(seen, scores, MASKED), axis=-1)
+    weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, MASKED), axis=-1)
     out = jnp.einsum("bkglt,bktd->blkgd", weights.astype(values.dtype), values)
     return out.reshape(batch, length, heads, width)
 

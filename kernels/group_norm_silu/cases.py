@@ -25,7 +25,8 @@ def _definition(x, scale, bias, *, groups, epsilon=1e-6, silu=True):
     grouped = x.reshape(x.shape[0], -1, groups, x.shape[-1] // groups)
     mean = grouped.mean(axis=(1, 3), keepdims=True)
     variance = grouped.var(axis=(1, 3), keepdims=True)
-    y = ((grouped - mean) / np.sqrt(variance + epsilon)).reshape(x.shape) * scale + bias
+    y = ((grouped - mean) / np.sqrt(variance + epsilon)).reshape(x.shape)
+    y = y * np.asarray(scale) + np.asarray(bias)
     return y / (1 + np.exp(-y)) if silu else y
 
 
@@ -33,7 +34,8 @@ def _grouped(x, scale, bias, *, groups, epsilon=1e-6):
     """The formula as it is written, with one reduction over two axes."""
     grouped = x.reshape(x.shape[0], -1, groups, x.shape[-1] // groups)
     normalised = jax.nn.standardize(grouped, axis=(1, 3), epsilon=epsilon)
-    return jax.nn.silu(normalised.reshape(x.shape) * scale + bias)
+    places = (1,) * (x.ndim - 1) + (-1,)
+    return jax.nn.silu(normalised.reshape(x.shape) * scale.reshape(places) + bias.reshape(places))
 
 
 def _case(

@@ -25,8 +25,8 @@ def group_norm_silu(x, scale, bias, *, groups, epsilon, silu):
 
     mean = group_mean(features.sum(axis=1))
     variance = group_mean(jnp.square(features - mean).sum(axis=1))
-    gain = jax.lax.rsqrt(variance + epsilon) * scale
-    y = features * gain + (bias - mean * gain)
+    gain = jax.lax.rsqrt(variance + epsilon) * scale[None, None]
+    y = features * gain + (bias[None, None] - mean * gain)
     if silu:
         y = jax.nn.silu(y)
     return y.reshape(x.shape).astype(x.dtype)

@@ -46,7 +46,7 @@ def gumbel(
       float32 [B, N].
     """
     data = jax.random.key_data(keys)[:, :, None]  # [B, 2, 1]
-    ids = ids.astype(jnp.uint32)
+    ids = jnp.atleast_2d(ids.astype(jnp.uint32))  # [B, N] or [1, N]
     high, low = threefry2x32((data[:, 0], data[:, 1]), jnp.zeros_like(ids), ids)
     bits = ((high ^ low) >> 9) | jnp.uint32(0x3F800000)  # a float in [1, 2)
     uniform = jax.lax.bitcast_convert_type(bits, jnp.float32) - 1
