@@ -88,8 +88,8 @@ POISONS = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "value", "name"), POISONS)
-def test_a_few_updates_are_skipped_and_change_nothing(workdir, capsys, kind, value, name):
+@pytest.mark.parametrize(("kind", "value", "metric"), POISONS)
+def test_a_few_updates_are_skipped_and_change_nothing(workdir, capsys, kind, value, metric):
     trained = train(workdir, {4, 5, 6}, kind=kind, value=value)
     assert trained.step == 12
     assert int(trained.state.skipped) == 0
@@ -112,18 +112,18 @@ def test_a_few_updates_are_skipped_and_change_nothing(workdir, capsys, kind, val
     assert skipped == [0, 0, 0, 1, 2, 3, 0, 0, 0, 0, 0, 0]
     messages = capsys.readouterr().err.splitlines()
     assert messages == [
-        f"step {step}: {name} not finite, update skipped ({count} in a row, seed 7)"
+        f"step {step}: {metric} not finite, update skipped ({count} in a row, seed 7)"
         for count, step in enumerate((4, 5, 6), start=1)
     ]
 
 
-@pytest.mark.parametrize(("kind", "value", "name"), POISONS)
-def test_one_more_stops_and_leaves_finite_parameters(workdir, kind, value, name):
+@pytest.mark.parametrize(("kind", "value", "metric"), POISONS)
+def test_one_more_stops_and_leaves_finite_parameters(workdir, kind, value, metric):
     with pytest.raises(training.NotFinite) as caught:
         train(workdir, {4, 5, 6, 7}, kind=kind, value=value)
     message = str(caught.value)
     assert "4 steps in a row, up to step 7 of seed 7" in message
-    assert f"(the last in {name})" in message
+    assert f"(the last in {metric})" in message
     assert str(workdir.checkpoints) in message
     assert "\n" not in message
     assert saved_steps(workdir.path) == [1, 2, 3, 4, 5, 6]
