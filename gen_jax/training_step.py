@@ -85,8 +85,8 @@ class TrainState:
 
     state: dict[str, Any]
     ema: Any
-    step: jax.Array
-    skipped: jax.Array
+    step: Any
+    skipped: Any
 
 
 def init_state(config: TrainConfig, trainable: Trainable, initial: Any | None = None) -> TrainState:

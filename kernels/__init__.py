@@ -1,7 +1,8 @@
 """The hot operations of the sampling loops, one public function each.
 
 Every operation has a folder: `reference.py` is its specification in plain jax.numpy, and the
-public function picks a backend per platform. This package depends on jax alone.
+public function picks a backend for the platform; see `kernels/README.md`. This package depends on
+jax and jaxtyping alone.
 """
 
 from kernels.conv_3x3 import conv_3x3, prepare_conv_3x3
@@ -26,3 +27,28 @@ __all__ = [
     "sample_logits",
     "sample_token",
 ]
+
+_HUGGING_FACE = {
+    "CUDAProperties",
+    "Device",
+    "KernelizeFallback",
+    "LayerRepository",
+    "Mode",
+    "get_kernel",
+    "get_local_kernel",
+    "has_kernel",
+    "kernelize",
+    "register_kernel_mapping",
+    "use_kernel_forward_from_hub",
+    "use_kernel_mapping",
+}
+
+
+def __getattr__(name: str):
+    if name in _HUGGING_FACE:
+        raise ImportError(
+            f"`kernels.{name}` belongs to the Hugging Face package `kernels`, but {__path__[0]} is "
+            "the package of gen_jax, which has the same name: uninstall the Hugging Face one, or "
+            "run what needs it without gen_jax on the path"
+        )
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

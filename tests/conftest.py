@@ -1,7 +1,7 @@
 """Settings of the whole suite: eight CPU devices, strict shapes, and one cache of programs.
 
-Annotations of shapes are checked, ranks are not promoted silently, and warnings are errors. Programs
-are compiled once for all workers and processes, and for the next time that the suite is run.
+Annotations of shapes are checked, ranks are not promoted silently, and warnings are errors.
+Programs are compiled once for all workers and processes, and for the next run of the suite.
 """
 
 import os

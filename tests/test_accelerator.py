@@ -3,12 +3,12 @@
 import jax
 import numpy as np
 import pytest
-from gen_jax.models.diffusion.solvers import DDIM
 
 from gen_jax import sampling
 from gen_jax.models.diffusion.config import DiffusionConfig
 from gen_jax.models.diffusion.losses import DiffusionModel
 from gen_jax.models.diffusion.samplers import DiffusionSampler
+from gen_jax.models.diffusion.solvers import DDIM
 from gen_jax.nn.config import UNetConfig
 from gen_jax.nn.unet import UNetNetwork
 

@@ -120,7 +120,7 @@ def rates(config, number):
 
 
 def test_learning_rates():
-    config = dataclasses.replace(CONFIG, steps=100, warmup=10, clip_norm=0)
+    config = dataclasses.replace(CONFIG, steps=100, warmup=10, clip_norm=0.0)
     constant, cosine = (
         rates(dataclasses.replace(config, decay=decay), 100) for decay in ("constant", "cosine")
     )
@@ -135,7 +135,7 @@ def test_learning_rates():
 @pytest.mark.parametrize("final_rate", [0.0, 0.1, 1.0])
 def test_the_cosine_ends_at_the_share_of_the_peak_asked_for(final_rate):
     config = dataclasses.replace(
-        CONFIG, steps=101, warmup=11, clip_norm=0, decay="cosine", final_rate=final_rate
+        CONFIG, steps=101, warmup=11, clip_norm=0.0, decay="cosine", final_rate=final_rate
     )
     taken = rates(config, 102)
     peak, least = 0.05, 0.05 * final_rate
@@ -154,7 +154,7 @@ def test_the_cosine_ends_at_the_share_of_the_peak_asked_for(final_rate):
 
 def test_weights_decay_apart_from_the_gradient_and_vectors_do_not():
     config = dataclasses.replace(
-        CONFIG, warmup=0, clip_norm=0, beta1=0.8, beta2=0.95, weight_decay=0.3
+        CONFIG, warmup=0, clip_norm=0.0, beta1=0.8, beta2=0.95, weight_decay=0.3
     )
     rng = np.random.default_rng(0)
     shapes = {"w": (4, 3), "b": (3,), "s": ()}
@@ -261,7 +261,7 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path):
 def test_training_starts_from_given_values_once(tmp_path):
     """In the place of fresh parameters, with a fresh optimiser; not after a checkpoint."""
     given = jax.tree.map(lambda leaf: leaf + np.float32(2), PARAMS)
-    config = dataclasses.replace(CONFIG, steps=1, warmup=0, clip_norm=0, ema=0.0)
+    config = dataclasses.replace(CONFIG, steps=1, warmup=0, clip_norm=0.0, ema=0.0)
     trained = fit(tmp_path, config, initial=given)
     step = jax.tree.map(lambda new, old: np.sign(np.asarray(new) - old), trained.averaged, given)
     same(step, jax.tree.map(lambda g: -np.sign(g), gradient(given, 0)))

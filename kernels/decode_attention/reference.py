@@ -5,6 +5,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
+
+from kernels.dispatch import register
+from kernels.typing import AnyArray
+
+__all__ = ["MASKED", "KVCache", "attend", "decode_attention", "write"]
 
 MASKED = -1e30  # finite, so that a row with no key at all stays finite
 
@@ -13,16 +19,17 @@ class KVCache(NamedTuple):
     """Keys and values of one layer, column after column.
 
     Attributes:
-      keys: [B, K, W, T], columns innermost: scores of a new token are then sums over W of rows.
-      values: [B, K, T, W].
+      keys: [B, Hkv, Dh, T], T being the cache length. Columns are innermost, so that scores of a
+        new token are sums over Dh of rows.
+      values: [B, Hkv, T, Dh].
     """
 
-    keys: jax.Array
-    values: jax.Array
+    keys: Float[AnyArray, "B Hkv Dh T"]
+    values: Float[AnyArray, "B Hkv T Dh"]
 
 
 def write(cache, k, v, column):
-    """The cache with k, v [B, S, K, W] in the columns from `column` (of all, or of each) on."""
+    """The cache with k and v [B, L, Hkv, Dh] in the columns from `column` on, of all or of each."""
     k, v = k.astype(cache.keys.dtype), v.astype(cache.values.dtype)
     k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
     put = jax.lax.dynamic_update_slice
@@ -37,13 +44,16 @@ def write(cache, k, v, column):
 
 
 def attend(q, keys, values, column, first, window, offset=0):
-    """q [B, S, H, W] over keys [B, K, W, T] and values [B, K, T, W], columns from `offset` on."""
-    batch, steps, heads, width = q.shape
+    """q [B, L, H, Dh] over keys [B, Hkv, Dh, T] and values [B, Hkv, T, Dh].
+
+    The first column of these keys and values is column `offset` of the cache.
+    """
+    batch, length, heads, width = q.shape
     groups = heads // keys.shape[1]
-    q = (q / width**0.5).reshape(batch, steps, -1, groups, width)
-    scores = _product("bskgw,bkwt->bkgst", q, keys)
-    columns, new = offset + jnp.arange(keys.shape[-1]), jnp.arange(steps)[:, None]
-    own = jnp.asarray(column)[..., None, None] + new  # [S, 1] or [B, S, 1]
+    q = (q / width**0.5).reshape(batch, length, -1, groups, width)
+    scores = _product("blkgd,bkdt->bkglt", q, keys)
+    columns, new = offset + jnp.arange(keys.shape[-1]), jnp.arange(length)[:, None]
+    own = jnp.asarray(column)[..., None, None] + new  # [L, 1] or [B, L, 1]
     seen = columns <= own
     if window:
         seen = seen & (columns > own - window)
@@ -52,8 +62,8 @@ def attend(q, keys, values, column, first, window, offset=0):
     if seen.ndim == 3:
         seen = seen[:, None, None]
     weights = jax.nn.softmax(jnp.where(seen, scores, MASKED), axis=-1)
-    out = jnp.einsum("bkgst,bktw->bskgw", weights.astype(values.dtype), values)
-    return out.reshape(batch, steps, heads, width)
+    out = jnp.einsum("bkglt,bktd->blkgd", weights.astype(values.dtype), values)
+    return out.reshape(batch, length, heads, width)
 
 
 def _product(subscripts, a, b):
@@ -61,11 +71,15 @@ def _product(subscripts, a, b):
     native = functools.partial(jnp.einsum, subscripts, preferred_element_type=jnp.float32)
     if a.dtype == jnp.float32:
         return native(a, b)
-    widened = lambda a, b: native(a.astype(jnp.float32), b.astype(jnp.float32))  # noqa: E731
+
+    def widened(a, b):
+        return native(a.astype(jnp.float32), b.astype(jnp.float32))
+
     return jax.lax.platform_dependent(a, b, cpu=widened, default=native)
 
 
-def decode_attention(q, k, v, cache, column, first, window):
-    """Writes, then reads the whole cache."""
+@register("decode_attention", "reference")
+def decode_attention(q, k, v, cache, column, first, *, window):
+    """See `kernels.decode_attention`; it writes, then reads the whole cache."""
     cache = write(cache, k, v, column)
     return attend(q, cache.keys, cache.values, column, first, window), cache

@@ -1,26 +1,26 @@
 """One update of a diffusion sampler: predicted clean image, next image, fresh noise."""
 
-import jax
+from jaxtyping import Array, Float, Key
 
-from kernels.diffusion_step import reference
 from kernels.diffusion_step.reference import StepCoefficients
-from kernels.dispatch import select
+from kernels.dispatch import Operation
+from kernels.typing import AnyArray, Scalar
 
 __all__ = ["StepCoefficients", "diffusion_step"]
 
-_IMPLEMENTATIONS = {"reference": reference.diffusion_step}
+_diffusion_step = Operation("diffusion_step", __name__)
 
 
 def diffusion_step(
-    x: jax.Array,
-    output: jax.Array,
+    x: Float[AnyArray, " B *dims"],
+    output: Float[AnyArray, " B *dims"],
     coefficients: StepCoefficients,
     *,
-    keys: jax.Array | None = None,
-    history: jax.Array | None = None,
-    clip: float | None = None,
+    keys: Key[Array, " B"] | None = None,
+    history: Float[AnyArray, " B *dims"] | None = None,
+    clip: Scalar | None = None,
     implementation: str | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[Array, " B *dims"], Float[Array, " B *dims"]]:
     """The affine update that DDPM, DDIM and DPM-Solver++ (2M) share.
 
         x0   = clip(x0_x * x + x0_output * output)
@@ -40,7 +40,8 @@ def diffusion_step(
       (next, x0), both [B, ...] float32.
 
     Raises:
-      NotImplementedError: `implementation` is not available.
+      NotImplementedError: `implementation` is unknown or cannot take these arguments.
     """
-    run = select("diffusion_step", implementation, _IMPLEMENTATIONS)
-    return run(x, output, coefficients, keys=keys, history=history, clip=clip)
+    return _diffusion_step(
+        implementation, x, output, coefficients, keys=keys, history=history, clip=clip
+    )

@@ -4,20 +4,29 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
+
+from kernels.dispatch import register
+from kernels.typing import AnyArray, Scalar
+
+__all__ = ["StepCoefficients", "diffusion_step"]
+
+_Coefficient = Scalar | Float[AnyArray, "..."]
 
 
 class StepCoefficients(NamedTuple):
     """Coefficients of one step; each a scalar, or an array that broadcasts against the sample."""
 
-    x0_x: jax.Array
-    x0_output: jax.Array
-    next_x0: jax.Array
-    next_x: jax.Array
-    next_output: jax.Array
-    next_history: jax.Array
-    next_noise: jax.Array
+    x0_x: _Coefficient
+    x0_output: _Coefficient
+    next_x0: _Coefficient
+    next_x: _Coefficient
+    next_output: _Coefficient
+    next_history: _Coefficient
+    next_noise: _Coefficient
 
 
+@register("diffusion_step", "reference")
 def diffusion_step(x, output, coefficients, *, keys, history, clip):
     """See `kernels.diffusion_step`."""
     c = coefficients

@@ -1,23 +1,25 @@
 """Group normalisation followed by SiLU."""
 
-import jax
+from jaxtyping import Array, Float
 
-from kernels.dispatch import select
-from kernels.group_norm_silu import reference
+from kernels.dispatch import Operation
+from kernels.typing import AnyArray, IntScalar, Scalar
 
-_IMPLEMENTATIONS = {"reference": reference.group_norm_silu}
+__all__ = ["group_norm_silu"]
+
+_group_norm_silu = Operation("group_norm_silu", __name__)
 
 
 def group_norm_silu(
-    x: jax.Array,
-    scale: jax.Array,
-    bias: jax.Array,
+    x: Float[AnyArray, "B *positions C"],
+    scale: Float[AnyArray, " C"],
+    bias: Float[AnyArray, " C"],
     *,
-    groups: int,
-    epsilon: float = 1e-6,
+    groups: IntScalar,
+    epsilon: Scalar = 1e-6,
     silu: bool = True,
     implementation: str | None = None,
-) -> jax.Array:
+) -> Float[Array, "B *positions C"]:
     """GroupNorm over channels-last features, then SiLU (Wu & He 2018, 1803.08494).
 
     Args:
@@ -34,9 +36,10 @@ def group_norm_silu(
 
     Raises:
       ValueError: `groups` does not divide C.
-      NotImplementedError: `implementation` is not available.
+      NotImplementedError: `implementation` is unknown or cannot take these arguments.
     """
     if x.shape[-1] % groups:
         raise ValueError(f"group_norm_silu: {groups} groups do not divide {x.shape[-1]} channels")
-    run = select("group_norm_silu", implementation, _IMPLEMENTATIONS)
-    return run(x, scale, bias, groups=groups, epsilon=epsilon, silu=silu)
+    return _group_norm_silu(
+        implementation, x, scale, bias, groups=groups, epsilon=epsilon, silu=silu
+    )

@@ -3,16 +3,21 @@
 import jax
 import jax.numpy as jnp
 
+from kernels.dispatch import register
 
+__all__ = ["group_norm_silu"]
+
+
+@register("group_norm_silu", "reference")
 def group_norm_silu(x, scale, bias, *, groups, epsilon, silu):
     """See `kernels.group_norm_silu`.
 
-    Sums run over positions first and join the channels of a group last: every reduction over the
-    large array keeps the minor axis, which compilers vectorise (four times faster on a CPU than
-    reducing [B, HW, groups, C / groups] over its second and last axis at once).
+    Sums run over positions first and join the channels of a group last. Every reduction over the
+    large array then keeps the minor axis, which compilers vectorise: this is four times faster on
+    a CPU than reducing [B, positions, groups, C / groups] over its second and last axis at once.
     """
     batch, channels = x.shape[0], x.shape[-1]
-    features = x.astype(jnp.float32).reshape(batch, -1, channels)  # [B, P, C]
+    features = x.astype(jnp.float32).reshape(batch, -1, channels)  # [B, positions, C]
 
     def group_mean(total):  # [B, C] sums over positions -> [B, 1, C] means of each group
         total = total.reshape(batch, groups, -1).mean(axis=-1) / features.shape[1]

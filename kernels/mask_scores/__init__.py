@@ -2,31 +2,34 @@
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key
 
-from kernels.dispatch import select
-from kernels.mask_scores import reference
+from kernels.dispatch import Operation
+from kernels.typing import AnyArray, IntScalar, Scalar
 
 __all__ = ["keep_most_confident", "mask_scores"]
 
-_SORTED_SIZE = 64
+_mask_scores = Operation("mask_scores", __name__)
+_keep_most_confident = Operation("keep_most_confident", __name__)
 
 
 def mask_scores(
-    logits: jax.Array,
-    tokens: jax.Array,
-    masked: jax.Array,
-    keys: jax.Array | None,
+    logits: Float[AnyArray, "B L V"],
+    tokens: Int[AnyArray, "B L"],
+    masked: Bool[AnyArray, "B L"],
+    keys: Key[Array, " B"] | None,
     *,
-    temperature: float = 1.0,
-    noise: float | jax.Array = 0.0,
+    temperature: Scalar = 1.0,
+    noise: Scalar | Float[Array, ""] = 0.0,
     implementation: str | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[Int32[Array, "B L"], Float32[Array, "B L"], Float32[Array, "B L"]]:
     """A token and a confidence for every masked position (MaskGIT, Chang et al. 2022, 2202.04200).
 
     At a masked position the token is drawn from softmax(logits / temperature) by Gumbel-max, its
     log-probability is that under softmax(logits), whatever the temperature, and its confidence
-    is log-probability + noise * Gumbel noise. Further positions and other rows change no token,
-    and the floats only by rounding (compilers order a sum by its shape).
+    is log-probability + noise * Gumbel noise. The token of a position depends only on its logits,
+    its place and its key; further positions and other rows change the floats by rounding alone
+    (compilers order a sum by its shape).
 
     Args:
       logits: [B, L, V]; computed with in float32. -inf excludes a token; every masked position
@@ -38,14 +41,14 @@ def mask_scores(
       temperature: divides the logits, at least 1e-6; 0 takes the most probable token (the first
         of equals).
       noise: not negative; a float, or a float32 scalar that may be traced (then not checked).
-      implementation: None or "reference".
+      implementation: None for the platform's default, or "reference".
 
     Returns:
       tokens int32 [B, L], log-probabilities float32 [B, L], confidences float32 [B, L]; where
       not masked the token that was there, 0 and +inf.
 
     Raises:
-      NotImplementedError: `implementation` is not available.
+      NotImplementedError: `implementation` is unknown or cannot take these arguments.
       ValueError: shapes do not agree, an argument is out of range, or keys are missing.
     """
     traced = isinstance(noise, jax.Array)
@@ -60,8 +63,9 @@ def mask_scores(
         noise = float(noise) or None
     if keys is None and (temperature > 0 or noise is not None):
         raise ValueError("mask_scores: keys may be None only with temperature 0 and noise 0.0")
-    run = select("mask_scores", implementation, {"reference": reference.mask_scores})
-    return run(logits, tokens, masked, keys, temperature=temperature, noise=noise)
+    return _mask_scores(
+        implementation, logits, tokens, masked, keys, temperature=temperature, noise=noise
+    )
 
 
 def _check_shapes(logits, tokens, masked, keys):
@@ -80,23 +84,26 @@ def _check_shapes(logits, tokens, masked, keys):
 
 
 def keep_most_confident(
-    confidence: jax.Array, count: jax.Array | int, *, implementation: str | None = None
-) -> jax.Array:
+    confidence: Float[AnyArray, "B L"],
+    count: IntScalar | Int[AnyArray, ""] | Int[AnyArray, " B"],
+    *,
+    implementation: str | None = None,
+) -> Bool[Array, "B L"]:
     """The `count` most confident positions of each row; of equals the lower positions.
 
     Args:
       confidence: float32 [B, L], infinite or not, but not NaN.
       count: integers [B], or one for all rows; below 0 as 0, above L as L.
       implementation: "reference" sorts. "threshold" finds the last kept value by bisection over
-        the bits of a float. None takes what `bench.py` measured to be faster on a CPU: sorting
-        up to B L = 64 (half the time of one row of 64), the threshold above (a half of one row
-        of 256, a tenth of 64 rows).
+        the bits of a float. None takes what `kernels.bench` measured to be faster on a CPU:
+        sorting up to B L = 64 (half the time of one row of 64), the threshold above (a half of
+        one row of 256, a tenth of 64 rows).
 
     Returns:
       bool [B, L], exactly min(count, L) of each row True.
 
     Raises:
-      NotImplementedError: `implementation` is not available.
+      NotImplementedError: `implementation` is unknown or cannot take these arguments.
       ValueError: shapes do not agree, or counts are not integers.
     """
     count = jnp.asarray(count)
@@ -109,25 +116,4 @@ def keep_most_confident(
         raise ValueError(f"keep_most_confident: count is {count.dtype}, not integers")
     count = jnp.clip(count, 0, confidence.shape[1]).astype(jnp.int32)
     count = jnp.broadcast_to(count, confidence.shape[:1])
-    available = {"reference": reference.keep_most_confident, "threshold": _by_threshold}
-    if implementation is None and confidence.size > _SORTED_SIZE:
-        implementation = "threshold"
-    run = select("keep_most_confident", implementation, available)
-    return run(confidence.astype(jnp.float32), count)
-
-
-def _by_threshold(confidence, count):
-    count = count[:, None]
-    bits = jax.lax.bitcast_convert_type(jnp.where(confidence == 0, 0, confidence), jnp.int32)
-    ordered = jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # in the order of the floats
-
-    def raise_bit(i, threshold):  # the largest so far that `count` values reach
-        higher = threshold + (jnp.int32(1) << (31 - i))  # the first wraps from the least to 0
-        enough = (ordered >= higher).sum(-1, keepdims=True) >= count
-        return jnp.where(enough, higher, threshold)
-
-    least = jnp.full_like(count, jnp.iinfo(jnp.int32).min)
-    threshold = jax.lax.fori_loop(0, 32, raise_bit, least)
-    above, equal = ordered > threshold, ordered == threshold
-    room = count - above.sum(-1, keepdims=True)
-    return above | (equal & (jnp.cumsum(equal, -1) <= room))
+    return _keep_most_confident(implementation, confidence.astype(jnp.float32), count)

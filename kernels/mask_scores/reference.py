@@ -7,18 +7,23 @@ log-probability: with noise 1 the kept positions are a draw without replacement,
 that are the probabilities of their tokens (Gumbel-top-k).
 """
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float32, Int32
 
+from kernels.dispatch import register
 from kernels.sample_token.reference import first_of_the_largest
 from kernels.sample_token.threefry import gumbel
+from kernels.typing import AnyArray
+
+__all__ = ["keep_most_confident", "mask_scores"]
 
 
+@register("mask_scores", "reference")
 def mask_scores(logits, tokens, masked, keys, *, temperature, noise):
     """Gumbel-max and one gather per position; `noise` None for none.
 
-    The noise of token v at position l hangs on (key, l V + v), that of the confidence on
-    (key, 2^32 - 1 - l): neither on the length nor on the batch.
+    The noise of token v at position l depends only on (key, l V + v), that of the confidence only
+    on (key, 2^32 - 1 - l): on neither the length nor the batch.
     """
     logits = logits.astype(jnp.float32)
     length, vocabulary = logits.shape[1:]
@@ -42,7 +47,10 @@ def mask_scores(logits, tokens, masked, keys, *, temperature, noise):
     )
 
 
-def keep_most_confident(confidence: jax.Array, count: jax.Array) -> jax.Array:
-    """Ranks below the count, by sorting. Arguments are of the types that the public one makes."""
+@register("keep_most_confident", "reference")
+def keep_most_confident(
+    confidence: Float32[AnyArray, "B L"], count: Int32[Array, " B"]
+) -> Bool[Array, "B L"]:
+    """See `kernels.keep_most_confident`; the count is from 0 to L. It sorts, and takes ranks."""
     order = jnp.argsort(-confidence, axis=-1, stable=True)
     return jnp.argsort(order, axis=-1) < count[:, None]

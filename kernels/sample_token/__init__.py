@@ -1,19 +1,25 @@
 """Choice of the next token: vocabulary product, filters, and a draw with a key per sample."""
 
-import jax
-import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32, Key
 
-from kernels.dispatch import select
-from kernels.sample_token import reference
+from kernels.dispatch import Operation
 from kernels.sample_token.reference import filter_logits
-from kernels.sample_token.threefry import gumbel
+from kernels.typing import AnyArray, IntScalar, Scalar
 
 __all__ = ["filter_logits", "sample_logits", "sample_token"]
 
+_sample_token = Operation("sample_token", __name__)
+_sample_logits = Operation("sample_logits", __name__)
+
 
 def sample_token(
-    hidden: jax.Array, head: jax.Array, keys: jax.Array, *, implementation=None, **choice
-) -> jax.Array:
+    hidden: Float[AnyArray, "B D"],
+    head: Float[AnyArray, "D V"],
+    keys: Key[Array, " B"],
+    *,
+    implementation: str | None = None,
+    **choice: Scalar,
+) -> Int32[Array, " B"]:
     """A token for each row of hidden values: `sample_logits` of their product with the head.
 
     Args:
@@ -25,21 +31,24 @@ def sample_token(
 
     Returns:
       int32 [B].
+
+    Raises:
+      NotImplementedError: `implementation` is unknown or cannot take these arguments.
+      ValueError: an argument is out of range.
     """
-    logits = jnp.matmul(hidden.astype(head.dtype), head, preferred_element_type=jnp.float32)
-    return sample_logits(logits, keys, implementation=implementation, **choice)
+    return _sample_token(implementation, hidden, head, keys, **_checked(**choice))
 
 
 def sample_logits(
-    logits: jax.Array,
-    keys: jax.Array,
+    logits: Float[AnyArray, "B V"],
+    keys: Key[Array, " B"],
     *,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
+    temperature: Scalar = 1.0,
+    top_k: IntScalar = 0,
+    top_p: Scalar = 1.0,
+    min_p: Scalar = 0.0,
     implementation: str | None = None,
-) -> jax.Array:
+) -> Int32[Array, " B"]:
     """A token for each row of logits, drawn from the filtered distribution (Gumbel-max).
 
     The filters apply in this order: temperature, top_k, top_p (of what top_k kept), min_p. Of
@@ -60,32 +69,17 @@ def sample_logits(
       int32 [B].
 
     Raises:
-      NotImplementedError: `implementation` is not available for these arguments.
+      NotImplementedError: `implementation` is unknown or cannot take these arguments.
       ValueError: an argument is out of range.
     """
+    choice = _checked(temperature, top_k, top_p, min_p)
+    return _sample_logits(implementation, logits, keys, **choice)
+
+
+def _checked(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     warm = temperature == 0 or 1e-6 <= temperature < float("inf")
     if not (warm and top_k >= 0 and 0 < top_p <= 1 and 0 <= min_p <= 1):
         raise ValueError(
             f"out of range: temperature {temperature}, top_k {top_k}, top_p {top_p}, min_p {min_p}"
         )
-    available = {"reference": reference.sample_logits}
-    if temperature > 0 and 0 < top_k < logits.shape[-1]:
-        available["indices"] = _by_indices
-        implementation = implementation or "indices"
-    chosen = select("sample_logits", implementation, available)
-    return chosen(logits, keys, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-
-
-def _by_indices(logits, keys, *, temperature, top_k, top_p, min_p):
-    values, ids = jax.lax.top_k(logits.astype(jnp.float32), top_k)  # largest first
-    values = values / temperature
-    if top_p < 1:
-        weights = jnp.exp(values - values[:, :1])
-        mass = jnp.cumsum(weights, axis=-1)
-        inside = mass - weights < top_p * mass[:, -1:]
-        edge = jnp.where(inside, values, jnp.inf).min(-1, keepdims=True)
-        values = jnp.where(values >= edge, values, -jnp.inf)
-    if min_p > 0:
-        values = jnp.where(values >= values[:, :1] + jnp.log(min_p), values, -jnp.inf)
-    best = jnp.argmax(values + gumbel(keys, ids), axis=-1, keepdims=True)
-    return jnp.take_along_axis(ids, best, axis=-1)[:, 0].astype(jnp.int32)
+    return {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}

@@ -4,16 +4,30 @@ The kept set is always {v: logit_v >= threshold}: of the k largest, of the small
 probable tokens whose mass reaches p (Holtzman et al. 2020, 1904.09751), of those at least as
 probable as a share of the most probable one (Nguyen et al. 2024, 2407.01082). So the filters
 compose by taking the largest threshold, and equal logits are kept or dropped together. The choice
-itself is Gumbel-max: argmax of logit + Gumbel noise, with noise that hangs on (key, v) alone.
+itself is Gumbel-max: argmax of logit + Gumbel noise, with noise that depends only on (key, v).
 """
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
+from kernels.dispatch import register
 from kernels.sample_token.threefry import gumbel
+from kernels.typing import AnyArray, IntScalar, Scalar
+
+__all__ = [
+    "filter_logits",
+    "first_of_the_largest",
+    "nucleus_threshold",
+    "sample_logits",
+    "sample_token",
+    "vocabulary_product",
+]
 
 
-def nucleus_threshold(logits: jax.Array, kept: jax.Array, mass: float) -> jax.Array:
+def nucleus_threshold(
+    logits: Float32[AnyArray, "B V"], kept: Bool[AnyArray, "B V"], mass: Scalar | Float[Array, ""]
+) -> Float32[Array, "B 1"]:
     """The smallest logit of the nucleus, by bisection over the bits of a float rather than sorting.
 
     Args:
@@ -42,14 +56,17 @@ def nucleus_threshold(logits: jax.Array, kept: jax.Array, mass: float) -> jax.Ar
 
 
 def filter_logits(
-    logits: jax.Array,
+    logits: Float[AnyArray, "B V"],
     *,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-) -> jax.Array:
-    """Logits [B, V] over the temperature (above 0), -inf outside the kept set."""
+    temperature: Scalar = 1.0,
+    top_k: IntScalar = 0,
+    top_p: Scalar = 1.0,
+    min_p: Scalar = 0.0,
+) -> Float32[Array, "B V"]:
+    """Logits [B, V] over the temperature (above 0), -inf outside the kept set.
+
+    The arguments are those of `kernels.sample_logits`.
+    """
     logits = logits.astype(jnp.float32) / temperature
     kept = logits > -jnp.inf
     if 0 < top_k < logits.shape[-1]:
@@ -64,8 +81,9 @@ def filter_logits(
     return jnp.where(kept, logits, -jnp.inf)
 
 
+@register("sample_logits", "reference")
 def sample_logits(logits, keys, *, temperature, top_k, top_p, min_p):
-    """Filters the whole vocabulary, draws noise for all of it, takes the best."""
+    """See `kernels.sample_logits`; it filters all tokens, draws noise for all, takes the best."""
     if temperature == 0:
         return first_of_the_largest(logits)
     kept = filter_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
@@ -73,8 +91,21 @@ def sample_logits(logits, keys, *, temperature, top_k, top_p, min_p):
     return first_of_the_largest(kept + noise)
 
 
-def first_of_the_largest(x: jax.Array) -> jax.Array:
-    """argmax [B, V] -> int32 [B] in two plain reductions, which compilers vectorise better."""
+@register("sample_token", "reference")
+def sample_token(hidden, head, keys, **choice):
+    """See `kernels.sample_token`."""
+    return sample_logits(vocabulary_product(hidden, head), keys, **choice)
+
+
+def vocabulary_product(
+    hidden: Float[AnyArray, "B D"], head: Float[AnyArray, "D V"]
+) -> Float32[Array, "B V"]:
+    """Logits in float32, of a product in the dtype of the head."""
+    return jnp.matmul(hidden.astype(head.dtype), head, preferred_element_type=jnp.float32)
+
+
+def first_of_the_largest(x: Float[AnyArray, "*rows V"]) -> Int32[Array, " *rows"]:
+    """argmax over V in two plain reductions, which compilers vectorise better."""
     ids = jnp.arange(x.shape[-1], dtype=jnp.int32)
     largest = x == x.max(-1, keepdims=True)
     return jnp.where(largest, ids, x.shape[-1] - 1).min(-1)

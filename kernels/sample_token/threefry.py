@@ -6,12 +6,21 @@ out it fuses with what uses the numbers, and every backend of a kernel can do th
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float32, Integer, Key, UInt32
+
+from kernels.typing import AnyArray
+
+__all__ = ["gumbel", "threefry2x32"]
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 
-def threefry2x32(key: tuple[jax.Array, jax.Array], x: jax.Array, y: jax.Array):
-    """The block cipher: two words of key and two of counter to two words, all uint32."""
+def threefry2x32(
+    key: tuple[UInt32[Array, "..."], UInt32[Array, "..."]],
+    x: UInt32[Array, "..."],
+    y: UInt32[Array, "..."],
+) -> tuple[UInt32[Array, "..."], UInt32[Array, "..."]]:
+    """The block cipher: two words of key and two of counter to two words; shapes broadcast."""
     schedule = (*key, key[0] ^ key[1] ^ jnp.uint32(0x1BD11BDA))
     x, y = x + schedule[0], y + schedule[1]
     for group in range(5):
@@ -23,12 +32,15 @@ def threefry2x32(key: tuple[jax.Array, jax.Array], x: jax.Array, y: jax.Array):
     return x, y
 
 
-def gumbel(keys: jax.Array, ids: jax.Array) -> jax.Array:
+def gumbel(
+    keys: Key[Array, " B"],
+    ids: Integer[AnyArray, "B N"] | Integer[AnyArray, " N"],
+) -> Float32[Array, "B N"]:
     """The noise of `jax.random.gumbel(key, [V])` at some of its V places, and no others.
 
     Args:
       keys: [B] threefry keys.
-      ids: int32 [B, N] or [N], places.
+      ids: integers [B, N] or [N], places.
 
     Returns:
       float32 [B, N].

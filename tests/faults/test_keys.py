@@ -1,7 +1,6 @@
 import jax
 import numpy as np
 import pytest
-from gen_jax.models.diffusion.solvers import DDIM, Ancestral
 
 from gen_jax import parallel, sampling, training
 from gen_jax.condition import Condition
@@ -10,6 +9,7 @@ from gen_jax.models.contract import abstract_params
 from gen_jax.models.diffusion.config import DiffusionConfig
 from gen_jax.models.diffusion.losses import DiffusionModel
 from gen_jax.models.diffusion.samplers import DiffusionSampler
+from gen_jax.models.diffusion.solvers import DDIM, Ancestral
 from gen_jax.nn.config import UNetConfig
 from gen_jax.nn.unet import UNetNetwork
 from gen_jax.trainables import ModelTrainable

@@ -1,4 +1,4 @@
-"""sample_token: the noise of jax.random, sets by sorting, and exact distributions."""
+"""sample_token: sets by sorting, and exact distributions."""
 
 import functools
 
@@ -9,20 +9,12 @@ import pytest
 from scipy import stats
 
 import kernels
-from kernels.sample_token.threefry import gumbel, threefry2x32
+from kernels.sample_token.cases import FILTERS, rows
+from kernels.sample_token.reference import nucleus_threshold
 
 DRAWS = 20_000
-# Each with top_p costs a long compilation: few of them, in one shape.
-FILTERS = [
-    {},
-    {"temperature": 0.5},
-    {"top_k": 3},
-    {"min_p": 0.2},
-    {"temperature": 2.0, "top_k": 5, "min_p": 0.3},
-    {"top_p": 0.8},
-    {"temperature": 1.5, "top_k": 6, "top_p": 0.85},
-    {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "min_p": 0.15},
-]
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 @functools.partial(jax.jit, static_argnames=("names", "values", "implementation"))
@@ -33,6 +25,15 @@ def _sample(logits, keys, names, values, implementation):
 
 def sample(logits, keys, implementation=None, **choice):
     return np.asarray(_sample(logits, keys, tuple(choice), tuple(choice.values()), implementation))
+
+
+@functools.partial(jax.jit, static_argnames=("names", "values"))
+def _filtered(logits, names, values):
+    return kernels.filter_logits(logits, **dict(zip(names, values, strict=True)))
+
+
+def filtered(logits, **choice):
+    return np.asarray(_filtered(logits, tuple(choice), tuple(choice.values())))
 
 
 def by_sorting(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
@@ -53,66 +54,15 @@ def by_sorting(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     return kept / kept.sum()
 
 
-@functools.partial(jax.jit, static_argnames=("names", "values"))
-def _filtered(logits, names, values):
-    return kernels.filter_logits(logits, **dict(zip(names, values, strict=True)))
-
-
-def filtered(logits, **choice):
-    return np.asarray(_filtered(logits, tuple(choice), tuple(choice.values())))
-
-
-def rows(vocabulary=9, number=64):
-    """Rows of three kinds: random, with ties, and with excluded tokens."""
-    generator = np.random.default_rng(vocabulary)
-    random, ties, excluded = 1.5 * generator.normal(size=(3, number, vocabulary))
-    ties = np.round(ties) + 0.0  # no negative zeros
-    excluded[generator.random(excluded.shape) < 0.3] = -np.inf
-    excluded[:, 0] = 0.1
-    return np.concatenate([random, ties, excluded]).astype(np.float32)
-
-
-@pytest.mark.parametrize("vocabulary", [1, 2, 7, 64, 1000])
-def test_noise_is_that_of_jax_to_the_bit(vocabulary):
-    keys = jax.random.split(jax.random.key(vocabulary), 33)
-    expected = jax.vmap(lambda key: jax.random.gumbel(key, (vocabulary,)))(keys)
-    np.testing.assert_array_equal(gumbel(keys, jnp.arange(vocabulary)), expected)
-    np.testing.assert_array_equal(jax.jit(gumbel)(keys, jnp.arange(vocabulary)), expected)
-    some = np.random.default_rng(0).integers(vocabulary, size=(33, 5))
-    picked = np.take_along_axis(np.asarray(expected), some, axis=1)
-    np.testing.assert_array_equal(jax.jit(gumbel)(keys, jnp.asarray(some)), picked)
-
-
-def test_threefry_has_the_known_answers():
-    # Of Random123, for 20 rounds: zeros, ones, digits of pi.
-    zero, ones = jnp.uint32(0), jnp.uint32(0xFFFFFFFF)
-    pi = [jnp.uint32(word) for word in (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)]
-    for key, counter, answer in (
-        ((zero, zero), (zero, zero), (0x6B200159, 0x99BA4EFE)),
-        ((ones, ones), (ones, ones), (0x1CB996FC, 0xBB002BE7)),
-        ((pi[2], pi[3]), (pi[0], pi[1]), (0xC4923A9C, 0x483DF7A0)),
-    ):
-        assert tuple(int(word) for word in threefry2x32(key, *counter)) == answer
-
-
-@pytest.mark.parametrize("vocabulary", [2, 9, 1000])
-def test_without_filters_it_is_categorical_to_the_bit(vocabulary):
-    logits, keys = rows(vocabulary), jax.random.split(jax.random.key(3), 192)
-    expected = jax.vmap(jax.random.categorical)(keys, logits)
-    drawn = sample(logits, keys)
-    np.testing.assert_array_equal(drawn, expected)
-    assert drawn.dtype == np.int32
-
-
-@pytest.mark.parametrize(
-    "choice", [{"top_k": 1}, *(choice for choice in FILTERS if "top_k" in choice)], ids=str
-)
-def test_indices_are_the_reference_token_for_token(choice):
-    logits = np.repeat(rows(), 50, axis=0)
-    keys = jax.random.split(jax.random.key(4), len(logits))
-    whole = sample(logits, keys, "reference", **choice)
-    np.testing.assert_array_equal(sample(logits, keys, "indices", **choice), whole)
-    np.testing.assert_array_equal(sample(logits, keys, **choice), whole)
+def p_value(drawn, probabilities):
+    """Of Pearson's test; also that nothing else was drawn."""
+    observed = np.bincount(drawn, minlength=len(probabilities))
+    kept = probabilities > 0
+    assert observed[~kept].sum() == 0
+    assert kept.sum() > 1
+    expected = probabilities[kept] * len(drawn)
+    assert expected.min() > 5
+    return stats.chisquare(observed[kept], expected).pvalue
 
 
 @pytest.mark.parametrize("choice", [*FILTERS, {"top_k": 1}], ids=str)
@@ -136,10 +86,15 @@ def test_top_k_keeps_exactly_k_and_of_equals_the_lower_ids():
         np.testing.assert_array_equal(filtered(logits, top_k=k), logits)
 
 
+@jax.jit
+def nucleus(logits, mass):
+    return logits >= nucleus_threshold(logits, logits > -jnp.inf, mass)
+
+
 @pytest.mark.parametrize("mass", [0.3, 0.99])
 def test_the_nucleus_is_the_smallest_set_that_reaches_p(mass):
     logits = rows(200)[:64]
-    kept = filtered(logits, top_p=mass) > -np.inf
+    kept = np.asarray(nucleus(logits, jnp.float32(mass)))
     p = np.exp(logits.astype(np.float64))
     p /= p.sum(axis=1, keepdims=True)
     least = np.where(kept, p, np.inf).min(axis=1)
@@ -150,11 +105,14 @@ def test_the_nucleus_is_the_smallest_set_that_reaches_p(mass):
 
 
 def test_equal_tokens_at_the_edge_of_the_nucleus_stay_together():
-    logits = np.array([[2.0, 0.0, 0.0, 0.0, -1.0]], np.float32)
-    kept = filtered(logits, top_p=0.75) > -np.inf
-    np.testing.assert_array_equal(kept[0], [True, True, True, True, False])
-    kept = filtered(logits, top_k=2, top_p=0.95) > -np.inf  # but top_k has parted them
-    np.testing.assert_array_equal(kept[0], [True, True, False, False, False])
+    # In the shape and with the filters of a program that is there already.
+    logits = np.full((192, 9), -np.inf, np.float32)
+    logits[:, :5] = [2.0, 0.0, 0.0, 0.0, -1.0]  # two of the three zeros reach the mass
+    kept = filtered(logits, top_p=0.8) > -np.inf
+    np.testing.assert_array_equal(kept[0], [True] * 4 + [False] * 5)
+    logits[:, :8] = [2.0] + [0.0] * 7  # but top_k parts them; four of its five reach the mass
+    kept = filtered(logits, temperature=1.5, top_k=6, top_p=0.85) > -np.inf
+    np.testing.assert_array_equal(kept[0], [True] * 6 + [False] * 3)
 
 
 def test_greedy():
@@ -173,17 +131,6 @@ def test_a_small_temperature_is_greedy():
     np.testing.assert_array_equal(drawn, logits.argmax(axis=1))
     with pytest.raises(ValueError, match="out of range: temperature 1e-38"):
         sample(logits, keys, temperature=1e-38)
-
-
-def p_value(drawn, probabilities):
-    """Of Pearson's test; also that nothing else was drawn."""
-    observed = np.bincount(drawn, minlength=len(probabilities))
-    kept = probabilities > 0
-    assert observed[~kept].sum() == 0
-    assert kept.sum() > 1
-    expected = probabilities[kept] * len(drawn)
-    assert expected.min() > 5
-    return stats.chisquare(observed[kept], expected).pvalue
 
 
 @pytest.mark.parametrize("choice", FILTERS, ids=str)
@@ -235,19 +182,22 @@ def test_logits_of_half_precision_are_taken_to_float32(dtype, choice):
 
 @pytest.mark.parametrize("choice", [{"temperature": 0}, *FILTERS[:3], FILTERS[-1]], ids=str)
 def test_sample_token_is_sample_logits_of_the_product(choice):
-    hidden = jax.random.normal(jax.random.key(11), (192, 16))
-    head = jax.random.normal(jax.random.key(12), (16, 9)) / 3
-    keys = jax.random.split(jax.random.key(13), 192)
+    hidden, head, keys = hidden_and_head()
     drawn = jax.jit(functools.partial(kernels.sample_token, **choice))(hidden, head, keys)
     np.testing.assert_array_equal(drawn, sample(hidden @ head, keys, **choice))
     assert len(set(np.asarray(drawn).tolist())) == 9
 
 
+def hidden_and_head():
+    generator = np.random.default_rng(11)
+    hidden = generator.normal(size=(192, 16)).astype(np.float32)
+    head = (generator.normal(size=(16, 9)) / 3).astype(np.float32)
+    return hidden, head, jax.random.split(jax.random.key(13), 192)
+
+
 def test_a_head_in_half_precision():
-    hidden = jax.random.normal(jax.random.key(11), (192, 16))
-    head = jax.random.normal(jax.random.key(12), (16, 9)) / 3
-    keys = jax.random.split(jax.random.key(13), 192)
-    rough = jax.jit(kernels.sample_token)(hidden, head.astype(jnp.bfloat16), keys)
+    hidden, head, keys = hidden_and_head()
+    rough = jax.jit(kernels.sample_token)(hidden, jnp.asarray(head, jnp.bfloat16), keys)
     assert (rough == sample(hidden @ head, keys)).mean() > 0.9  # close, and the same noise
 
 
@@ -265,8 +215,8 @@ def test_what_it_refuses():
     ):
         with pytest.raises(ValueError, match="out of range"):
             kernels.sample_logits(logits, keys, **wrong)
-    with pytest.raises(NotImplementedError, match="available: reference, indices"):
+    with pytest.raises(NotImplementedError, match="known: reference, indices"):
         kernels.sample_logits(logits, keys, top_k=2, implementation="mosaic")
     for choice in ({}, {"top_k": 4}, {"top_k": 2, "temperature": 0}):
-        with pytest.raises(NotImplementedError, match=r"available: reference$"):
+        with pytest.raises(NotImplementedError, match=r"indices needs .*; available: reference$"):
             kernels.sample_logits(logits, keys, implementation="indices", **choice)

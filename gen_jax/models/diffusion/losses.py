@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from gen_jax.models.diffusion.vlb import vlb_prior, vlb_term
 __all__ = ["DiffusionModel", "Network"]
 
 
+@runtime_checkable
 class Network(Protocol):
     """A network that predicts from a noisy image: frozen and hashable.
 

@@ -11,6 +11,7 @@ import pytest
 from closed_networks import FunctionNetwork, GaussianNetwork
 from scipy import stats
 
+from annotations import unchecked_annotations
 from gen_jax.models.diffusion import DiffusionConfig, DiffusionModel, Schedule
 from gen_jax.models.diffusion import process as forward
 from gen_jax.models.diffusion import vlb as bound
@@ -53,11 +54,13 @@ def test_importing_what_the_command_line_needs_loads_no_jax():
         ({"label_dropout": 1.0}, r"label_dropout must be in \[0, 1\)"),
     ],
 )
+@unchecked_annotations()
 def test_a_process_that_cannot_be(values, message):
     with pytest.raises(ValueError, match=message):
         DiffusionConfig(**values)
 
 
+@unchecked_annotations()
 def test_a_model_that_cannot_be():
     with pytest.raises(ValueError, match="shape must be a tuple of 3"):
         DiffusionModel(GaussianNetwork(LINEAR), LINEAR, (8, 8))
