@@ -17,6 +17,7 @@ from gen_jax import keys as key_streams
 from gen_jax.condition import Condition
 from gen_jax.config import frozen
 from gen_jax.models.masked.conditions import check_given, check_lengths
+from gen_jax.models.masked.config import IterativeOptions
 from gen_jax.models.masked.denoisers import Denoiser
 from gen_jax.models.masked.schedules import SCHEDULES
 from gen_jax.models.sequences import valid_mask
@@ -75,11 +76,13 @@ class IterativeSampler:
             raise ValueError(f"length must be at least 1, got {self.length}")
 
     @classmethod
-    def from_options(cls, options, model: Denoiser, length: int) -> "IterativeSampler":
+    def from_options(
+        cls, options: IterativeOptions, model: Denoiser, length: int
+    ) -> "IterativeSampler":
         """The sampler that the command line chose.
 
         Args:
-          options: one of `config.IterativeOptions`. Where its sampler reveals at least one position
+          options: those of the sampler. Where its sampler reveals at least one position
             a round, there are at most `length` rounds.
           model: fills masked positions.
           length: L.

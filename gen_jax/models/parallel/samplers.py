@@ -53,8 +53,8 @@ class ParallelSampler:
         longest, length = self.model.max_length, self.inner.length
         if length > longest:
             raise ValueError(f"rounds over {length} positions for a model of at most {longest}")
-        denoiser = self.inner.model
-        if isinstance(denoiser, MaskedModel) and denoiser.network != self.model.network:
+        ours, other = self.model.network, self.inner.model
+        if isinstance(other, MaskedModel) and other.network.config != ours.config:
             raise ValueError("inner is a sampler of another network: make it of model.denoiser")
         if not 1 <= self.lengths <= length:
             raise ValueError(f"lengths must be in 1 .. {length}, the positions, got {self.lengths}")

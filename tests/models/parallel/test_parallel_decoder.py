@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import Mesh
 from scipy import stats
 
 import random_networks
@@ -27,6 +26,7 @@ from gen_jax.models.parallel.samplers import ParallelSampler, one_shot
 from gen_jax.nn.config import TransformerConfig
 from gen_jax.nn.encoder_decoder import EncoderDecoder
 from gen_jax.nn.transformer import TokenNetwork
+from gen_jax.testing import check_sampler
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -548,23 +548,17 @@ def test_a_shorter_sampler_uses_the_same_parameters():
     np.testing.assert_array_equal(samples, best)
 
 
-def test_the_loop_is_that_of_python():
+def test_lengths_share_the_latent_and_given_tokens_stay():
     model = bits_model(CODES, 5, "length")
     params = random_params(model)
     sampler = ParallelSampler(model, OrderedGroups(model.denoiser, 5, 3), lengths=2)
     cond = infill(model.denoiser, 5, [[None, 1, None, 0]] * ROWS, [4, 5] * (ROWS // 2))
-    prepared = sampler.prepare(params)
-    state = jax.jit(sampler.init)(prepared, KEYS, cond)
-    added = np.asarray(state.context["added"]).reshape(ROWS, 2, -1)
-    np.testing.assert_array_equal(added[:, 0], added[:, 1])  # lengths share the latent
+    samples, state = draw(sampler, params, KEYS, cond.fields())
+    added = state["added"].reshape(ROWS, 2, -1)
+    np.testing.assert_array_equal(added[:, 0], added[:, 1])
     assert len(np.unique(added[:, 0], axis=0)) == 3
-    step = jax.jit(sampler.step)
-    for i in range(sampler.steps):
-        state = step(prepared, state, i)
-    samples = generate(sampler, params, cond.fields())
-    np.testing.assert_array_equal(sampler.finish(prepared, state), samples)
     assert samples.dtype == np.int32
-    assert (samples[:, [1, 3]] == [1, 0]).all()  # given tokens stay
+    assert (samples[:, [1, 3]] == [1, 0]).all()
     assert (samples[::2, 4] == 0).all()
     assert samples[1::2, 4].any()
     assert samples.max() == 1
@@ -586,15 +580,9 @@ def test_padding_of_the_source_changes_nothing():
     assert values[0] == values[1] != values[2]
 
 
-def test_devices_and_batches_change_nothing():
-    params = random_params(CODED_PAIR)
-    mesh = Mesh(np.array(jax.devices()[:4]), ("data",))
-    samples, cond = generate(IN_ROUNDS, params, SOURCE), Condition(**SOURCE)
-    chunks = sampling.generate_many(
-        IN_ROUNDS, params, 0, ROWS, cond=cond, micro_batch=16, mesh=mesh
-    )
-    many = np.concatenate([chunk.samples for chunk in chunks])
-    np.testing.assert_array_equal(many, samples)
+def test_the_laws_of_all_samplers():
+    cond = Condition(**{name: leaf[:6] for name, leaf in SOURCE.items()})
+    check_sampler(IN_ROUNDS, random_params(CODED_PAIR), cond, uncounted=1)  # the latent
 
 
 def test_conditions_are_those_of_the_model():
