@@ -8,7 +8,7 @@ of a head, V vocabulary, M length of the memory.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, no_type_check
 
 import flax.struct
 import flax.traverse_util
@@ -29,6 +29,7 @@ __all__ = ["MemoryKV", "PreparedParams", "TokenNetwork", "cast"]
 MemoryKV = Sequence[tuple[Float[Array, "B Hkv Dh M"], Float[Array, "B Hkv M Dh"]]]
 
 
+@no_type_check  # jax also makes trees of this class whose leaves are no arrays
 @flax.struct.dataclass
 class PreparedParams:
     """Parameters in the form that a loop of evaluations reads.
