@@ -127,7 +127,7 @@ def edit_tensors(directory, edit):
     ],
 )
 def test_loading_what_was_saved_gives_the_same_bits(tmp_path, config, sample_size):
-    params = random_params(config, np.max(sample_size))
+    params = random_params(config, int(np.max(sample_size)))
     save_diffusers_unet(tmp_path, config, params, sample_size=sample_size)
     process = LEARNED if config is TINY else DiffusionConfig(schedule="cosine")
     model, loaded = load_diffusers_unet(tmp_path, process)
