@@ -185,7 +185,7 @@ def _squeeze(name, tensor, expected):
     return tensor
 
 
-def _export(leaves: Mapping[tuple[str, ...], np.ndarray]) -> dict[str, np.ndarray]:
+def _export(leaves):
     """Our parameters by path as diffusers' tensors by name."""
     last = _last_level(leaves)
     tensors = {}

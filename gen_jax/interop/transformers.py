@@ -206,7 +206,7 @@ def _with_prefix(path, tensors, prefix):
     return named
 
 
-def _export(leaves, config, layout) -> dict[str, np.ndarray]:
+def _export(leaves, config, layout):
     """Our parameters by path as tensors by name."""
     return {
         name: part.T if _is_transposed(path, layout) else part
