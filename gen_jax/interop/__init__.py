@@ -1,6 +1,15 @@
-"""Weights to and from the formats that people have."""
+"""Weights to and from the formats that people have, without PyTorch.
 
-from gen_jax.interop.diffusers import load_diffusers_unet, save_diffusers_unet
-from gen_jax.interop.transformers import load_gpt2, load_llama, save_gpt2
+A load gives a model and its parameters, ready for a sampler; a save takes the sizes of a network
+and its parameters.
+"""
 
-__all__ = ["load_diffusers_unet", "load_gpt2", "load_llama", "save_diffusers_unet", "save_gpt2"]
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "diffusers": ["load_diffusers_unet", "save_diffusers_unet"],
+        "transformers": ["load_gpt2", "load_llama", "save_gpt2"],
+    },
+)

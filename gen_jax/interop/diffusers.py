@@ -2,7 +2,7 @@
 
 The same network under other names: kernels are transposed (channels last here, first there), and
 the query, key and value of an attention layer are one matrix here, three there. Options of
-`UNet2DModel` that `gen_jax.nn.unet.UNet` does not have are refused by name; an option that
+`UNet2DModel` that `gen_jax.nn.unet.UNetNetwork` does not have are refused by name; an option that
 config.json leaves out has the default of diffusers 0.42, not ours.
 """
 
@@ -10,6 +10,7 @@ import os
 import pathlib
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,9 +18,14 @@ from flax import traverse_util
 
 from gen_jax.interop import files
 from gen_jax.interop.diffusers_options import to_config, to_options
+from gen_jax.models.diffusion.config import DiffusionConfig
+from gen_jax.models.diffusion.losses import DiffusionModel
 from gen_jax.nn.config import UNetConfig
-from gen_jax.nn.unet import UNet
+from gen_jax.nn.unet import UNetNetwork
 
+__all__ = ["load_diffusers_unet", "save_diffusers_unet"]
+
+_DDPM = DiffusionConfig()
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 _LAYERS = {
@@ -49,51 +55,60 @@ _OLD_ATTENTION = re.compile(r"(\.attentions\.\d+)\.(query|key|value|proj_attn)\.
 _NEW_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-def load_diffusers_unet(directory: str | os.PathLike) -> tuple[UNet, dict]:
-    """The network in a folder that diffusers' `UNet2DModel` wrote.
+def load_diffusers_unet(
+    directory: str | os.PathLike, process: DiffusionConfig = _DDPM
+) -> tuple[DiffusionModel, dict]:
+    """The model of images in a folder that diffusers' `UNet2DModel` wrote.
 
     Args:
       directory: holds config.json and diffusion_pytorch_model.safetensors, or a folder "unet"
         that does (a pipeline). Weights in float16 or bfloat16 become float32.
+      process: the process that the network was trained for, which the folder does not say; by
+        default that of DDPM.
 
     Returns:
-      (unet, params): called as `unet.apply({"params": params}, x, t)` with x [B, H, W, C] in
-      [-1, 1] and t [B]. Attention sits where it does in diffusers for images of the file's
-      `sample_size`; the network takes other sizes too, but places attention by height.
+      The model and its float32 parameters. Images have the file's `sample_size`, at which attention
+      sits where it does in diffusers; a file without one has no attention there, and images then
+      have the smallest size that fits. The network takes other sizes too, but places attention by
+      height.
 
     Raises:
       FileNotFoundError: there is no config.json, or there are no weights.
-      ValueError: the options cannot be expressed (each is named), the weights are pickled,
-        sharded or damaged, or tensors are missing, unknown or of another shape.
+      ValueError: the options cannot be expressed (each is named), the network does not fit the
+        process, the weights are pickled, sharded or damaged, or tensors are missing, unknown or of
+        another shape.
     """
     directory = _find(pathlib.Path(directory).expanduser())
     config, sample_size = to_config(_read_options(directory / files.CONFIG))
-    template = _template(config, sample_size)
+    _check_process(config, process)
+    network = UNetNetwork(config)
+    model = DiffusionModel(network, process, (*sample_size, config.channels))
+    abstract_params = files.abstract_params(network, *sample_size)
     tensors = _read_tensors(directory)
-    expected = _export(template)
+    expected = _export(abstract_params)
     tensors = {name: _squeeze(name, tensor, expected) for name, tensor in tensors.items()}
     files.check(directory / _WEIGHTS, files.shapes(expected), files.shapes(tensors))
-    return UNet(config), _import(template, tensors)
+    return model, _import(abstract_params, tensors)
 
 
 def save_diffusers_unet(
     directory: str | os.PathLike,
     config: UNetConfig,
-    params: Mapping,
+    params: Mapping[str, Any],
     *,
     sample_size: int | tuple[int, int],
 ) -> None:
     """Writes a network so that `diffusers.UNet2DModel.from_pretrained` loads it.
 
     A reader sees each file whole, the old one or the new one. A network with classes gets one
-    class embedding more, the last, for "no class". `config.dtype` is not stored.
+    more class embedding, the last one, for "no class". `config.dtype` is not stored.
 
     Args:
-      directory: made when it does not exist; config.json and the weights in it are replaced.
-      config: of the network.
+      directory: created when it does not exist; config.json and the weights in it are replaced.
+      config: the sizes of the network.
       params: its parameters, stored as float32.
-      sample_size: height and width of the images; diffusers places attention by level, so that
-        heights in `config.attention` become the levels which have them at this size.
+      sample_size: height and width of the images. diffusers places attention by level: heights in
+        `config.attention` become the levels which have them at this size.
 
     Raises:
       ValueError: diffusers cannot express the configuration, the size does not fit the network,
@@ -115,8 +130,8 @@ def save_diffusers_unet(
     if (directory / index).exists():
         raise ValueError(f"{directory} holds sharded weights ({index}); choose another folder")
     given = traverse_util.flatten_dict(params)
-    template = _template(config, (height, width))
-    files.check("params", files.shapes(template), files.shapes(given))
+    expected = files.abstract_params(UNetNetwork(config), height, width)
+    files.check("params", files.shapes(expected), files.shapes(given))
     files.write(directory, options, _WEIGHTS, _export(given))
 
 
@@ -133,6 +148,15 @@ def _read_options(path):
         name = options.get("_class_name") if isinstance(options, dict) else None
         raise ValueError(f"{path} is not of a UNet2DModel: _class_name={name!r}")
     return options
+
+
+def _check_process(config, process):
+    needed = config.channels * (2 if process.variance == "learned" else 1)
+    if config.out_channels != needed:
+        raise ValueError(
+            f"the network predicts {config.out_channels} channels for images of {config.channels}, "
+            f"where a process with variance={process.variance} needs {needed}"
+        )
 
 
 def _read_tensors(directory):
@@ -161,12 +185,7 @@ def _squeeze(name, tensor, expected):
     return tensor
 
 
-def _template(config, sample_size):
-    images = jnp.zeros((1, *sample_size, config.channels))
-    return files.template(UNet(config).init, images, jnp.zeros((1,)))
-
-
-def _export(leaves: Mapping[tuple[str, ...], np.ndarray]) -> dict[str, np.ndarray]:
+def _export(leaves):
     """Our parameters by path as diffusers' tensors by name."""
     last = _last_level(leaves)
     tensors = {}
@@ -181,11 +200,11 @@ def _export(leaves: Mapping[tuple[str, ...], np.ndarray]) -> dict[str, np.ndarra
     return tensors
 
 
-def _import(template, tensors):
+def _import(abstract_params, tensors):
     """The inverse of `_export`, as a tree of float32 arrays."""
-    last = _last_level(template)
+    last = _last_level(abstract_params)
     leaves = {}
-    for path, leaf in template.items():
+    for path, leaf in abstract_params.items():
         parts = [tensors[name] for name in _names(path, last)]
         if path[-1] == "kernel":
             if path[-2] == "shortcut":

@@ -5,6 +5,8 @@ import json
 from gen_jax.interop.files import refusal
 from gen_jax.nn.config import UNetConfig
 
+__all__ = ["to_config", "to_options"]
+
 # Every option of UNet2DModel with its default.
 _DEFAULTS = {
     "sample_size": None,
@@ -62,15 +64,20 @@ _UP_BLOCKS = {"UpBlock2D": False, "AttnUpBlock2D": True}
 # names with an underscore.
 _NULL_CLASS = "_last_class_is_none"
 
-# What the moving average of diffusers' training writes beside the options.
+# What the moving average in training with diffusers writes beside the options.
 _MOVING_AVERAGE = {
-    "decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step",
+    "decay",
+    "inv_gamma",
+    "min_decay",
+    "optimization_step",
+    "power",
+    "update_after_step",
     "use_ema_warmup",
-}  # fmt: skip
+}
 
 
 def to_options(config: UNetConfig, height: int, width: int) -> dict:
-    """What config.json says of a network for images of this size."""
+    """The options in config.json of a network for images of this size."""
     attended = [height >> level in config.attention for level in range(len(config.widths))]
     down, up = ({has: name for name, has in kinds.items()} for kinds in (_DOWN_BLOCKS, _UP_BLOCKS))
     options = _DEFAULTS | {key: allowed[0] for key, allowed in _FIXED.items()}
@@ -97,7 +104,7 @@ def to_config(stored: dict) -> tuple[UNetConfig, tuple[int, int]]:
     """Our configuration, and a size of images at which attention sits where it should.
 
     Args:
-      stored: what config.json says.
+      stored: the content of config.json.
 
     Raises:
       ValueError: names every option that cannot be expressed.
@@ -189,39 +196,47 @@ def _wrong_structure(options):
     stride = 2 ** (len(widths) - 1)
     refuse_unless(
         widths[0] % 2 == 0 and widths[0] >= 4,
-        "block_out_channels", "the first even and at least 4",
-    )  # fmt: skip
+        "block_out_channels",
+        "the first even and at least 4",
+    )
     refuse_unless(len(down) == len(widths), "down_block_types", f"{len(widths)} blocks")
     refuse_unless(up == down[::-1], "up_block_types", "attention at the levels of down_block_types")
     refuse_unless(
         all(width % groups == 0 for width in widths),
-        "norm_num_groups", f"a divisor of every width {widths}",
-    )  # fmt: skip
+        "norm_num_groups",
+        f"a divisor of every width {widths}",
+    )
     refuse_unless(
         head is None or all(width % head == 0 for width in widths),
-        "attention_head_dim", f"null or a divisor of every width {widths}",
-    )  # fmt: skip
+        "attention_head_dim",
+        f"null or a divisor of every width {widths}",
+    )
     refuse_unless(
         options["attn_norm_num_groups"] in (None, groups),
-        "attn_norm_num_groups", f"null or norm_num_groups, {groups}",
-    )  # fmt: skip
+        "attn_norm_num_groups",
+        f"null or norm_num_groups, {groups}",
+    )
     refuse_unless(
         options["time_embedding_dim"] in (None, 4 * widths[0]),
-        "time_embedding_dim", f"null or 4 x the first width, {4 * widths[0]}",
-    )  # fmt: skip
+        "time_embedding_dim",
+        f"null or 4 x the first width, {4 * widths[0]}",
+    )
     refuse_unless(
         size is not None or not any(down),
-        "sample_size", "an integer, where attention is given by block",
-    )  # fmt: skip
+        "sample_size",
+        "an integer, where attention is given by block",
+    )
     refuse_unless(
         size is None or not any(side % stride for side in size),
-        "sample_size", f"a multiple of {stride}",
-    )  # fmt: skip
+        "sample_size",
+        f"a multiple of {stride}",
+    )
     classes = options["num_class_embeds"]
     refuse_unless(
         classes is None or (classes > 1 and options.get(_NULL_CLASS) is True),
-        "num_class_embeds", f'null, or more than 1 with "{_NULL_CLASS}": true beside it',
-    )  # fmt: skip
+        "num_class_embeds",
+        f'null, or more than 1 with "{_NULL_CLASS}": true beside it',
+    )
     return problems
 
 

@@ -1,10 +1,12 @@
 """Folders with config.json and weights in safetensors, as diffusers and transformers write them."""
 
+import functools
 import json
 import os
 import pathlib
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,20 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 from flax import traverse_util
+
+__all__ = [
+    "CONFIG",
+    "abstract_params",
+    "check",
+    "find_weights",
+    "index_name",
+    "listing",
+    "read_json",
+    "read_tensors",
+    "refusal",
+    "shapes",
+    "write",
+]
 
 CONFIG = "config.json"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
@@ -22,8 +38,12 @@ def index_name(weights: str) -> str:
     return f"{weights}.index.json"
 
 
-def read_json(path: pathlib.Path):
-    """What a file of JSON says; a ValueError when it is damaged."""
+def read_json(path: pathlib.Path) -> Any:
+    """The content of a file of JSON.
+
+    Raises:
+      ValueError: the file is damaged.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -112,8 +132,14 @@ def _is_file_name(value):
     return isinstance(value, str) and re.fullmatch(r"\w[\w.\-]*\.safetensors", value) is not None
 
 
-def check(where, expected: Mapping[str, tuple], given: Mapping[str, tuple]) -> None:
-    """Raises a ValueError of one line that names the shapes that differ."""
+def check(
+    where: str | pathlib.Path, expected: Mapping[str, tuple], given: Mapping[str, tuple]
+) -> None:
+    """Compares shapes by name.
+
+    Raises:
+      ValueError: shapes are missing, unknown or differ; one line names them.
+    """
     problems = []
     if missing := [name for name in expected if name not in given]:
         problems.append(f"missing {listing(missing)}")
@@ -131,7 +157,7 @@ def check(where, expected: Mapping[str, tuple], given: Mapping[str, tuple]) -> N
 
 
 def listing(names: Iterable[str], shown: int = 8) -> str:
-    """The first few, and how many more there are."""
+    """The first few names, and how many more there are."""
     names = list(names)
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
     return ", ".join(names[:shown]) + more
@@ -142,9 +168,10 @@ def refusal(options: Mapping, key: str, supported: str) -> str:
     return f"{key}={json.dumps(options[key])} (supported: {supported})"
 
 
-def template(init, *arguments) -> dict[tuple[str, ...], np.ndarray]:
-    """Parameters of `init(key, *arguments)` by path, all zero without taking memory."""
-    shapes = jax.eval_shape(init, jax.random.key(0), *arguments)["params"]
+@functools.lru_cache(maxsize=16)
+def abstract_params(network: Any, *sizes: int) -> dict[tuple[str, ...], np.ndarray]:
+    """The parameters of `network.init(key, *sizes)` by path, as zeros that take no memory."""
+    shapes = jax.eval_shape(lambda key: network.init(key, *sizes), jax.random.key(0))
     zero = np.zeros((), np.float32)
     return {
         path: np.broadcast_to(zero, leaf.shape)

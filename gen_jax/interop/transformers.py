@@ -2,7 +2,7 @@
 
 The same networks under other names. GPT-2 stores matrices as we do, [in, out]; Llama stores them
 [out, in], and splits the query, key and value (one matrix here), and the gate and value of the
-feed-forward network (one matrix here). Options that `gen_jax.nn.transformer.Transformer` does not
+feed-forward network (one matrix here). Options that `gen_jax.nn.transformer.TokenNetwork` does not
 have are refused by name. Neither PyTorch nor transformers is needed.
 """
 
@@ -11,6 +11,7 @@ import os
 import pathlib
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,8 +19,11 @@ from flax import traverse_util
 
 from gen_jax.interop import files
 from gen_jax.interop.transformers_options import to_gpt2_config, to_gpt2_options, to_llama_config
+from gen_jax.models.autoregressive.losses import AutoregressiveModel
 from gen_jax.nn.config import TransformerConfig
-from gen_jax.nn.transformer import Transformer
+from gen_jax.nn.transformer import TokenNetwork
+
+__all__ = ["load_gpt2", "load_llama", "save_gpt2"]
 
 _WEIGHTS = "model.safetensors"
 _HEAD = "lm_head.weight"
@@ -80,17 +84,16 @@ _LLAMA = _Layout(
 )
 
 
-def load_gpt2(directory: str | os.PathLike) -> tuple[Transformer, dict]:
-    """The network in a folder that `GPT2LMHeadModel` of transformers wrote.
+def load_gpt2(directory: str | os.PathLike) -> tuple[AutoregressiveModel, dict]:
+    """The model in a folder that `GPT2LMHeadModel` of transformers wrote.
 
     Args:
       directory: holds config.json and model.safetensors, or shards with their index; the names of
         the tensors may lack "transformer.". Weights in float16 or bfloat16 become float32.
 
     Returns:
-      (network, params): called as `network.apply({"params": params}, tokens)` with tokens
-      [B, L], it gives logits [B, L, V]. Its dropout is 0 whatever the file says, which only
-      training reads.
+      The model and its float32 parameters; `model.network(params, tokens)` gives logits. Its
+      dropout, which only training reads, is 0 whatever the file says.
 
     Raises:
       FileNotFoundError: the folder, config.json or weights are missing.
@@ -99,20 +102,21 @@ def load_gpt2(directory: str | os.PathLike) -> tuple[Transformer, dict]:
     """
     directory = _folder(directory)
     config = to_gpt2_config(_read_options(directory))
-    return Transformer(config), _load(directory, config, _GPT2, lambda name: True)
+    model = AutoregressiveModel(TokenNetwork(config))
+    return model, _load(directory, config, _GPT2, lambda name: True)
 
 
-def load_llama(directory: str | os.PathLike) -> tuple[Transformer, dict]:
-    """The network in a folder that `LlamaForCausalLM` of transformers wrote.
+def load_llama(directory: str | os.PathLike) -> tuple[AutoregressiveModel, dict]:
+    """The model in a folder that `LlamaForCausalLM` of transformers wrote.
 
-    So are Mistral, also with a sliding window, and Qwen2 without one. Where only some matrices
-    have a bias (Qwen2) the others get zeros.
+    It also loads Mistral, with a sliding window or without, and Qwen2 without one. Where only some
+    matrices have a bias (Qwen2), the others get zeros.
 
     Args:
       directory: as in `load_gpt2`; the names of the tensors may lack "model.".
 
     Returns:
-      (network, params), as `load_gpt2` does. `network.config.context` is the model's
+      The model and its parameters, as `load_gpt2` does. The context of the network is
       max_position_embeddings.
 
     Raises:
@@ -124,10 +128,13 @@ def load_llama(directory: str | os.PathLike) -> tuple[Transformer, dict]:
     def stored(name):
         return not name.endswith(".bias") or name.split(".")[-2] in biased
 
-    return Transformer(config), _load(directory, config, _LLAMA, stored)
+    model = AutoregressiveModel(TokenNetwork(config))
+    return model, _load(directory, config, _LLAMA, stored)
 
 
-def save_gpt2(directory: str | os.PathLike, config: TransformerConfig, params: Mapping) -> None:
+def save_gpt2(
+    directory: str | os.PathLike, config: TransformerConfig, params: Mapping[str, Any]
+) -> None:
     """Writes a network so that `GPT2LMHeadModel.from_pretrained` of transformers loads it.
 
     GPT-2 has biases everywhere: for a network without (`bias=False`) zeros are written, and it
@@ -135,8 +142,8 @@ def save_gpt2(directory: str | os.PathLike, config: TransformerConfig, params: M
     one. `config.dtype` is not stored.
 
     Args:
-      directory: made when it does not exist; config.json and the weights in it are replaced.
-      config: of the network.
+      directory: created when it does not exist; config.json and the weights in it are replaced.
+      config: the sizes of the network.
       params: its parameters, stored as float32.
 
     Raises:
@@ -149,8 +156,10 @@ def save_gpt2(directory: str | os.PathLike, config: TransformerConfig, params: M
     if (directory / index).exists():
         raise ValueError(f"{directory} holds sharded weights ({index}); choose another folder")
     given = traverse_util.flatten_dict(params)
-    files.check("params", files.shapes(_template(config)), files.shapes(given))
-    whole = _template(dataclasses.replace(config, bias=True)) | given
+    expected = files.abstract_params(TokenNetwork(config))
+    files.check("params", files.shapes(expected), files.shapes(given))
+    biased = TokenNetwork(dataclasses.replace(config, bias=True))
+    whole = files.abstract_params(biased) | given
     files.write(directory, options, _WEIGHTS, _export(whole, config, _GPT2))
 
 
@@ -175,16 +184,16 @@ def _load(directory, config, layout, stored):
     """Our tree of parameters; `stored` tells which tensors the file has, the others are zero."""
     path = files.find_weights(directory, _WEIGHTS)
     tensors = _with_prefix(path, files.read_tensors(path, layout.ignored), layout.prefix)
-    template = _template(config)
-    expected = {n: t for n, t in _export(template, config, layout).items() if stored(n)}
+    abstract_params = files.abstract_params(TokenNetwork(config))
+    expected = {n: t for n, t in _export(abstract_params, config, layout).items() if stored(n)}
     if config.tied and _HEAD in tensors:
-        (token,) = _parts(("token",), template["token",], config, layout)
+        (token,) = _parts(("token",), abstract_params["token",], config, layout)
         if not np.array_equal(tensors.pop(_HEAD), tensors.get(token)):
             raise ValueError(
                 f"{path}: {_HEAD} is not the table of tokens, though tie_word_embeddings is true"
             )
     files.check(path, files.shapes(expected), files.shapes(tensors))
-    return _import(template, tensors, config, layout)
+    return _import(abstract_params, tensors, config, layout)
 
 
 def _with_prefix(path, tensors, prefix):
@@ -197,11 +206,7 @@ def _with_prefix(path, tensors, prefix):
     return named
 
 
-def _template(config):
-    return files.template(Transformer(config).init, jnp.zeros((1, 1), jnp.int32))
-
-
-def _export(leaves, config, layout) -> dict[str, np.ndarray]:
+def _export(leaves, config, layout):
     """Our parameters by path as tensors by name."""
     return {
         name: part.T if _is_transposed(path, layout) else part
@@ -210,10 +215,10 @@ def _export(leaves, config, layout) -> dict[str, np.ndarray]:
     }
 
 
-def _import(template, tensors, config, layout):
+def _import(abstract_params, tensors, config, layout):
     """The inverse of `_export`, as a tree of float32 arrays; zeros for what is not stored."""
     leaves = {}
-    for path, leaf in template.items():
+    for path, leaf in abstract_params.items():
         parts = []
         for name, zeros in _parts(path, leaf, config, layout).items():
             if name not in tensors:

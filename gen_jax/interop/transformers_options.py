@@ -11,6 +11,8 @@ import math
 from gen_jax.interop.files import refusal
 from gen_jax.nn.config import TransformerConfig
 
+__all__ = ["to_gpt2_config", "to_gpt2_options", "to_llama_config"]
+
 # Every option of GPT2Config that is read here or has to have one value, with its default.
 GPT2_DEFAULTS = {
     "vocab_size": 50257,
@@ -90,29 +92,27 @@ _LLAMA_FIXED = {
 # Options of older files, or of other members of the family, that are read as well.
 _LLAMA_READ = {"layer_types", "rope_scaling", "rope_theta"}
 
-# Options without effect on the logits: dropout (read in training only), how weights begin, heads
+# Options without effect on the logits: dropout (read in training only), the initialisation, heads
 # for other tasks, the loop of generation, and records.
-_WITHOUT_EFFECT = {
-    "architectures", "attention_dropout", "attn_pdrop", "bad_words_ids", "begin_suppress_tokens",
-    "bos_token_id", "decoder_start_token_id", "diversity_penalty", "do_sample", "dtype",
-    "early_stopping", "embd_pdrop", "encoder_no_repeat_ngram_size", "eos_token_id",
-    "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id",
-    "forced_eos_token_id", "gradient_checkpointing", "id2label", "initializer_range", "is_decoder",
-    "label2id", "length_penalty", "max_length", "max_window_layers", "min_length", "model_type",
-    "n_ctx", "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_labels",
-    "num_return_sequences", "output_attentions", "output_hidden_states", "output_past",
-    "output_scores", "pad_token_id", "prefix", "pretraining_tp", "problem_type",
-    "remove_invalid_values", "repetition_penalty", "resid_pdrop", "return_dict",
-    "return_dict_in_generate", "sep_token_id", "summary_activation", "summary_first_dropout",
-    "summary_proj_to_labels", "summary_type", "summary_use_proj", "suppress_tokens",
-    "task_specific_params", "temperature", "tf_legacy_loss", "tie_encoder_decoder",
-    "tokenizer_class", "top_k", "top_p", "torch_dtype", "torchscript", "transformers_version",
-    "typical_p", "use_bfloat16", "use_cache",
-}  # fmt: skip
+_WITHOUT_EFFECT_NAMES = """
+    architectures attention_dropout attn_pdrop bad_words_ids begin_suppress_tokens bos_token_id
+    decoder_start_token_id diversity_penalty do_sample dtype early_stopping embd_pdrop
+    encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task
+    forced_bos_token_id forced_eos_token_id gradient_checkpointing id2label initializer_range
+    is_decoder label2id length_penalty max_length max_window_layers min_length model_type n_ctx
+    no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences
+    output_attentions output_hidden_states output_past output_scores pad_token_id prefix
+    pretraining_tp problem_type remove_invalid_values repetition_penalty resid_pdrop return_dict
+    return_dict_in_generate sep_token_id summary_activation summary_first_dropout
+    summary_proj_to_labels summary_type summary_use_proj suppress_tokens task_specific_params
+    temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype
+    torchscript transformers_version typical_p use_bfloat16 use_cache
+"""
+_WITHOUT_EFFECT = frozenset(_WITHOUT_EFFECT_NAMES.split())
 
 
 def to_gpt2_options(config: TransformerConfig) -> dict:
-    """What config.json says of a network.
+    """The options in config.json of a network.
 
     Raises:
       ValueError: names every field that GPT-2 cannot express.
@@ -173,7 +173,7 @@ def to_gpt2_config(stored: dict) -> TransformerConfig:
     """Our configuration of a GPT-2.
 
     Args:
-      stored: what config.json says.
+      stored: the content of config.json.
 
     Raises:
       ValueError: names every option that cannot be expressed.
@@ -207,7 +207,7 @@ def to_llama_config(stored: dict) -> tuple[TransformerConfig, frozenset[str]]:
     """Our configuration of a Llama, Mistral or Qwen2, and where biases are.
 
     Args:
-      stored: what config.json says.
+      stored: the content of config.json.
 
     Returns:
       The configuration, and names of the matrices of a block that have a bias ("q_proj", ...).
@@ -227,13 +227,17 @@ def to_llama_config(stored: dict) -> tuple[TransformerConfig, frozenset[str]]:
     problems += _wrong_values(
         options,
         counts=(
-            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-            "num_attention_heads", "max_position_embeddings",
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "max_position_embeddings",
         ),
         optional_counts=("num_key_value_heads", "head_dim", "sliding_window"),
         positive=("rms_norm_eps",),
         flags=("tie_word_embeddings", "attention_bias", "mlp_bias"),
-    )  # fmt: skip
+    )
     base, more = _rotary_base(options)
     problems += more
     if not problems:
@@ -327,22 +331,25 @@ def _wrong_structure(options):
     key_heads, head_width = options["num_key_value_heads"] or heads, options["head_dim"]
     refuse_unless(
         head_width is not None or width % heads == 0,
-        "num_attention_heads", f"a divisor of hidden_size, {width}",
-    )  # fmt: skip
+        "num_attention_heads",
+        f"a divisor of hidden_size, {width}",
+    )
     refuse_unless(
         heads % key_heads == 0,
-        "num_key_value_heads", f"null or a divisor of num_attention_heads, {heads}",
-    )  # fmt: skip
+        "num_key_value_heads",
+        f"null or a divisor of num_attention_heads, {heads}",
+    )
     refuse_unless(
         (head_width or width // heads) % 2 == 0,
-        "head_dim" if head_width else "hidden_size", "an even size of each head",
-    )  # fmt: skip
+        "head_dim" if head_width else "hidden_size",
+        "an even size of each head",
+    )
     layers = options.get("layer_types")
     refuse_unless(
-        layers is None
-        or layers == ["full_attention"] * options["num_hidden_layers"],
-        "layer_types", "null or full_attention for each layer",
-    )  # fmt: skip
+        layers is None or layers == ["full_attention"] * options["num_hidden_layers"],
+        "layer_types",
+        "null or full_attention for each layer",
+    )
     return problems
 
 

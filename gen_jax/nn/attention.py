@@ -2,82 +2,111 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
+from jaxtyping import Array, Bool, Float, Int
+
+__all__ = ["attend", "dot_product_attention", "local_attention", "rotate"]
 
 _HIDDEN = -1e30  # score of a hidden key: finite, so that a row with no key at all stays finite
 
 
-def rotate(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
-    """Rotary positions (Su et al. 2021, 2104.09864), halves paired as in Llama.
+def rotate(
+    x: Float[Array, "B L H Dh"],
+    positions: Int[Array | np.ndarray, "#B L"] | Int[Array | np.ndarray, " L"],
+    base: float | int,
+) -> Float[Array, "B L H Dh"]:
+    """Rotary positions (Su et al. 2021, 2104.09864), with halves paired as in Llama.
 
     Args:
-      x: [B, S, H, W], W even.
-      positions: int32 [B, S] or [S].
-      base: the angle of pair j is position / base ** (2 j / W).
+      x: queries or keys; Dh is even.
+      positions: of each input, or of the inputs of all samples.
+      base: the angle of pair j is position / base ** (2 j / Dh).
+
+    Returns:
+      As x, in its dtype; the rotation is in float32.
     """
     half = x.shape[-1] // 2
     frequencies = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions[..., None].astype(jnp.float32) * frequencies
-    cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]  # [.., S, 1, W / 2]
+    positions = jnp.asarray(positions, jnp.float32)
+    positions = positions if positions.ndim == 2 else positions[None]
+    angles = positions[:, :, None, None] * frequencies[None, None, None]  # [B or 1, L, 1, Dh / 2]
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-def attention(q, k, v, *, mask=None, causal: bool = False) -> jax.Array:
-    """Scaled dot-product attention, softmax in float32 (Vaswani et al. 2017, equation 1).
+def dot_product_attention(
+    q: Float[Array, "B L H Dh"],
+    k: Float[Array, "B M Hkv Dh"],
+    v: Float[Array, "B M Hkv Dh"],
+    *,
+    mask: Bool[Array | np.ndarray, "B M"] | None = None,
+    causal: bool = False,
+) -> Float[Array, "B L H Dh"]:
+    """Scaled dot-product attention, with softmax in float32 (Vaswani et al. 2017, equation 1).
 
-    `jax.nn.dot_product_attention` computes the same; forward and backward on a CPU this form, with
-    heads outside the two products, takes half its time.
+    `jax.nn.dot_product_attention` computes the same. This form, with heads outside the two
+    products, takes half its time on a CPU, forward and backward.
 
     Args:
-      q: [B, S, H, W].
-      k: [B, M, K, W], K dividing H; query head h reads head h // (H / K).
-      v: [B, M, K, W].
-      mask: bool [B, M] of the keys that exist, or None for all.
-      causal: query s sees the keys 0 to s (S = M).
-
-    Returns:
-      [B, S, H, W].
+      q: queries; query head h reads the head h // (H / Hkv) of keys and values.
+      k: keys, where Hkv divides H.
+      v: values.
+      mask: which keys are valid; None for all. A query without any valid key gives finite values
+        without meaning.
+      causal: query i sees the keys 0 to i (L = M).
     """
-    k, v = rearrange(k, "b m k w -> b k w m"), rearrange(v, "b m k w -> b k m w")
+    k, v = rearrange(k, "b m k d -> b k d m"), rearrange(v, "b m k d -> b k m d")
     return attend(q, k, v, mask=mask, causal=causal)
 
 
-def attend(q, k, v, *, mask=None, causal: bool = False) -> jax.Array:
-    """`attention` of keys [B, K, W, M] and values [B, K, M, W], as its products read them."""
-    steps, width = q.shape[1], q.shape[-1]
-    q = rearrange(q / width**0.5, "b s (k g) w -> b k (g s) w", k=k.shape[1])
-    scores = jnp.einsum("bkqw,bkwm->bkqm", q, k, preferred_element_type=jnp.float32)
+def attend(
+    q: Float[Array, "B L H Dh"],
+    k: Float[Array, "B Hkv Dh M"],
+    v: Float[Array, "B Hkv M Dh"],
+    *,
+    mask: Bool[Array | np.ndarray, "B M"] | None = None,
+    causal: bool = False,
+) -> Float[Array, "B L H Dh"]:
+    """`dot_product_attention` of keys and values that are stored as its two products read them."""
+    length, width = q.shape[1], q.shape[-1]
+    q = rearrange(q / width**0.5, "b l (k g) d -> b k (g l) d", k=k.shape[1])
+    scores = jnp.einsum("bkqd,bkdm->bkqm", q, k, preferred_element_type=jnp.float32)
     seen = None
     if causal:
-        groups = q.shape[2] // steps
-        seen = jnp.tile(jnp.tril(jnp.ones((steps, steps), bool)), (groups, 1))
+        groups = q.shape[2] // length
+        seen = jnp.tile(jnp.tril(jnp.ones((length, length), bool)), (groups, 1))[None, None]
     if mask is not None:
         mask = mask[:, None, None]
         seen = mask if seen is None else mask & seen
     if seen is not None:
         scores = jnp.where(seen, scores, _HIDDEN)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    out = jnp.einsum("bkqm,bkmw->bkqw", weights, v)
-    return rearrange(out, "b k (g s) w -> b s (k g) w", s=steps)
+    out = jnp.einsum("bkqm,bkmd->bkqd", weights, v)
+    return rearrange(out, "b k (g l) d -> b l (k g) d", l=length)
 
 
-def local_attention(q, k, v, window: int, *, mask=None) -> jax.Array:
-    """Causal attention to the last `window` inputs, the query's own included.
+def local_attention(
+    q: Float[Array, "B L H Dh"],
+    k: Float[Array, "B L Hkv Dh"],
+    v: Float[Array, "B L Hkv Dh"],
+    window: int,
+    *,
+    mask: Bool[Array | np.ndarray, "B L"] | None = None,
+) -> Float[Array, "B L H Dh"]:
+    """Causal attention to the last `window` inputs, including that of the query itself.
 
-    The sequence is cut into blocks of that length, and a block of queries sees its own and the
-    block before (Image Transformer: Parmar et al. 2018, 1802.05751, section 3.3, in one
+    The sequence is cut into blocks of that length, and a block of queries sees its own block and
+    the one before (Image Transformer: Parmar et al. 2018, 1802.05751, section 3.3, in one
     dimension), so that cost and memory grow with L x window, not with L x L.
 
     Args:
-      q: [B, L, H, W].
-      k: [B, L, K, W], K dividing H.
-      v: [B, L, K, W].
+      q: queries; query head h reads the head h // (H / Hkv) of keys and values.
+      k: keys, where Hkv divides H.
+      v: values.
       window: at least 1.
-      mask: bool [B, L] of the keys that exist, or None for all.
-
-    Returns:
-      [B, L, H, W].
+      mask: which keys are valid; None for all.
     """
     batch, length, _, width = q.shape
     blocks = -(-length // window)
@@ -88,15 +117,15 @@ def local_attention(q, k, v, window: int, *, mask=None) -> jax.Array:
         x = jnp.pad(x, pad).reshape(batch, -1, window, *x.shape[2:])
         return jnp.concatenate([x[:, :-1], x[:, 1:]], axis=2) if before else x
 
-    q = rearrange(cut(q / width**0.5, 0), "b n s (k g) w -> b n k (g s) w", g=groups)
+    q = rearrange(cut(q / width**0.5, 0), "b n l (k g) d -> b n k (g l) d", g=groups)
     k, v = cut(k, 1).swapaxes(2, 3), cut(v, 1).swapaxes(2, 3)
-    scores = jnp.einsum("bnkqw,bnkmw->bnkqm", q, k, preferred_element_type=jnp.float32)
-    query, key = jnp.arange(window)[:, None], jnp.arange(2 * window)
+    scores = jnp.einsum("bnkqd,bnkmd->bnkqm", q, k, preferred_element_type=jnp.float32)
+    query, key = jnp.arange(window)[:, None], jnp.arange(2 * window)[None]
     seen = jnp.tile((key > query) & (key <= query + window), (groups, 1))
-    exists = jnp.ones((1, length), bool) if mask is None else mask
-    exists = jnp.broadcast_to(exists, (batch, length))
-    seen = seen & cut(exists, 1)[:, :, None, None]
+    valid = jnp.ones((1, length), bool) if mask is None else mask
+    valid = jnp.broadcast_to(valid, (batch, length))
+    seen = seen[None, None, None] & cut(valid, 1)[:, :, None, None]
     weights = jax.nn.softmax(jnp.where(seen, scores, _HIDDEN), axis=-1).astype(v.dtype)
-    out = jnp.einsum("bnkqm,bnkmw->bnkqw", weights, v)
-    out = rearrange(out, "b n k (g s) w -> b (n s) (k g) w", g=groups)
+    out = jnp.einsum("bnkqm,bnkmd->bnkqd", weights, v)
+    out = rearrange(out, "b n k (g l) d -> b (n l) (k g) d", g=groups)
     return out[:, :length]

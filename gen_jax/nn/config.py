@@ -1,11 +1,13 @@
 """Sizes of the networks, as frozen dataclasses; importing this loads nothing heavy."""
 
-import dataclasses
-import math
 from typing import Literal
 
+from gen_jax.config import frozen
 
-@dataclasses.dataclass(frozen=True)
+__all__ = ["TransformerConfig", "UNetConfig"]
+
+
+@frozen
 class UNetConfig:
     """The UNet of Ho et al. 2020 (2006.11239); the defaults are its CIFAR-10 network."""
 
@@ -46,8 +48,10 @@ class UNetConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("head_width", "classes", "norm_epsilon"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be finite, not negative, got {getattr(self, name)}")
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if min(self.attention, default=1) < 1:
+            raise ValueError(f"attention is at heights of at least 1, got {self.attention}")
         for width in self.widths:
             if width % self.groups:
                 raise ValueError(f"groups ({self.groups}) must divide every width {self.widths}")
@@ -64,7 +68,7 @@ class UNetConfig:
         return self.patch * 2 ** (len(self.widths) - 1)
 
 
-@dataclasses.dataclass(frozen=True)
+@frozen
 class TransformerConfig:
     """A pre-norm transformer; the defaults are the form of GPT-2 (Radford et al. 2019).
 
@@ -73,19 +77,19 @@ class TransformerConfig:
     """
 
     vocabulary: int = 0
-    """Tokens V; 0 where the data decides."""
+    """Tokens V; 0 where the data decides, which no network can be made of."""
     context: int = 1024
     """Longest sequence of inputs L."""
     layers: int = 12
     """Blocks of attention and feed-forward network."""
     width: int = 768
-    """Size D of the residual stream."""
+    """Width D of the residual stream."""
     heads: int = 12
-    """Heads of the queries."""
+    """Heads H of the queries."""
     kv_heads: int = 0
-    """Heads of keys and values, each shared by heads / kv_heads queries; 0 for as many as heads."""
+    """Heads Hkv of keys and values, each of heads / kv_heads queries; 0 for as many as heads."""
     head_width: int = 0
-    """Size of one head; 0 for width / heads."""
+    """Width Dh of one head; 0 for width / heads."""
     mlp_dim: int = 0
     """Size of the feed-forward network; 0 for 4 x width."""
     position: Literal["learned", "rotary", "both", "none"] = "learned"
@@ -123,8 +127,8 @@ class TransformerConfig:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("norm_epsilon", "rotary_base"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be finite and positive, got {getattr(self, name)}")
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if not self.head_width and self.width % self.heads:
             raise ValueError(f"heads ({self.heads}) must divide width ({self.width})")
         if self.heads % self.key_heads:
@@ -138,12 +142,12 @@ class TransformerConfig:
 
     @property
     def key_heads(self) -> int:
-        """Heads of keys and values."""
+        """Heads Hkv of keys and values."""
         return self.kv_heads or self.heads
 
     @property
     def head_size(self) -> int:
-        """Size of one head."""
+        """Width Dh of one head."""
         return self.head_width or self.width // self.heads
 
     @property

@@ -1,31 +1,48 @@
-"""Layers that the networks share, channels last."""
+"""Layers that the networks share, with channels last."""
 
 import zlib
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, Key, Num
 
 import kernels
 
-# Variance scaling of Ho et al. 2020; `zeros` closes each residual branch at the start.
+__all__ = [
+    "Conv3x3",
+    "Dropout",
+    "GroupNorm",
+    "sinusoidal_embedding",
+    "uniform_init",
+    "zeros_init",
+]
+
+# The initialisation of Ho et al. 2020; with `zeros_init` a residual branch is closed at first.
 uniform_init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
 zeros_init = nn.initializers.zeros_init()
 
 
-def sinusoidal_embedding(t: jax.Array, width: int) -> jax.Array:
+def sinusoidal_embedding(t: Num[Array | np.ndarray, " B"], width: int) -> Float32[Array, "B D"]:
     """Sines and cosines of t at geometric frequencies from 1 to 1e-4 (Vaswani et al. 2017).
 
     Args:
-      t: [B], any numeric dtype.
-      width: even size of the embedding, at least 4.
+      t: positions or time steps.
+      width: the size D of the embedding.
 
     Returns:
-      [B, width] float32, all sines first.
+      All sines first, then all cosines.
+
+    Raises:
+      ValueError: the width is odd or below 4.
     """
+    if width < 4 or width % 2:
+        raise ValueError(f"the width of an embedding must be even and at least 4, got {width}")
     half = width // 2
     frequencies = jnp.exp(-jnp.log(1e4) * jnp.arange(half, dtype=jnp.float32) / (half - 1))
-    angles = t.astype(jnp.float32)[:, None] * frequencies
+    angles = jnp.asarray(t, jnp.float32)[:, None] * frequencies[None]
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
@@ -33,30 +50,43 @@ class Conv3x3(nn.Module):
     """A 3 x 3 convolution that keeps the size of the feature map.
 
     Where the collection "prepared" holds its transformed weights, they may be read instead.
+
+    Attributes:
+      features: the number of channels of the output.
+      dtype: of the product.
+      kernel_init: of the weights; the bias is zero at first.
     """
 
     features: int
-    dtype: jnp.dtype
-    kernel_init: nn.initializers.Initializer = uniform_init
+    dtype: np.dtype
+    kernel_init: Callable = uniform_init
 
     @nn.compact
-    def __call__(self, x):  # [B, H, W, C] -> [B, H, W, features]
+    def __call__(
+        self, x: Float[Array, "B height width C"]
+    ) -> Float[Array, "B height width features"]:
         kernel = self.param("kernel", self.kernel_init, (3, 3, x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
         prepared = self.get_variable("prepared", "kernel")
         x, kernel, bias = x.astype(self.dtype), kernel.astype(self.dtype), bias.astype(self.dtype)
-        return kernels.conv_3x3(x, kernel, prepared) + bias
+        return kernels.conv_3x3(x, kernel, prepared) + bias[None, None, None]
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation, with SiLU unless told otherwise."""
+    """Group normalisation, followed by SiLU.
+
+    Attributes:
+      groups: the number of groups, which divides the channels.
+      epsilon: added to the variance.
+      silu: whether SiLU follows.
+    """
 
     groups: int
-    epsilon: float
+    epsilon: float | int
     silu: bool = True
 
     @nn.compact
-    def __call__(self, x):  # [B, ..., C] -> [B, ..., C]
+    def __call__(self, x: Float[Array, "B ... C"]) -> Float[Array, "B ... C"]:
         scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],))
         bias = self.param("bias", nn.initializers.zeros_init(), (x.shape[-1],))
         return kernels.group_norm_silu(
@@ -65,16 +95,21 @@ class GroupNorm(nn.Module):
 
 
 class Dropout(nn.Module):
-    """Dropout whose mask for sample i depends on the key of sample i alone.
+    """Dropout whose mask for sample i depends only on the key of sample i.
 
-    The mask does not change with the batch size or the number of devices. Layers tell their
-    masks apart by a hash of their path in the network.
+    The mask does not change with the batch size or the number of devices. Layers have different
+    masks: a hash of the layer's path in the network joins the key.
+
+    Attributes:
+      rate: the share of values that are set to zero, in [0, 1).
     """
 
-    rate: float
+    rate: float | int
 
     @nn.compact
-    def __call__(self, x, keys):  # [B, ...], [B] keys or None -> [B, ...]
+    def __call__(
+        self, x: Float[Array, "B ..."], keys: Key[Array, " B"] | None
+    ) -> Float[Array, "B ..."]:
         if keys is None or self.rate == 0:
             return x
         layer = zlib.crc32("/".join(self.path).encode())

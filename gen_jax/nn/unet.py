@@ -1,20 +1,24 @@
 """The UNet that predicts the noise of a diffusion model.
 
 Ho et al. 2020 (2006.11239), appendix B: residual blocks with group normalisation, self-attention
-at chosen resolutions, sinusoidal time embedding added in every block. Where we differ: images may
-be folded into patches first, and a class embedding may be added to that of time.
+at chosen resolutions, and a sinusoidal embedding of time that is added in every block. Where we
+differ: images may be folded into patches first, and an embedding of the class may be added to that
+of time.
 """
 
-import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
+from jaxtyping import Array, Float, Float32, Int, Key, Num
 
 import kernels
+from gen_jax.config import frozen
 from gen_jax.nn.config import UNetConfig
 from gen_jax.nn.layers import (
     Conv3x3,
@@ -25,15 +29,17 @@ from gen_jax.nn.layers import (
     zeros_init,
 )
 
+__all__ = ["PreparedParams", "UNetNetwork"]
+
 
 class ResidualBlock(nn.Module):
-    """Two convolutions, the embedding of time between them, and a shortcut."""
+    """Two convolutions, with the embedding of time between them, and a shortcut."""
 
     config: UNetConfig
     width: int
 
     @nn.compact
-    def __call__(self, x, embedding, keys):  # [B, H, W, C], [B, E], [B] keys -> [B, H, W, width]
+    def __call__(self, x, embedding, keys):  # [B, height, width, C] -> [.., C of `self.width`]
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         h = GroupNorm(config.groups, config.norm_epsilon, name="norm_0")(x)
         h = Conv3x3(self.width, dtype, name="conv_0")(h)
@@ -53,52 +59,51 @@ class AttentionBlock(nn.Module):
     config: UNetConfig
 
     @nn.compact
-    def __call__(self, x):  # [B, H, W, C] -> [B, H, W, C]
+    def __call__(self, x):  # [B, height, width, C] -> the same
         config, dtype = self.config, jnp.dtype(self.config.dtype)
-        width = x.shape[-1]
-        heads = width // config.head_width if config.head_width else 1
+        channels = x.shape[-1]
+        heads = channels // config.head_width if config.head_width else 1
         h = GroupNorm(config.groups, config.norm_epsilon, silu=False, name="norm")(x)
         h = rearrange(h, "b h w c -> b (h w) c")
-        qkv = nn.Dense(3 * width, dtype=dtype, kernel_init=uniform_init, name="qkv")(h)
+        qkv = nn.Dense(3 * channels, dtype=dtype, kernel_init=uniform_init, name="qkv")(h)
         q, k, v = rearrange(qkv, "b l (three n d) -> three b l n d", three=3, n=heads)
         logits = jnp.einsum("bqnd,bknd->bnqk", q, k, preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(logits * (width // heads) ** -0.5, axis=-1).astype(dtype)
+        weights = jax.nn.softmax(logits * (channels // heads) ** -0.5, axis=-1).astype(dtype)
         h = jnp.einsum("bnqk,bknd->bqnd", weights, v)
         h = rearrange(h, "b l n d -> b l (n d)")
-        h = nn.Dense(width, dtype=dtype, kernel_init=zeros_init, name="project")(h)
+        h = nn.Dense(channels, dtype=dtype, kernel_init=zeros_init, name="project")(h)
         return x + h.reshape(x.shape)
 
 
 class UNet(nn.Module):
-    """The network; `keys` switches dropout on."""
+    """The module behind `UNetNetwork.__call__`; `keys` switches dropout on."""
 
     config: UNetConfig
 
     @nn.compact
     def __call__(self, x, t, label=None, keys=None):
-        """Predicts from a noisy image.
-
-        Args:
-          x: [B, H, W, channels] float32; H and W are multiples of `config.stride`.
-          t: [B], the time step.
-          label: [B] int32 in [0, classes), or -1 for no class; None for no class anywhere.
-          keys: [B] PRNG keys for dropout, or None for none.
-
-        Returns:
-          [B, H, W, out_channels] float32.
-
-        Raises:
-          ValueError: the image does not fit the network, or a label was given without classes.
-        """
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         _check_input(config, x, label)
         embedding = self._embed(t, label)
         p = config.patch
         h = rearrange(x, "b (h p) (w q) c -> b h w (p q c)", p=p, q=p)
         h = Conv3x3(config.widths[0], dtype, name="conv_in")(h)
+        skips = self._down(h, embedding, keys)
+        h = ResidualBlock(config, config.widths[-1], name="middle_block_0")(
+            skips[-1], embedding, keys
+        )
+        h = AttentionBlock(config, name="middle_attention")(h)
+        h = ResidualBlock(config, config.widths[-1], name="middle_block_1")(h, embedding, keys)
+        h = self._up(h, skips, embedding, keys)
+        h = GroupNorm(config.groups, config.norm_epsilon, name="norm_out")(h)
+        h = Conv3x3(p * p * config.out_channels, dtype, zeros_init, name="conv_out")(h)
+        h = rearrange(h, "b h w (p q c) -> b (h p) (w q) c", p=p, q=p)
+        return h.astype(jnp.float32)
 
+    def _down(self, h, embedding, keys):
+        """The feature maps on the way down, of which the way up reads the last one first."""
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
         skips = [h]
-        last = len(config.widths) - 1
         for level, width in enumerate(config.widths):
             for i in range(config.blocks):
                 name = f"down_{level}_block_{i}"
@@ -106,17 +111,23 @@ class UNet(nn.Module):
                 if h.shape[1] in config.attention:
                     h = AttentionBlock(config, name=f"down_{level}_attention_{i}")(h)
                 skips.append(h)
-            if level != last:
-                h = nn.Conv(
-                    width, (3, 3), strides=2, padding=((0, 1), (0, 1)), dtype=dtype,
-                    kernel_init=uniform_init, name=f"down_{level}_conv",
-                )(h)  # fmt: skip
+            if level != len(config.widths) - 1:
+                halve = nn.Conv(
+                    width,
+                    (3, 3),
+                    strides=2,
+                    padding=((0, 1), (0, 1)),
+                    dtype=dtype,
+                    kernel_init=uniform_init,
+                    name=f"down_{level}_conv",
+                )
+                h = halve(h)
                 skips.append(h)
+        return skips
 
-        h = ResidualBlock(config, width, name="middle_block_0")(h, embedding, keys)
-        h = AttentionBlock(config, name="middle_attention")(h)
-        h = ResidualBlock(config, width, name="middle_block_1")(h, embedding, keys)
-
+    def _up(self, h, skips, embedding, keys):
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
+        skips = list(skips)
         for level, width in reversed(list(enumerate(config.widths))):
             for i in range(config.blocks + 1):
                 h = jnp.concatenate([h, skips.pop()], axis=-1)
@@ -127,13 +138,9 @@ class UNet(nn.Module):
             if level != 0:
                 h = jnp.repeat(jnp.repeat(h, 2, axis=1), 2, axis=2)
                 h = Conv3x3(width, dtype, name=f"up_{level}_conv")(h)
+        return h
 
-        h = GroupNorm(config.groups, config.norm_epsilon, name="norm_out")(h)
-        h = Conv3x3(p * p * config.out_channels, dtype, zeros_init, name="conv_out")(h)
-        h = rearrange(h, "b h w (p q c) -> b (h p) (w q) c", p=p, q=p)
-        return h.astype(jnp.float32)
-
-    def _embed(self, t, label):  # [B], [B] -> [B, 4 * widths[0]], after SiLU
+    def _embed(self, t, label):  # [B], [B] -> [B, 4 x the first width], after SiLU
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         width = config.widths[0]
 
@@ -164,25 +171,30 @@ def _check_input(config, x, label):
 
 @flax.struct.dataclass
 class PreparedParams:
-    """Parameters of a UNet with what the loop of a sampler reads instead of some of them."""
+    """Parameters of a UNet in the form that the loop of a sampler reads.
 
-    params: dict
-    prepared: dict
+    Attributes:
+      params: in the type that is computed with.
+      prepared: transformed weights of 3 x 3 convolutions, which are read instead of some of them.
+    """
+
+    params: Any
+    prepared: Any
 
 
-@dataclasses.dataclass(frozen=True)
-class Denoiser:
+@frozen
+class UNetNetwork:
     """The UNet as pure functions of a tree of parameters; hashable by its sizes."""
 
     config: UNetConfig
 
-    def init(self, key: jax.Array, height: int, width: int) -> dict:
+    def init(self, key: Key[Array, ""], height: int, width: int) -> dict:
         """Fresh float32 parameters for images of this size."""
         x = jnp.zeros((1, height, width, self.config.channels))
         return jax.jit(UNet(self.config).init)(key, x, jnp.zeros((1,)))["params"]
 
-    def prepare(self, params) -> PreparedParams:
-        """What depends on the parameters alone, computed once before many evaluations.
+    def prepare(self, params: Any) -> PreparedParams:
+        """What depends only on the parameters, computed once before many evaluations.
 
         Weights in the type that is computed with, and transformed weights of 3 x 3 convolutions
         where the platform reads those. The network's output does not change beyond rounding.
@@ -199,8 +211,29 @@ class Denoiser:
         unflatten = flax.traverse_util.unflatten_dict
         return PreparedParams(unflatten(flat), unflatten(prepared))
 
-    def __call__(self, params, x, t, label=None, keys=None):
-        """See `UNet.__call__`; takes prepared parameters too."""
+    def __call__(
+        self,
+        params: Any,
+        x: Float[Array | np.ndarray, "B height width C"],
+        t: Num[Array | np.ndarray, " B"],
+        label: Int[Array | np.ndarray, " B"] | None = None,
+        keys: Key[Array, " B"] | None = None,
+    ) -> Float32[Array, "B height width Cout"]:
+        """Predicts from noisy images.
+
+        Args:
+          params: of `init`, or of `prepare`.
+          x: images; C is `config.channels`, height and width are multiples of `config.stride`.
+          t: the time step of each image.
+          label: in [0, classes), or -1 for no class; None for no class anywhere.
+          keys: for dropout; None for none.
+
+        Returns:
+          Of `config.out_channels` channels.
+
+        Raises:
+          ValueError: the image does not fit the network, or a label was given without classes.
+        """
         variables = {"params": params}
         if isinstance(params, PreparedParams):
             variables = {"params": params.params, "prepared": params.prepared}

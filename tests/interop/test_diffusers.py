@@ -1,4 +1,7 @@
+"""UNets of diffusers: round trips, refusals, and agreement with the peer."""
+
 import dataclasses
+import functools
 import json
 
 import jax
@@ -8,8 +11,12 @@ import pytest
 import safetensors.numpy
 
 from gen_jax.interop import load_diffusers_unet, save_diffusers_unet
+from gen_jax.models.diffusion.config import DiffusionConfig
+from gen_jax.models.diffusion.losses import DiffusionModel
 from gen_jax.nn.config import UNetConfig
-from gen_jax.nn.unet import UNet
+from gen_jax.nn.unet import UNetNetwork
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -35,8 +42,11 @@ DDPM_CIFAR10 = {
     "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
 }
 SMALL = DDPM_CIFAR10 | {
-    "block_out_channels": [8, 16, 16, 16], "norm_num_groups": 4, "sample_size": 16,
-}  # fmt: skip
+    "block_out_channels": [8, 16, 16, 16],
+    "norm_num_groups": 4,
+    "sample_size": 16,
+}
+LEARNED = DiffusionConfig(variance="learned")  # for networks with twice the channels of the image
 
 
 def two_levels(**options):
@@ -59,11 +69,8 @@ def random_params(config, size, seed=0):
     """Parameters of order 1 / sqrt(fan in), the zero-initialised ones too."""
     generator = np.random.default_rng(seed)
     shapes = jax.eval_shape(
-        UNet(config).init,
-        jax.random.key(0),
-        jnp.zeros((1, size, size, config.channels)),
-        jnp.zeros((1,)),
-    )["params"]
+        lambda key: UNetNetwork(config).init(key, size, size), jax.random.key(0)
+    )
 
     def draw(path, leaf):
         noise = generator.normal(size=leaf.shape)
@@ -86,9 +93,16 @@ def assert_same_tree(one, other):
 
 
 TINY = UNetConfig(
-    widths=(8, 16), blocks=1, attention=(4,), head_width=8, groups=4, dropout=0.1,
-    channels=2, out_channels=4,
-)  # fmt: skip
+    widths=(8, 16),
+    blocks=1,
+    attention=(4,),
+    head_width=8,
+    groups=4,
+    dropout=0.1,
+    channels=2,
+    out_channels=4,
+)
+load_tiny = functools.partial(load_diffusers_unet, process=LEARNED)
 
 
 @pytest.fixture
@@ -113,18 +127,29 @@ def edit_tensors(directory, edit):
     ],
 )
 def test_loading_what_was_saved_gives_the_same_bits(tmp_path, config, sample_size):
-    params = random_params(config, np.max(sample_size))
+    params = random_params(config, int(np.max(sample_size)))
     save_diffusers_unet(tmp_path, config, params, sample_size=sample_size)
-    unet, loaded = load_diffusers_unet(tmp_path)
-    assert sorted(unet.config.attention) == sorted(config.attention)
-    assert unet == UNet(dataclasses.replace(config, attention=unet.config.attention))
+    process = LEARNED if config is TINY else DiffusionConfig(schedule="cosine")
+    model, loaded = load_diffusers_unet(tmp_path, process)
+    network, sides = model.network, np.broadcast_to(sample_size, 2)
+    assert sorted(network.config.attention) == sorted(config.attention)
+    assert network.config == dataclasses.replace(config, attention=network.config.attention)
+    assert model == DiffusionModel(network, process, (*map(int, sides), config.channels))
     assert_same_tree(loaded, params)
+
+
+def test_the_process_is_that_of_ddpm_unless_told_otherwise(tmp_path):
+    config = dataclasses.replace(TINY, out_channels=2)
+    save_diffusers_unet(tmp_path, config, random_params(config, 8), sample_size=8)
+    assert load_diffusers_unet(tmp_path)[0].process == DiffusionConfig()
+    with pytest.raises(ValueError, match="channels"):
+        load_diffusers_unet(tmp_path, LEARNED)
 
 
 def test_saving_what_was_loaded_gives_the_same_file(saved, tmp_path):
     directory, _ = saved
-    unet, params = load_diffusers_unet(directory)
-    save_diffusers_unet(tmp_path / "again", unet.config, params, sample_size=8)
+    model, params = load_tiny(directory)
+    save_diffusers_unet(tmp_path / "again", model.network.config, params, sample_size=8)
     for name in ("config.json", WEIGHTS):
         assert (tmp_path / "again" / name).read_bytes() == (directory / name).read_bytes()
 
@@ -134,13 +159,13 @@ def test_saving_leaves_nothing_else_and_replaces_what_was_there(saved):
     other = jax.tree.map(lambda leaf: leaf + 1, params)
     save_diffusers_unet(directory, TINY, other, sample_size=8)
     assert sorted(file.name for file in directory.iterdir()) == ["config.json", WEIGHTS]
-    assert_same_tree(load_diffusers_unet(directory)[1], other)
+    assert_same_tree(load_tiny(directory)[1], other)
 
 
 def test_a_pipeline_folder_is_opened_at_its_unet(saved):
     directory, params = saved
     (directory.parent / "model_index.json").write_text("{}")
-    assert_same_tree(load_diffusers_unet(directory.parent)[1], params)
+    assert_same_tree(load_tiny(directory.parent)[1], params)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16])
@@ -148,14 +173,14 @@ def test_half_precision_is_loaded_as_float32(saved, dtype):
     directory, params = saved
     edit_tensors(directory, lambda tensors: {k: v.astype(dtype) for k, v in tensors.items()})
     expected = jax.tree.map(lambda leaf: leaf.astype(dtype).astype(jnp.float32), params)
-    assert_same_tree(load_diffusers_unet(directory)[1], expected)
+    assert_same_tree(load_tiny(directory)[1], expected)
 
 
 def test_bfloat16_parameters_are_saved_as_float32(tmp_path):
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), random_params(TINY, 8))
     save_diffusers_unet(tmp_path, TINY, params, sample_size=8)
     expected = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
-    assert_same_tree(load_diffusers_unet(tmp_path)[1], expected)
+    assert_same_tree(load_tiny(tmp_path)[1], expected)
 
 
 OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -181,14 +206,14 @@ def old_attention(rank):
 def test_old_names_and_shapes_of_attention_are_the_same_network(saved, rank):
     directory, params = saved
     edit_tensors(directory, old_attention(rank))
-    assert_same_tree(load_diffusers_unet(directory)[1], params)
+    assert_same_tree(load_tiny(directory)[1], params)
 
 
 def test_an_attention_layer_under_both_names_is_refused(saved):
     directory, _ = saved
     edit_tensors(directory, lambda tensors: tensors | old_attention(2)(tensors))
     with pytest.raises(ValueError, match="under its old and its new name"):
-        load_diffusers_unet(directory)
+        load_tiny(directory)
 
 
 @pytest.mark.parametrize(
@@ -309,7 +334,7 @@ def test_sharded_weights_are_refused(saved):
     directory, params = saved
     (directory / f"{WEIGHTS}.index.json").write_text("{}")
     with pytest.raises(ValueError, match="sharded weights"):
-        load_diffusers_unet(directory)
+        load_tiny(directory)
     with pytest.raises(ValueError, match="sharded weights"):
         save_diffusers_unet(directory, TINY, params, sample_size=8)
 
@@ -319,7 +344,7 @@ def test_a_truncated_file_is_refused(saved, kept):
     path = saved[0] / WEIGHTS
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(ValueError, match=f"{WEIGHTS} is damaged") as refusal:
-        load_diffusers_unet(saved[0])
+        load_tiny(saved[0])
     assert "\n" not in str(refusal.value)
 
 
@@ -346,7 +371,7 @@ def without(name):
 def test_tensors_that_do_not_fit_are_named(saved, edit, message):
     edit_tensors(saved[0], edit)
     with pytest.raises(ValueError, match=message):
-        load_diffusers_unet(saved[0])
+        load_tiny(saved[0])
 
 
 def test_what_diffusers_cannot_express_is_not_saved(tmp_path):
@@ -395,12 +420,15 @@ def randomise(model, seed=0):
     return model.eval()
 
 
-def largest_difference(model, unet, params, shape, seed=0, labels=None):
+outputs_of = jax.jit(lambda network, *arguments: network(*arguments), static_argnums=0)
+
+
+def largest_difference(model, network, params, shape, seed=0, labels=None):
     """Between both networks' outputs on the same noise at a time step of its own per sample."""
     import torch
 
     generator = np.random.default_rng(seed)
-    x = generator.normal(size=shape).astype(np.float32)  # [B, H, W, C]
+    x = generator.normal(size=shape).astype(np.float32)  # [B, height, width, C]
     t = generator.choice(1000, size=shape[:1], replace=False)
     with torch.no_grad():
         theirs = model(
@@ -411,7 +439,7 @@ def largest_difference(model, unet, params, shape, seed=0, labels=None):
     theirs = theirs.permute(0, 2, 3, 1).numpy()
     assert theirs.std() > 0.1
     label = None if labels is None else labels[1]
-    return np.abs(jax.jit(unet.apply)({"params": params}, x, t, label) - theirs).max()
+    return np.abs(outputs_of(network, params, x, t, label) - theirs).max()
 
 
 @pytest.mark.oracle
@@ -449,11 +477,12 @@ def test_a_network_of_diffusers_gives_the_same_outputs_here(peer, tmp_path, opti
     options = {key: value for key, value in options.items() if key != "_class_name"}
     model = randomise(peer(**options))
     model.save_pretrained(tmp_path)
-    unet, params = load_diffusers_unet(tmp_path)
+    learned = options["out_channels"] == 2 * options["in_channels"]
+    ours, params = load_diffusers_unet(tmp_path, LEARNED if learned else DiffusionConfig())
     size = options["sample_size"]
     height, width = size if isinstance(size, list) else (size, size)
-    shape = (batch, height, width, options["in_channels"])
-    assert largest_difference(model, unet, params, shape) < 1e-4
+    assert ours.shape == (height, width, options["in_channels"])
+    assert largest_difference(model, ours.network, params, (batch, *ours.shape)) < 1e-4
 
 
 @pytest.mark.oracle
@@ -461,10 +490,12 @@ def test_the_network_of_ddpm_on_cifar10_agrees(peer, tmp_path):
     options = {key: value for key, value in DDPM_CIFAR10.items() if key != "_class_name"}
     model = randomise(peer(**options))
     model.save_pretrained(tmp_path)
-    unet, params = load_diffusers_unet(tmp_path)
-    assert unet.config == UNetConfig(dropout=0.0)
+    ours, params = load_diffusers_unet(tmp_path)
+    assert ours == DiffusionModel(
+        UNetNetwork(UNetConfig(dropout=0.0)), DiffusionConfig(), (32, 32, 3)
+    )
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 35_746_307
-    assert largest_difference(model, unet, params, (1, 32, 32, 3)) < 1e-4
+    assert largest_difference(model, ours.network, params, (1, 32, 32, 3)) < 1e-4
 
 
 @pytest.mark.oracle
@@ -474,7 +505,8 @@ def test_old_names_of_attention_give_the_same_outputs(peer, tmp_path, rank):
     model = randomise(peer(**options))
     model.save_pretrained(tmp_path)
     edit_tensors(tmp_path, old_attention(rank))
-    assert largest_difference(model, *load_diffusers_unet(tmp_path), (2, 8, 8, 3)) < 1e-4
+    ours, params = load_diffusers_unet(tmp_path)
+    assert largest_difference(model, ours.network, params, (2, 8, 8, 3)) < 1e-4
 
 
 @pytest.mark.oracle
@@ -491,7 +523,7 @@ def test_a_network_saved_here_gives_the_same_outputs_in_diffusers(peer, tmp_path
     model, report = peer.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values())
     shape = (3, size, size, config.channels)
-    assert largest_difference(model.eval(), UNet(config), params, shape) < 1e-4
+    assert largest_difference(model.eval(), UNetNetwork(config), params, shape) < 1e-4
 
 
 @pytest.mark.oracle
@@ -502,7 +534,8 @@ def test_the_last_class_of_a_saved_network_is_no_class(peer, tmp_path):
     model = peer.from_pretrained(tmp_path).eval()
     theirs, ours = np.array([3, 0, 2]), np.array([-1, 0, 2])
     shape = (3, 8, 8, config.channels)
-    assert largest_difference(model, UNet(config), params, shape, labels=(theirs, ours)) < 1e-4
+    network = UNetNetwork(config)
+    assert largest_difference(model, network, params, shape, labels=(theirs, ours)) < 1e-4
 
 
 @pytest.mark.oracle

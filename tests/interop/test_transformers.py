@@ -1,3 +1,5 @@
+"""Language models of transformers: round trips, refusals, and agreement with the peer."""
+
 import dataclasses
 import json
 
@@ -11,10 +13,16 @@ import kernels
 from gen_jax import sampling
 from gen_jax.interop import load_gpt2, load_llama, save_gpt2
 from gen_jax.interop.transformers_options import to_gpt2_config, to_llama_config
-from gen_jax.models.autoregressive.config import TokenChoice
-from gen_jax.models.autoregressive.losses import AutoregressiveSampler, pad_prompts
+from gen_jax.models.autoregressive.config import SamplingOptions
+from gen_jax.models.autoregressive.losses import AutoregressiveModel
+from gen_jax.models.autoregressive.prompts import make_prompts
+from gen_jax.models.autoregressive.samplers import AutoregressiveSampler
 from gen_jax.nn.config import TransformerConfig
-from gen_jax.nn.transformer import TokenNetwork, Transformer
+from gen_jax.nn.transformer import TokenNetwork
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+logits_of = jax.jit(lambda model, params, tokens: model.network(params, tokens), static_argnums=0)
 
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
@@ -95,8 +103,7 @@ def write_config(directory, options):
 def random_params(config, seed=0):
     """Parameters of order 1 / sqrt(fan in), the constant ones too."""
     generator = np.random.default_rng(seed)
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    shapes = jax.eval_shape(Transformer(config).init, jax.random.key(0), tokens)["params"]
+    shapes = jax.eval_shape(TokenNetwork(config).init, jax.random.key(0))
 
     def draw(path, leaf):
         noise = generator.normal(size=leaf.shape)
@@ -162,15 +169,15 @@ def shard(directory, number=3):
 def test_loading_what_was_saved_gives_the_same_bits(tmp_path, config):
     params = random_params(config)
     save_gpt2(tmp_path, config, params)
-    network, loaded = load_gpt2(tmp_path)
-    assert network == Transformer(config)
+    model, loaded = load_gpt2(tmp_path)
+    assert model == AutoregressiveModel(TokenNetwork(config))
     assert_same_tree(loaded, params)
 
 
 def test_saving_what_was_loaded_gives_the_same_file(saved, tmp_path):
     directory, _ = saved
-    network, params = load_gpt2(directory)
-    save_gpt2(tmp_path / "again", network.config, params)
+    model, params = load_gpt2(directory)
+    save_gpt2(tmp_path / "again", model.network.config, params)
     for name in ("config.json", WEIGHTS):
         assert (tmp_path / "again" / name).read_bytes() == (directory / name).read_bytes()
 
@@ -187,11 +194,11 @@ def test_a_network_without_biases_comes_back_with_zeros(tmp_path):
     config = dataclasses.replace(TINY, bias=False, dropout=0.2)
     params = random_params(config)
     save_gpt2(tmp_path, config, params)
-    network, loaded = load_gpt2(tmp_path)
-    assert network.config == TINY
+    model, loaded = load_gpt2(tmp_path)
+    assert model.network.config == TINY
     tokens = np.arange(12).reshape(2, 6) % 11
-    ours = Transformer(config).apply({"params": params}, tokens)
-    np.testing.assert_array_equal(network.apply({"params": loaded}, tokens), ours)
+    ours = logits_of(AutoregressiveModel(TokenNetwork(config)), params, tokens)
+    np.testing.assert_allclose(logits_of(model, loaded, tokens), ours, atol=1e-6)
 
 
 def without_prefix(tensors):
@@ -507,10 +514,15 @@ FAMILIES = {
     "Qwen2": ("Qwen2ForCausalLM", load_llama),
 }
 SIZES = {
-    "vocab_size": 150, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "max_position_embeddings": 256, "initializer_range": 0.2,
-    "bos_token_id": None, "eos_token_id": None,
-}  # fmt: skip
+    "vocab_size": 150,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
 
 
 def make(peer, family, seed=0, **options):
@@ -531,15 +543,14 @@ def make(peer, family, seed=0, **options):
     return model, load
 
 
-def logits_of_both(model, network, params, seed=0, length=40):
+def logits_of_both(peer_model, model, params, seed=0, length=40):
     import torch
 
-    vocabulary = network.config.vocabulary
-    tokens = np.random.default_rng(seed).integers(0, vocabulary, (3, length))
+    tokens = np.random.default_rng(seed).integers(0, model.vocabulary, (3, length))
     with torch.no_grad():
-        theirs = model(torch.from_numpy(tokens)).logits.numpy()
+        theirs = peer_model(torch.from_numpy(tokens)).logits.numpy()
     assert theirs.std() > 0.5
-    return jax.jit(network.apply)({"params": params}, tokens), theirs
+    return logits_of(model, params, tokens), theirs
 
 
 @pytest.mark.oracle
@@ -602,27 +613,31 @@ def test_the_old_name_of_the_rotary_base_is_read(peer, tmp_path):
     ],
 )
 def test_a_network_saved_here_gives_the_same_logits_in_transformers(peer, tmp_path, config):
-    params = random_params(config)
+    params, model = random_params(config), AutoregressiveModel(TokenNetwork(config))
     save_gpt2(tmp_path, config, params)
     for loader in (peer.GPT2LMHeadModel, peer.AutoModelForCausalLM):
-        model, report = loader.from_pretrained(tmp_path, output_loading_info=True)
+        loaded, report = loader.from_pretrained(tmp_path, output_loading_info=True)
         assert not any(report.values())
-        assert type(model) is peer.GPT2LMHeadModel
-        ours, theirs = logits_of_both(model.eval(), Transformer(config), params, length=7)
+        assert type(loaded) is peer.GPT2LMHeadModel
+        ours, theirs = logits_of_both(loaded.eval(), model, params, length=7)
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
-def greedy_of_transformers(model, prompts, tokens, stop):
-    """Greedy continuations [B, N] of prompts, padded on the left, and after the stop token."""
+def greedy_of_transformers(model, prompts, tokens, eos):
+    """Greedy continuations [B, N] of prompts, padded on the left, and after `eos`."""
     import torch
 
     length = max(map(len, prompts))
     padded = [[0] * (length - len(prompt)) + list(prompt) for prompt in prompts]
     seen = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     text = model.generate(
-        torch.tensor(padded), attention_mask=torch.tensor(seen), do_sample=False,
-        max_new_tokens=tokens, eos_token_id=stop, pad_token_id=0 if stop is None else stop,
-    )  # fmt: skip
+        torch.tensor(padded),
+        attention_mask=torch.tensor(seen),
+        do_sample=False,
+        max_new_tokens=tokens,
+        eos_token_id=eos,
+        pad_token_id=0 if eos is None else eos,
+    )
     return text[:, length:].numpy()
 
 
@@ -637,22 +652,21 @@ def greedy_of_transformers(model, prompts, tokens, stop):
 )
 def test_greedy_text_is_the_same_token_for_token(peer, tmp_path, family, options):
     # Weights so large that texts are not soon a loop, and the best token is clear at every place.
-    model, load = make(peer, family, initializer_range=0.8, **options)
-    model.save_pretrained(tmp_path)
-    network, params = load(tmp_path)
+    peer_model, load = make(peer, family, initializer_range=0.8, **options)
+    peer_model.save_pretrained(tmp_path)
+    model, params = load(tmp_path)
     generator = np.random.default_rng(1)
     prompts = [generator.integers(0, 150, length) for length in (7, 1, 12, 3, 12)]
-    free = greedy_of_transformers(model, prompts, 200, None)
-    assert all(len(set(row)) > 20 for row in free)
-    rows = {token: (free == token).any(axis=1) for token in np.unique(free)}
-    stop = int(next(token for token, has in rows.items() if 0 < has.sum() < len(prompts)))
-    theirs = greedy_of_transformers(model, prompts, 200, stop)
-    assert theirs.shape == (5, 200)  # some stop, others do not
+    endless = greedy_of_transformers(peer_model, prompts, 200, None)
+    assert all(len(set(row)) > 20 for row in endless)
+    rows = {token: (endless == token).any(axis=1) for token in np.unique(endless)}
+    eos = int(next(token for token, has in rows.items() if 0 < has.sum() < len(prompts)))
+    theirs = greedy_of_transformers(peer_model, prompts, 200, eos)
+    assert theirs.shape == (5, 200)  # some end, others do not
 
-    network = TokenNetwork(network.config)
-    sampler = AutoregressiveSampler(network, 12, 200, TokenChoice(temperature=0), stop)
+    sampler = AutoregressiveSampler(model, 12, 200, SamplingOptions(temperature=0), eos)
     keys = sampling.sample_keys(0, 0, len(prompts))
-    ours = sampling.generate(sampler, params, keys, pad_prompts(network, prompts))
+    ours = sampling.generate(sampler, params, keys, make_prompts(model, prompts))
     np.testing.assert_array_equal(ours, theirs)
 
 

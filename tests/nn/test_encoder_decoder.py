@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from gen_jax import sampling
-from gen_jax.models.autoregressive import losses as autoregressive
+from gen_jax.condition import Condition
 from gen_jax.models.autoregressive.beam_search import BeamSearchSampler
-from gen_jax.models.autoregressive.config import TokenChoice
-from gen_jax.models.autoregressive.losses import AutoregressiveSampler, pad_prompts
+from gen_jax.models.autoregressive.config import SamplingOptions
+from gen_jax.models.autoregressive.losses import AutoregressiveModel
+from gen_jax.models.autoregressive.samplers import AutoregressiveSampler
 from gen_jax.models.sequences import mean_of_first
 from gen_jax.nn.config import TransformerConfig
 from gen_jax.nn.encoder_decoder import EncoderDecoder
@@ -24,15 +25,9 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 GPT = TransformerConfig(
     vocabulary=5, context=12, layers=2, width=16, heads=2, extra_inputs=1, memory=True
 )
-LLAMA = dataclasses.replace(
-    GPT,
-    layers=1,
-    heads=4,
-    kv_heads=2,
-    **LLAMA_FORM,
-)
+LLAMA = dataclasses.replace(GPT, layers=1, heads=4, kv_heads=2, **LLAMA_FORM)
 FORMS = pytest.mark.parametrize("config", [GPT, LLAMA], ids=["gpt", "llama"])
-GREEDY = TokenChoice(temperature=0)
+GREEDY = SamplingOptions(temperature=0)
 START = 5
 CALLS = []
 
@@ -41,6 +36,7 @@ SOURCE = generator.integers(0, 5, (6, 7)).astype(np.int32)
 LENGTH = np.array([7, 3, 1, 5, 2, 4], np.int32)
 TOKENS = generator.integers(0, 5, (6, 8)).astype(np.int32)
 RAGGED = {"source": SOURCE, "source_length": LENGTH}
+COND = Condition(**RAGGED)  # the start token stands before each sample by itself
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,16 +68,22 @@ def evaluate(network, params, tokens, cond):
 def extend(network, params, tokens, cond, cuts):
     """Logits of pieces that end at the cuts, one after the other through the caches."""
     prepared = network.prepare(params)
-    read, caches = network.encode(prepared, cond), network.make_caches(*tokens.shape)
+    encoded, caches = network.encode(prepared, cond), network.make_caches(*tokens.shape)
     logits = []
     for start, end in itertools.pairwise((0, *cuts)):
-        hidden, caches = network.extend(prepared, tokens[:, start:end], caches, start, **read)
+        hidden, caches = network.extend(prepared, tokens[:, start:end], caches, start, **encoded)
         logits.append(network.logits(prepared, hidden))
     return jnp.concatenate(logits, axis=1)
 
 
-log_prob = jax.jit(autoregressive.log_prob, static_argnums=0)
-loss_of = jax.jit(autoregressive.loss, static_argnames=("network", "smoothing"))
+@functools.partial(jax.jit, static_argnums=0)
+def log_prob(model, params, batch):
+    return model.log_prob(params, batch)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def loss_of(model, params, batch, keys=None):
+    return model.loss(params, batch, keys)[0]
 
 
 @FORMS
@@ -162,12 +164,8 @@ def test_bfloat16_is_close():
     assert 0 < np.abs(logits - call(network, params, TOKENS, RAGGED)).max() < 0.3
 
 
-def prompt_cond(network, number=6):
-    return pad_prompts(network, [[START]] * number) | RAGGED
-
-
-def generate(sampler, params, cond, seed=0):
-    keys = sampling.sample_keys(seed, 0, len(cond["tokens"]))
+def generate(sampler, params, cond=COND, seed=0):
+    keys = sampling.sample_keys(seed, 0, len(cond.source))
     return np.asarray(sampling.generate(sampler, params, keys, cond))
 
 
@@ -187,29 +185,28 @@ def test_greedy_takes_the_largest_uncached_logit(config):
     network, params = make(config)
     wanted = greedy(config)
     assert len({row.tobytes() for row in wanted}) > 2
-    sampler = AutoregressiveSampler(network, 1, 8, GREEDY)
-    np.testing.assert_array_equal(generate(sampler, params, prompt_cond(network)), wanted)
+    sampler = AutoregressiveSampler(AutoregressiveModel(network), 0, 8, GREEDY)
+    np.testing.assert_array_equal(generate(sampler, params), wanted)
 
 
-def until(rows, stop):
-    """Rows that are filled with the stop token after the first one, and where that is."""
-    ended = np.cumsum(rows == stop, axis=1) > 0
-    return np.where(ended, stop, rows), rows.shape[1] - ended.sum(axis=1)
+def until(rows, eos):
+    """Rows that are filled with the token that ends them after the first one, and where that is."""
+    ended = np.cumsum(rows == eos, axis=1) > 0
+    return np.where(ended, eos, rows), rows.shape[1] - ended.sum(axis=1)
 
 
 def test_the_loop_ends_when_all_have_ended():
     params = random_params(EncoderDecoder(GPT, 1))
-    network = Counting(GPT, 1)
-    cond = prompt_cond(network)
-    free, trips = AutoregressiveSampler(network, 1, 12), set()
-    drawn = [generate(free, params, cond, seed) for seed in range(20)]
-    stop = int(np.bincount(np.concatenate(drawn).ravel()).argmax())
-    sampler = dataclasses.replace(free, stop=stop)
+    endless = AutoregressiveSampler(AutoregressiveModel(Counting(GPT, 1)), 0, 12)
+    trips = set()
+    drawn = [generate(endless, params, seed=seed) for seed in range(20)]
+    eos = int(np.bincount(np.concatenate(drawn).ravel()).argmax())
+    sampler = dataclasses.replace(endless, eos=eos)
     for seed, rows in enumerate(drawn):
-        wanted, ends = until(rows, stop)
+        wanted, ends = until(rows, eos)
         jax.effects_barrier()
         CALLS.clear()
-        np.testing.assert_array_equal(generate(sampler, params, cond, seed), wanted)
+        np.testing.assert_array_equal(generate(sampler, params, seed=seed), wanted)
         jax.effects_barrier()
         assert len(CALLS) == min(ends.max() + 1, 12)
         trips.add(len(CALLS))
@@ -220,26 +217,26 @@ def test_the_loop_ends_when_all_have_ended():
 
 def test_one_beam_is_greedy():
     network, params = make(GPT)
-    wanted, cond = greedy(GPT), prompt_cond(network)
-    sampler = BeamSearchSampler(network, 1, 8, 1)
-    np.testing.assert_array_equal(generate(sampler, params, cond), wanted)
-    stop = int(np.bincount(wanted[:, 2:6].ravel()).argmax())
-    stopping, ends = until(wanted, stop)
+    wanted = greedy(GPT)
+    sampler = BeamSearchSampler(AutoregressiveModel(network), 0, 8, 1)
+    np.testing.assert_array_equal(generate(sampler, params), wanted)
+    eos = int(np.bincount(wanted[:, 2:6].ravel()).argmax())
+    ended, ends = until(wanted, eos)
     assert ends.min() < 8
-    sampler = BeamSearchSampler(network, 1, 8, 1, 0.0, stop)
-    np.testing.assert_array_equal(generate(sampler, params, cond), stopping)
+    sampler = dataclasses.replace(sampler, length_penalty=0.0, eos=eos)
+    np.testing.assert_array_equal(generate(sampler, params), ended)
 
 
 @FORMS
 def test_enough_beams_find_the_most_probable(config):
     network, params = make(config)
-    cond = prompt_cond(network)
-    found = generate(BeamSearchSampler(network, 1, 3, 25), params, cond)
+    model = AutoregressiveModel(network)
+    found = generate(BeamSearchSampler(model, 0, 3, 25), params)
     rows = np.array(list(itertools.product(range(5), repeat=3)), np.int32)
     first = greedy(config)[:, :3]
     for b in range(6):
         one = {name: np.repeat(leaf[b : b + 1], 125, axis=0) for name, leaf in RAGGED.items()}
-        scores = np.asarray(log_prob(network, params, rows, cond=one)).sum(-1)
+        scores = np.asarray(log_prob(model, params, one | {"tokens": rows}))
         of = {tuple(row): value for row, value in zip(rows.tolist(), scores, strict=True)}
         np.testing.assert_allclose(np.exp(scores.astype(np.float64)).sum(), 1, atol=1e-5)
         assert of[tuple(found[b].tolist())] == pytest.approx(scores.max(), abs=1e-5)
@@ -247,16 +244,20 @@ def test_enough_beams_find_the_most_probable(config):
 
 
 @pytest.mark.parametrize(
-    "sampler", [lambda net: AutoregressiveSampler(net, 1, 6), lambda net: BeamSearchSampler(
-        net, 1, 6, 3)], ids=["autoregressive", "beams"]
-)  # fmt: skip
-def test_samplers_do_not_read_the_padding(sampler):
+    "make_sampler",
+    [
+        lambda model: AutoregressiveSampler(model, 0, 6),
+        lambda model: BeamSearchSampler(model, 0, 6, 3),
+    ],
+    ids=["autoregressive", "beams"],
+)
+def test_samplers_do_not_read_the_padding(make_sampler):
     network, params = make(LLAMA)
+    sampler = make_sampler(AutoregressiveModel(network))
     beyond = np.arange(7) >= LENGTH[:, None]
-    cond = prompt_cond(network)
-    changed = cond | {"source": np.where(beyond, (SOURCE + 1) % 5, SOURCE)}
-    drawn = generate(sampler(network), params, cond)
-    np.testing.assert_array_equal(drawn, generate(sampler(network), params, changed))
+    changed = COND.replace(source=np.where(beyond, (SOURCE + 1) % 5, SOURCE))
+    drawn = generate(sampler, params)
+    np.testing.assert_array_equal(drawn, generate(sampler, params, changed))
     assert len({row.tobytes() for row in drawn}) > 2
 
 
@@ -272,15 +273,13 @@ def test_the_mean_of_the_first():
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_the_loss_is_of_what_is_there(smoothing):
     network, params = make(GPT)
+    model = AutoregressiveModel(network, smoothing)
     length = np.array([8, 1, 3, 5, 2, 7], np.int32)
     beyond = np.arange(8) >= length[:, None]
     first, second = (
-        float(loss_of(
-            network, params, RAGGED | {"tokens": tokens, "length": length}, None,
-            smoothing=smoothing,
-        )[0])
+        float(loss_of(model, params, RAGGED | {"tokens": tokens, "length": length}))
         for tokens in (TOKENS, np.where(beyond, 4 - TOKENS, TOKENS))
-    )  # fmt: skip
+    )
     assert first == second
     inputs = np.concatenate([np.full((6, 1), START, np.int32), TOKENS[:, :-1]], axis=1)
     log_prob = np.asarray(jax.nn.log_softmax(call(network, params, inputs, RAGGED)))
@@ -289,11 +288,13 @@ def test_the_loss_is_of_what_is_there(smoothing):
     assert first == pytest.approx(values[~beyond].mean(), abs=1e-5)
 
 
-def test_dropout_of_both_sides_hangs_on_the_keys():
+def test_dropout_of_both_sides_depends_on_the_keys():
     network, params = make(dataclasses.replace(GPT, dropout=0.3))
     batch = RAGGED | {"tokens": TOKENS}
     one, same, other = (
-        float(loss_of(network, params, batch, sampling.sample_keys(seed, 0, 6))[0])
+        float(
+            loss_of(AutoregressiveModel(network), params, batch, sampling.sample_keys(seed, 0, 6))
+        )
         for seed in (0, 0, 1)
     )
     assert one == same
@@ -303,5 +304,11 @@ def test_dropout_of_both_sides_hangs_on_the_keys():
 def test_it_needs_a_memory():
     with pytest.raises(ValueError, match="the decoder reads the encoder: set memory"):
         EncoderDecoder(dataclasses.replace(GPT, memory=False), 1)
+    with pytest.raises(ValueError, match="encoder_layers must be at least 1"):
+        EncoderDecoder(GPT, 0)
+    with pytest.raises(ValueError, match="vocabulary must be at least 1"):
+        EncoderDecoder(dataclasses.replace(GPT, vocabulary=0), 1)
+    with pytest.raises(ValueError, match="only a decoder that is not causal copies"):
+        EncoderDecoder(GPT, 1, copies=True)
     assert hash(EncoderDecoder(GPT, 1)) == hash(EncoderDecoder(GPT, 1))
     assert EncoderDecoder(GPT, 3).encoder.layers == 3

@@ -8,20 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gen_jax.models.autoregressive import losses as autoregressive
+from gen_jax.models.autoregressive.losses import AutoregressiveModel
+from gen_jax.nn.attention import dot_product_attention, rotate
 from gen_jax.nn.config import TransformerConfig
-from gen_jax.nn.transformer import TokenNetwork, Transformer, attention, rotate
+from gen_jax.nn.transformer import TokenNetwork
 from random_networks import LLAMA_FORM, random_params
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 GPT = TransformerConfig(vocabulary=12, context=10, layers=2, width=16, heads=4)
-LLAMA = dataclasses.replace(
-    GPT,
-    kv_heads=2,
-    mlp_dim=24,
-    **LLAMA_FORM,
-)
+LLAMA = dataclasses.replace(GPT, kv_heads=2, mlp_dim=24, **LLAMA_FORM)
 FORMS = pytest.mark.parametrize("config", [GPT, LLAMA], ids=["gpt", "llama"])
 TOKENS = np.random.default_rng(0).permuted(np.tile(np.arange(12, dtype=np.int32), (3, 1)), axis=1)
 TOKENS = TOKENS[:, :10]  # all different within a sequence
@@ -58,8 +54,8 @@ def test_the_distributions_of_these_tests_are_neither_flat_nor_sharp(config):
 
 
 def test_the_small_gpt_2_has_its_124_4_million_parameters():
-    network = Transformer(TransformerConfig(vocabulary=50257))
-    shapes = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    network = TokenNetwork(TransformerConfig(vocabulary=50257))
+    shapes = jax.eval_shape(network.init, jax.random.key(0))
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 124_439_808
 
 
@@ -80,17 +76,22 @@ def test_the_number_of_parameters_is_the_formula(config, memory):
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == total
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def loss_and_gradients(config, params):
+    model = AutoregressiveModel(TokenNetwork(config))
+    return jax.value_and_grad(model.loss, has_aux=True)(params, {"tokens": TOKENS}, None)
+
+
 @FORMS
-def test_every_parameter_has_a_gradient_and_fresh_ones_the_scales_of_gpt_2(config):
-    network = TokenNetwork(config)
-
-    def loss(params):
-        return autoregressive.loss(network, params, {"tokens": TOKENS}, None)[0]
-
-    gradients = jax.jit(jax.grad(loss))(random_params(config))
+def test_every_parameter_has_a_gradient_and_fresh_ones_know_nothing(config):
+    _, gradients = loss_and_gradients(config, random_params(config))
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
         assert np.abs(leaf).max() > 0, jax.tree_util.keystr(path)
-    block = jax.tree.map(np.asarray, network.init(jax.random.key(0))["block_1"])
+    fresh = TokenNetwork(config).init(jax.random.key(0))
+    (value, metrics), _ = loss_and_gradients(config, fresh)
+    assert value == pytest.approx(np.log(12), abs=0.05)
+    assert metrics == {}
+    block = jax.tree.map(np.asarray, fresh["block_1"])
     residual = 0.02 / np.sqrt(2 * config.layers)
     for layer, part, deviation in (
         ("attention", "qkv", 0.02),
@@ -104,19 +105,6 @@ def test_every_parameter_has_a_gradient_and_fresh_ones_the_scales_of_gpt_2(confi
         assert ("bias" in block[layer][part]) == config.bias
 
 
-@FORMS
-def test_a_fresh_network_knows_nothing(config):
-    config = dataclasses.replace(config, vocabulary=50)
-    network = TokenNetwork(config)
-    tokens = np.random.default_rng(0).integers(50, size=(16, 10))
-    params = network.init(jax.random.key(0))
-    value, metrics = jax.jit(functools.partial(autoregressive.loss, network))(
-        params, {"tokens": tokens}, None
-    )
-    assert value == pytest.approx(np.log(50), abs=0.05)
-    assert metrics == {}
-
-
 def influence(config):
     """[L, L]: the largest derivative of output i by the embedding of input j."""
     params = jax.tree.map(jnp.asarray, random_params(config))
@@ -125,8 +113,7 @@ def influence(config):
     @jax.jit
     @jax.jacobian
     def jacobian(table):
-        given = {"params": params | {"token": table}}
-        return Transformer(config).apply(given, TOKENS[:1], method="hidden")[0] @ probe
+        return TokenNetwork(config).hidden(params | {"token": table}, TOKENS[:1])[0] @ probe
 
     return np.abs(jacobian(params["token"])).max(axis=-1)[:, TOKENS[0]]
 
@@ -196,21 +183,28 @@ def test_attention_is_that_of_jax(causal, kv_heads):
         expected = jax.nn.dot_product_attention(
             q, k, v, is_causal=causal, mask=None if mask is None else mask[:, None, None]
         )
-        call = jax.jit(functools.partial(attention, causal=causal))
+        call = jax.jit(functools.partial(dot_product_attention, causal=causal))
         np.testing.assert_allclose(call(q, k, v, mask=mask), expected, atol=1e-5)
     # Other numbers of queries than of keys.
     if not causal:
         expected = jax.nn.dot_product_attention(q[:, :2], k, v)
-        np.testing.assert_allclose(attention(q[:, :2], k, v), expected, atol=1e-5)
+        np.testing.assert_allclose(
+            jax.jit(dot_product_attention)(q[:, :2], k, v), expected, atol=1e-5
+        )
 
 
 def test_a_row_that_sees_nothing_stays_finite():
     x = jax.random.normal(jax.random.key(0), (2, 4, 2, 8))
     mask = np.zeros((2, 4), bool)
     mask[1] = True
+
+    @functools.partial(jax.jit, static_argnums=1)
+    @jax.value_and_grad
+    def loss(x, causal):
+        return dot_product_attention(x, x, x, mask=mask, causal=causal).sum()
+
     for causal in (False, True):
-        loss = lambda x, causal=causal: attention(x, x, x, mask=mask, causal=causal).sum()  # noqa: E731
-        value, gradient = jax.jit(jax.value_and_grad(loss))(x)
+        value, gradient = loss(x, causal)
         assert np.isfinite(value)
         assert np.isfinite(gradient).all()
 
@@ -306,9 +300,8 @@ def test_cached_with_samples_at_different_columns(config):
     prepared, caches = prepare(network, params), network.make_caches(3, 10)
     expected, delay = apply(network, params, TOKENS), np.array([0, 3, 1])
     for step in range(10):
-        column = np.maximum(step - delay, 0).astype(
-            np.int32
-        )  # one that waits reads its first again
+        # One that waits reads its first again.
+        column = np.maximum(step - delay, 0).astype(np.int32)
         new = np.take_along_axis(TOKENS, column[:, None], axis=1)
         hidden, caches = extend(network, prepared, new, caches, column, None)
         np.testing.assert_allclose(
@@ -341,15 +334,14 @@ def test_a_memory_is_read_through_its_mask_and_once(config):
     noisy = np.where(mask[..., None], memory, 100 * memory + 7)
     other = apply(network, params, TOKENS, memory=noisy, memory_mask=mask)
     np.testing.assert_array_equal(whole, other)
-    free = apply(network, params, TOKENS, memory=memory)
-    np.testing.assert_allclose(free[0], whole[0], atol=1e-5)
-    assert np.abs(free[1:] - whole[1:]).max(axis=(1, 2)).min() > 1e-3
+    unmasked = apply(network, params, TOKENS, memory=memory)
+    np.testing.assert_allclose(unmasked[0], whole[0], atol=1e-5)
+    assert np.abs(unmasked[1:] - whole[1:]).max(axis=(1, 2)).min() > 1e-3
     changed = apply(network, params, TOKENS, memory=memory[::-1], memory_mask=mask)
     assert (np.abs(changed - whole).max(axis=-1)[[0, 2]] > 1e-4).all()  # at every position
 
     prepared, caches = prepare(network, params), network.make_caches(3, 10)
-    project = jax.jit(functools.partial(Transformer(config).apply, method="project_memory"))
-    options = {"memory_kv": project({"params": params}, memory), "memory_mask": mask}
+    options = {"memory_kv": jax.jit(network.project_memory)(params, memory), "memory_mask": mask}
     hidden = []
     for column in range(10):
         new = TOKENS[:, column : column + 1]
@@ -373,7 +365,7 @@ def test_extra_inputs_are_read_and_never_predicted():
         assert prepare(network, params).head.shape == (16, 12)
 
 
-def test_dropout_hangs_on_the_key_of_the_sample_alone():
+def test_dropout_depends_only_on_the_key_of_the_sample():
     config = dataclasses.replace(GPT, dropout=0.3, memory=True)
     network, params = TokenNetwork(config), random_params(config)
     memory = np.random.default_rng(4).normal(size=(3, 6, 16)).astype(np.float32)
@@ -438,9 +430,16 @@ def test_bfloat16_with_a_cache_is_as_close(config):
         ({"head_width": -8}, "head_width must not be negative"),
         ({"mlp_dim": -1}, "mlp_dim must not be negative"),
         ({"extra_inputs": -1}, "extra_inputs must not be negative"),
-        ({"norm_epsilon": 0.0}, "norm_epsilon must be finite and positive"),
-        ({"norm_epsilon": float("nan")}, "norm_epsilon must be finite and positive"),
-        ({"rotary_base": float("inf")}, "rotary_base must be finite and positive"),
+        ({"norm_epsilon": 0.0}, "norm_epsilon must be positive"),
+        ({"norm_epsilon": float("nan")}, "norm_epsilon must be finite"),
+        ({"rotary_base": float("inf")}, "rotary_base must be finite"),
+        ({"rotary_base": -1.0}, "rotary_base must be positive"),
+        ({"position": "rope"}, "position must be one of 'learned', 'rotary', 'both', 'none'"),
+        ({"norm": "batch"}, "norm must be one of 'layer', 'rms'"),
+        ({"activation": "relu"}, "activation must be one of 'gelu', 'swiglu'"),
+        ({"dtype": "float16"}, "dtype must be one of 'float32', 'bfloat16'"),
+        ({"width": 16.0}, "width must be a whole number"),
+        ({"causal": 1}, "causal must be of type bool"),
         ({"width": 30}, r"heads \(4\) must divide width \(30\)"),
         ({"kv_heads": 3}, r"kv_heads \(3\) must divide heads \(4\)"),
         ({"position": "rotary", "head_width": 5}, "even head width, got 5"),
@@ -463,4 +462,10 @@ def test_what_it_refuses():
     with pytest.raises(ValueError, match="give both or neither"):
         apply(TokenNetwork(dataclasses.replace(GPT, memory=True)), params, TOKENS)
     with pytest.raises(ValueError, match="vocabulary must be at least 1, got 0"):
-        TokenNetwork(dataclasses.replace(GPT, vocabulary=0)).init(jax.random.key(0))
+        TokenNetwork(dataclasses.replace(GPT, vocabulary=0))
+    with pytest.raises(ValueError, match="config must be of type TransformerConfig"):
+        TokenNetwork(None)
+    other = TokenNetwork(dataclasses.replace(GPT, causal=False))
+    prepared, caches = other.prepare(params), other.make_caches(3, 10)
+    with pytest.raises(ValueError, match="only a causal network can be extended"):
+        other.extend(prepared, TOKENS, caches, 0)
