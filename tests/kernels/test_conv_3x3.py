@@ -14,16 +14,16 @@ from kernels.conv_3x3.cases import example
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
-@pytest.mark.parametrize("batch", [1, 6, 7, 8])
-def test_slices_of_a_batch_do_not_change_it(batch, monkeypatch):
+def test_slices_of_a_batch_do_not_change_it(monkeypatch):
     def run(x, kernel):
         return kernels.conv_3x3(x, kernel, implementation="winograd")
 
-    x, kernel = example(batch, 8, 8, 4, 4)
+    x, kernel = example(8, 8, 8, 4, 4)
     whole = jax.jit(run)(x, kernel)
     monkeypatch.setattr(winograd, "_TILES", 32)  # two images of 16 tiles
-    sliced = jax.jit(lambda x, kernel: run(x, kernel))(x, kernel)
-    np.testing.assert_allclose(sliced, whole, atol=1e-6)
+    for batch in (1, 6, 7, 8):
+        sliced = jax.jit(lambda x, kernel: run(x, kernel))(x[:batch], kernel)
+        np.testing.assert_allclose(sliced, whole[:batch], atol=1e-6)
 
 
 def test_prepared_weights_are_the_same_convolution():

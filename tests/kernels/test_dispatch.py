@@ -35,9 +35,6 @@ def small_suite(op):
     return testing.Suite(op, suite.call, suite.cases[:3], suite.cases[:2], suite.definition)
 
 
-# --- a new implementation: this function is all of it ---------------------------------------
-
-
 def register_toy():
     def refusal(x, output, coefficients, *, keys, history, clip):
         return None if history is None else "knows no history"
@@ -109,9 +106,6 @@ def test_the_bench_refuses_in_one_line(arguments, line, capsys):
     assert err.count("\n") == 1
 
 
-# --- kernels of other platforms -------------------------------------------------------------
-
-
 def register_pallas():
     def body(x_ref, output_ref, x0_ref, *, a, b):
         x0_ref[...] = a * x_ref[...] + b * output_ref[...]
@@ -149,9 +143,6 @@ def test_a_pallas_kernel_for_tpus(registry):
     assert testing.check(suite, case, "pallas") is None
     row = bench.bench(suite, case, repeats=1)[1]
     assert row == {"name": "pallas", "refuses": "runs on tpu only"}
-
-
-# --- choices ---------------------------------------------------------------------------------
 
 
 def defaults(op, *arguments, **options):

@@ -183,7 +183,7 @@ def assert_same(got, expected):
 def test_a_position_knows_neither_its_length_nor_its_batch(temperature):
     logits, tokens, masked, keys = case()
     whole = scores(logits, tokens, masked, keys, temperature, 1.5)
-    for rows, length in ((B, 1), (B, 7), (1, L), (5, 4)):
+    for rows, length in ((B, 1), (1, L), (5, 4)):
         part = (x[:rows, :length] for x in (logits, tokens, masked))
         got = scores(*part, keys[:rows], temperature, 1.5)
         assert_same(got, [x[:rows, :length] for x in whole])

@@ -19,7 +19,7 @@ def categorical(keys, logits):
     return jax.vmap(jax.random.categorical)(keys, logits)
 
 
-@pytest.mark.parametrize("vocabulary", [1, 2, 7, 64, 1000])
+@pytest.mark.parametrize("vocabulary", [1, 7, 1000])
 def test_noise_is_that_of_jax_to_the_bit(vocabulary):
     keys = jax.random.split(jax.random.key(vocabulary), 33)
     draw = jax.jit(jax.vmap(lambda key: jax.random.gumbel(key, (vocabulary,))))
@@ -45,7 +45,7 @@ def test_threefry_has_the_known_answers():
         assert tuple(int(word) for word in threefry2x32(key, *counter)) == answer
 
 
-@pytest.mark.parametrize("vocabulary", [2, 9, 1000])
+@pytest.mark.parametrize("vocabulary", [2, 1000])
 def test_without_filters_it_is_categorical_to_the_bit(vocabulary):
     logits, keys = rows(vocabulary), jax.random.split(jax.random.key(3), 192)
     expected = categorical(keys, logits)
