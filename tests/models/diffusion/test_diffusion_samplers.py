@@ -384,20 +384,29 @@ def test_clipping_bounds_the_prediction():
         assert (np.abs(x0).max() <= 1) == clip
 
 
-def test_the_program_is_one_loop_around_one_network():
+def test_the_program_is_one_loop():
+    sampler = labelled_sampler(DDIM(50))
+    program = sampling.compile_generate(
+        sampler, labelled_params(sampler), sampling.sample_keys(0, 0, 4)
+    )
+    # The other loops of the program are those of the random bits, before it.
+    loops = re.findall(r' while\(.*op_name="jit\([^)"]*\)/while"', program.as_text())
+    assert len(loops) == 1
+
+
+def test_the_loop_is_around_one_network():
     config = UNetConfig(widths=(8,), blocks=1, attention=(), groups=4)
     model = DiffusionModel(UNetNetwork(config), LINEAR, (4, 4, 3))
-    keys = sampling.sample_keys(0, 0, 4)
+    sampler, keys = DiffusionSampler(model, DDIM(50)), sampling.sample_keys(0, 0, 4)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    x, t = jax.ShapeDtypeStruct((4, 4, 4, 3), np.float32), jax.ShapeDtypeStruct((4,), np.int32)
 
-    def program(steps):
-        sampler = DiffusionSampler(model, DDIM(steps))
-        params = jax.eval_shape(lambda key: sampler.prepare(model.init(key)), jax.random.key(0))
-        return sampling.compile_generate(sampler, params, keys).as_text()
+    def convolutions(function, *arguments):
+        return jax.jit(function).lower(params, *arguments).as_text().count(".convolution(")
 
-    text, shorter = program(50), program(5)
-    # The other loops of the program are those of the random bits, before it.
-    assert len(re.findall(r' while\(.*op_name="jit\([^)"]*\)/while"', text)) == 1
-    assert 0 < text.count("convolution(") == shorter.count("convolution(")
+    one = convolutions(lambda params, x, t: model.predict(sampler.prepare(params), x, t), x, t)
+    whole = convolutions(lambda params, keys: sampling.generate(sampler, params, keys), keys)
+    assert 0 < whole == one
 
 
 @pytest.mark.parametrize(
