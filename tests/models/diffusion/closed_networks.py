@@ -12,19 +12,19 @@ from gen_jax.models.diffusion.schedule import Schedule
 
 @dataclasses.dataclass(frozen=True)
 class GaussianNetwork:
-    """The exact predictor for pixels drawn from N(0, deviation^2); the deviation is its parameter.
+    """The exact predictor for pixels drawn from N(0, deviation^2).
 
-    Attributes:
-      process: says what is predicted.
-      variance_output: what it predicts for the variance where that is learned.
+    Its parameters are the deviation, and what it predicts for a variance that is learned, so that
+    one program serves all of them.
     """
 
     process: DiffusionConfig
-    variance_output: float = 0.0
 
     def init(self, key, height, width):
         del key, height, width
-        return {"deviation": jnp.float32(1.0)}
+        params = {"deviation": jnp.float32(1.0)}
+        learned = self.process.variance == "learned"
+        return params | ({"variance": jnp.float32(0.0)} if learned else {})
 
     def __call__(self, params, x, t, label=None, keys=None):
         schedule = Schedule(self.process)
@@ -35,7 +35,7 @@ class GaussianNetwork:
         output = target(schedule, x0, t, epsilon)
         if self.process.variance != "learned":
             return output
-        return jnp.concatenate([output, jnp.full_like(x, self.variance_output)], axis=-1)
+        return jnp.concatenate([output, params["variance"] + 0 * x], axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,13 +73,13 @@ class LabelledNetwork:
 
 @dataclasses.dataclass(frozen=True)
 class FunctionNetwork:
-    """A function (params, x, t, label) -> output as a network without parameters of its own."""
+    """A function (params, x, t, label) -> output as a network."""
 
     function: object
 
     def init(self, key, height, width):
         del key, height, width
-        return {}
+        return {"scale": jnp.float32(1.0)}
 
     def __call__(self, params, x, t, label=None, keys=None):
         return self.function(params, x, t, label)
