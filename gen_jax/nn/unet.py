@@ -6,7 +6,7 @@ differ: images may be folded into patches first, and an embedding of the class m
 of time.
 """
 
-from typing import Any
+from typing import Any, no_type_check
 
 import flax.linen as nn
 import flax.struct
@@ -169,6 +169,7 @@ def _check_input(config, x, label):
         raise ValueError("a label was given to a network without classes")
 
 
+@no_type_check  # jax also makes trees of this class whose leaves are no arrays
 @flax.struct.dataclass
 class PreparedParams:
     """Parameters of a UNet in the form that the loop of a sampler reads.
