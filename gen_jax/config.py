@@ -57,7 +57,9 @@ def frozen(cls: type[T]) -> type[T]:
             inherited()
 
     cls.__post_init__ = __post_init__
-    return dataclasses.dataclass(frozen=True)(cls)
+    made = dataclasses.dataclass(frozen=True)(cls)
+    made.__init__.__no_type_check__ = True  # it checks itself, and says what is allowed
+    return made
 
 
 def check_fields(value: Any) -> None:

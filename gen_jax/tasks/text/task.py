@@ -214,7 +214,9 @@ def _cut(tokens, eos):
     return tokens[: ends[0]] if len(ends) else tokens
 
 
-def _pieces(tokenizer, eos, prompt: np.ndarray, tokens: Iterable[int]) -> Iterator[str]:
+def _pieces(
+    tokenizer, eos, prompt: np.ndarray, tokens: Iterable[int | np.integer]
+) -> Iterator[str]:
     """The text of a sample, piece by piece; what the tokenizer does not have is U+FFFD."""
     stream = tokenizer.stream()
     for token in prompt:
