@@ -1,5 +1,6 @@
 """Our samplers step by step beside the schedulers of diffusers, on the same outputs and noise."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from gen_jax.models.diffusion import (
     DPMSolverPP,
     Schedule,
     TimeGrid,
+    samplers,
 )
 from gen_jax.models.diffusion.process import fold_in_each, normal_each
 from gen_jax.sampling import sample_keys
@@ -32,7 +34,23 @@ SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
 STEP_COUNTS = [1, 2, 3, 7, 10, 20, 50, 333, 999, 1000]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module", autouse=True)
+def compiled_parts():
+    """What all samplers share is compiled once, with coefficients as arguments: steps are run here
+    by the thousand, outside of any compiled loop."""
+    step = jax.jit(kernels.diffusion_step, static_argnames=("clip", "implementation"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "diffusion_step", step)
+        patch.setattr(samplers, "fold_in_each", jax.jit(fold_in_each))
+        yield
+
+
+@jax.jit
+def noise_of(keys, i):
+    return normal_each(fold_in_each(keys, i), SHAPE)
+
+
+@pytest.fixture(scope="module")
 def schedulers():
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
@@ -99,7 +117,7 @@ def walk(sampler, seed=0):
     state = sampler.init(params, sample_keys(seed, 0, BATCH), Condition())
     for i, t in enumerate(sampler.timesteps):
         following = sampler.step(params, state, i)
-        noise = normal_each(fold_in_each(state.keys, i), SHAPE)
+        noise = noise_of(state.keys, i)
         yield int(t), outputs[i], noise, state.x, following.x
         state = following
 
@@ -237,7 +255,7 @@ def test_a_step_of_ddim_between_two_given_times_is_that_of_diffusers(schedulers,
             )
             coefficients = kernels.StepCoefficients(*(np.float32(entry[0]) for entry in table))
             keys = sample_keys(i, 0, BATCH)
-            x, output = (normal_each(fold_in_each(keys, j), SHAPE) for j in range(2))
+            x, output = (noise_of(keys, j) for j in range(2))
             ours, _ = kernels.diffusion_step(
                 x, output, coefficients, keys=keys if eta > 0 else None, clip=1.0
             )
