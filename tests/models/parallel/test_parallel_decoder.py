@@ -95,11 +95,11 @@ def _deviation(names):
 
 
 def random_params(model, seed=1):
-    """Those of the model, out of one draw for all endings and kinds of latent."""
+    """Those of the model; without a latent they are those beside a latent of codes."""
     if isinstance(model, AutoregressiveModel):
         return random_networks.random_params(model, seed, _deviation)
     latent = CODES if model.latent == NONE else model.latent
-    whole = dataclasses.replace(model, latent=latent, ending="length", mask=None)
+    whole = dataclasses.replace(model, latent=latent, mask=None)
     params = random_networks.random_params(whole, seed, _deviation)
     return {name: params[name] for name in jax.eval_shape(model.init, jax.random.key(0))}
 
