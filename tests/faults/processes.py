@@ -177,6 +177,12 @@ def experiment(folder, options=MINUTE):
     return Program(["-m", "experiments.ddpm_cifar"], folder, options.split())
 
 
+def seconds_of_processes():
+    """What the processor has spent on processes that have ended, however busy the machine was."""
+    times = os.times()
+    return times.children_user + times.children_system
+
+
 def wait_until(condition, process, seconds=120):
     """Waits for a condition that a running process is to fulfil."""
     end = time.monotonic() + seconds

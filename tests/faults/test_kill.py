@@ -6,7 +6,7 @@ import pytest
 from processes import assert_same_leaves, read_leaves, records, saved_steps, wait_until
 
 KILLS = 10
-AT_START = 3  # of them fall anywhere in the first second of a process
+AT_START = 3  # of them fall anywhere in the first moments of a process
 STEPS = 140
 
 
@@ -23,11 +23,11 @@ def test_a_run_killed_ten_times_ends_as_one_that_was_not(toy, folder, kind):
     for life in range(KILLS):
         with toy.start("--workdir", "killed", *options) as process:
             if life in at_start:
-                time.sleep(moments.uniform(0, 1))
+                time.sleep(moments.uniform(0, 0.6))
             else:
                 before = saved_steps(workdir)[-1:]
                 wait_until(lambda before=before: saved_steps(workdir)[-1:] > before, process)
-                time.sleep(moments.uniform(0, 0.25))  # a little more than a save and the next
+                time.sleep(moments.uniform(0, 0.15))  # a little more than the next steps and save
             process.kill()
             process.communicate()
         assert process.returncode == -signal.SIGKILL
