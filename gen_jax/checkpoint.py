@@ -24,8 +24,8 @@ __all__ = ["DamagedCheckpoint", "Restored", "restore", "save", "steps"]
 
 FORMAT = 2  # 1 had the trees "params", "ema" and "state", in the work directory itself
 
-# An error of a thread of Orbax or of TensorStore is raised by `save`; the tracebacks that are
-# logged besides, one for each thread, are noise.
+# An error of a thread of Orbax or of TensorStore is raised by `save`; the tracebacks that they log
+# besides, one for each thread, are noise.
 logging.getLogger("absl").addFilter(lambda record: "_SignalingThread" not in record.getMessage())
 logging.getLogger("asyncio").addFilter(lambda record: "OCDBT" not in record.getMessage())
 

@@ -50,7 +50,7 @@ def check_params(model: Model, params: Any) -> None:
     """
     expected, given = (_named(tree) for tree in (abstract_params(model), params))
     name = type(model).__name__
-    if given.keys() == {f"params.{leaf}" for leaf in expected}:
+    if expected and given.keys() == {f"params.{leaf}" for leaf in expected}:
         raise ValueError(
             f'parameters of {name} were given as {{"params": ...}}: pass what is in it'
         )

@@ -54,7 +54,6 @@ def test_importing_what_the_command_line_needs_loads_no_jax():
         ({"label_dropout": 1.0}, r"label_dropout must be in \[0, 1\)"),
     ],
 )
-@unchecked_annotations()
 def test_a_process_that_cannot_be(values, message):
     with pytest.raises(ValueError, match=message):
         DiffusionConfig(**values)

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from closed_networks import FunctionNetwork, GaussianNetwork, LabelledNetwork
 
-from annotations import unchecked_annotations
 from gen_jax import sampling
 from gen_jax.condition import Condition
 from gen_jax.config import choices, from_dict, frozen, to_dict
@@ -192,7 +191,6 @@ def test_grids_fall_within_the_time_steps(spacing, steps):
             assert grid[-1] == 0
 
 
-@unchecked_annotations()
 def test_grids_that_cannot_be():
     with pytest.raises(ValueError, match="1001 sampling steps do not fit in 1000"):
         TimeGrid(1001).timesteps(1000)
@@ -216,7 +214,6 @@ def test_grids_that_cannot_be():
         (DPMSolverPP, {"clip": 1.0}, "clip must be of type bool"),
     ],
 )
-@unchecked_annotations()
 def test_solvers_that_cannot_be(kind, values, message):
     with pytest.raises(ValueError, match=message):
         kind(**values)

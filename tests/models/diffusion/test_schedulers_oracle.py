@@ -93,6 +93,7 @@ def to_numpy(x):
     return x.permute(0, 2, 3, 1).numpy()
 
 
+@jax.jit
 def from_table(params, x, t, label):
     """What was prepared for the time step."""
     return params["outputs"][jnp.argmax(params["timesteps"] == t[0])]
@@ -112,8 +113,8 @@ def walk(sampler, seed=0):
     channels = (2 if sampler.model.process.variance == "learned" else 1) * SHAPE[-1]
     generator = np.random.default_rng(seed)
     shape = (sampler.steps, BATCH, *SHAPE[:-1], channels)
-    outputs = jnp.asarray(generator.normal(size=shape), jnp.float32)
-    params = {"timesteps": jnp.asarray(sampler.timesteps), "outputs": outputs}
+    outputs = generator.normal(size=shape).astype(np.float32)
+    params = {"timesteps": jnp.asarray(sampler.timesteps), "outputs": jnp.asarray(outputs)}
     state = sampler.init(params, sample_keys(seed, 0, BATCH), Condition())
     for i, t in enumerate(sampler.timesteps):
         following = sampler.step(params, state, i)
