@@ -169,6 +169,14 @@ class IterativeSampler:
         """The tokens, int32, 0 beyond the length of a sequence."""
         return state.tokens
 
+    def _uniform(self, state, i):
+        """Uniform draws [B, L] for the choices of round i."""
+        # The row is taken of the words: JAX's check of key reuse would take a row with a traced
+        # index for all rows.
+        words = jax.random.key_data(state.keys)[i, 1]
+        keys = jax.random.wrap_key_data(words, impl=jax.random.key_impl(state.keys))
+        return uniform_by_position(keys, self.length)
+
     def _masked(self, state):
         return state.editable & (state.tokens == self.model.mask)
 

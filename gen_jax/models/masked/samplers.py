@@ -192,7 +192,7 @@ class AbsorbingDiffusion(_Scheduled):
         """Reveals some of the masked positions, and masks some of the others."""
         tokens, log_prob, _ = self._fill(params, state, i, self.temperature)
         reveal, again = jnp.asarray(self._rates(), jnp.float32)[:, i]
-        coins = uniform_by_position(state.keys[i, 1], self.length)
+        coins = self._uniform(state, i)
         masked = self._masked(state)
         state = self._reveal(state, tokens, log_prob, coins < reveal)
         if not self.remask:
@@ -266,7 +266,7 @@ class Repair(IterativeSampler):
     def step(self, params: Any, state: MaskedState, i: Int[Array, ""] | int) -> MaskedState:
         """Erases, and draws anew."""
         if self.erase == "random":
-            coins = uniform_by_position(state.keys[i, 1], self.length)
+            coins = self._uniform(state, i)
             coins = jnp.where(state.editable, coins, -jnp.inf)
             erased = kernels.keep_most_confident(coins, self.count) & state.editable
             holes = jnp.where(erased, self.model.mask, state.tokens)
