@@ -149,7 +149,7 @@ def test_noise_in_half_precision_would_not_pass():
     @jax.jit
     def mutant(keys):
         noise = jax.vmap(lambda key: jax.random.gumbel(key, (160,), jnp.bfloat16))(keys)
-        return jnp.argmax(logits + noise.astype(jnp.float32), axis=-1)
+        return jnp.argmax(logits[None] + noise.astype(jnp.float32), axis=-1)
 
     assert p_value(np.asarray(mutant(keys)), probabilities) < 1e-6
     assert p_value(sample(np.tile(logits, (DRAWS, 1)), keys), probabilities) > 1e-4
