@@ -238,9 +238,9 @@ def _take_choices(argv, kind):
         name, argv = _take(argv, f"--{field}")
         if name is None:
             continue
-        if ":" in name:
-            config_lib.resolve(name)  # importing it makes it known
+        if ":" in name:  # importing it makes it known
             name = getattr(config_lib.resolve(name), "name", name)
+            kinds = config_lib.choices_of(kind)[field]
         if name not in kinds:
             close = difflib.get_close_matches(name, kinds, n=1, cutoff=0.0)
             raise ValueError(

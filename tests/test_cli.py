@@ -1,7 +1,7 @@
 import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,12 @@ EXPERIMENTS = [
 PRESETS = [(experiment, name) for experiment in EXPERIMENTS for name in experiment.presets]
 
 
+def _seconds_of_children():
+    """Of the processor, which other work on the machine does not change much."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 @pytest.fixture
 def refused(tmp_path):
     """Runs a command line that must end with code 2, before jax; what it says, in one line.
@@ -31,7 +37,7 @@ def refused(tmp_path):
     path = os.pathsep.join([str(tmp_path / "fake"), str(ROOT)])
 
     def run(*arguments, code=2, experiment="ddpm_cifar"):
-        began = time.monotonic()
+        began = _seconds_of_children()
         done = subprocess.run(
             [sys.executable, "-m", f"experiments.{experiment}", *arguments],
             cwd=tmp_path / "here",
@@ -40,8 +46,9 @@ def refused(tmp_path):
             text=True,
             timeout=60,
         )
-        assert time.monotonic() - began < 2.5  # half a second where nothing else runs
         assert done.returncode == code, done.stderr
+        if code == 2:
+            assert _seconds_of_children() - began < 1.5  # half a second where nothing else runs
         assert done.stdout == ""
         if code == 99:
             return ""
@@ -217,7 +224,7 @@ def test_every_option_says_what_it_is(experiment, capsys):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"steps": "many"}, "cannot be read"),
+        ({"steps": "many"}, "steps must be a whole number, got 'many'"),
         (config_lib.to_dict(TrainConfig()) | {"momentum": 0.9}, r"no fields \['momentum'\]"),
         (config_lib.to_dict(TrainConfig()) | {"steps": 0}, "steps must be at least 1"),
     ],

@@ -49,7 +49,7 @@ class Point:
         return {"at": jax.random.normal(key, (3,))}
 
     def loss(self, params, batch, keys):
-        return jnp.square(params["at"] - batch["x"]).mean(), {}
+        return jnp.square(params["at"][None] - batch["x"]).mean(), {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Here:
 
     def step(self, params, state, i):
         points = params["at"] if "at" in params else params["second"]["at"]
-        return jnp.broadcast_to(points, state.shape)
+        return jnp.broadcast_to(points[None], state.shape)
 
     def finish(self, params, state):
         return state
