@@ -99,8 +99,9 @@ def execute(experiment: Experiment, config: RunConfig, phases: tuple[str, ...]) 
         raise WorkdirError(f"no run in {path}; train one first, or give its --workdir")
     if several and phases != ("train",):
         raise ValueError("several hosts train together; sample and evaluate on one of them")
-    data = config.load(path, phases)
     workdir = Workdir(path)
+    workdir.check_config(stored_form(config), _resumable(config, workdir.stored_config()))
+    data = config.load(path, phases)
     with contextlib.nullcontext() if several else claim(workdir, config, training):
         run = config_lib.resolve("gen_jax.runs:run")
         run(experiment.name, config, workdir, phases, data)

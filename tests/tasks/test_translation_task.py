@@ -231,13 +231,13 @@ def test_the_benchmark_times_the_runs_against_the_autoregressive_one(runs, capsy
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--sample.rounds", 0], "sample.rounds must be at least 1"),
-        (["--sample.rounds", 13], "more than the positions of a target: at most data.max_length"),
+        (["--sampler.rounds", 0], "rounds must be at least 1"),
+        (["--sampler.rounds", 13], "more than the positions of a target: at most data.max_length"),
         (["--sample.lengths", 13], "more than the table of lengths has"),
         (["--latent.kind", "gaussian"], "latent.kind is for --strategy one_shot"),
         (["--smoothing", 1], "smoothing must be in"),
         (["--model.vocabulary", 5], "leave them as they are"),
-        (["--pretrained", "gpt2"], "no weights of others"),
+        (["--pretrained", "gpt2"], "unknown option --pretrained"),
         (["--data.orders", 3], "orders"),
     ],
 )
