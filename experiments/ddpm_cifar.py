@@ -18,12 +18,11 @@ DIR holds cifar-10-batches-bin. What was measured, with hardware and time, is in
 
 import sys
 
-from gen_jax.models.diffusion.solvers import DDIM, Ancestral
-
 from gen_jax import cli
 from gen_jax.config import TrainConfig
 from gen_jax.data import DataConfig
 from gen_jax.models.diffusion.config import DiffusionConfig
+from gen_jax.models.diffusion.solvers import DDIM, Ancestral
 from gen_jax.nn.config import UNetConfig
 from gen_jax.tasks.images.config import EvaluateConfig, ImagesConfig, LabelledSampleConfig
 
