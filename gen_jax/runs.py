@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import pathlib
 import sys
 import time
 from typing import Any
@@ -42,9 +41,10 @@ def run(name: str, config: RunConfig, workdir: Workdir, phases: tuple[str, ...],
         if phases != ("train",):
             current.params, current.step = restore(current)
             report["step"] = current.step
+        commands = task.commands | {"sample": sample, "evaluate": evaluate}
         for phase in phases:
             if phase != "train":
-                report |= _PHASES.get(phase, _command(phase))(current)
+                report |= commands[phase](current)
         if main:
             report["wall_seconds"] = time.perf_counter() - current.began
             _summarise(current, report)
@@ -102,7 +102,7 @@ def _train_stage(run, stage, earlier):
 
 
 def _figures(stage, trained):
-    size = sum(leaf.size for leaf in jax.tree.leaves(stage.abstract_params()))
+    size = sum(leaf.size for leaf in jax.tree.leaves(trained.averaged))
     report = {"parameters": size, "steps": trained.step}
     if trained.start == trained.step:  # nothing was left to do
         return report
@@ -146,13 +146,6 @@ def evaluate(run: Run) -> dict[str, Any]:
     return run.task.evaluate(run)
 
 
-_PHASES = {"sample": sample, "evaluate": evaluate}
-
-
-def _command(phase):
-    return lambda run: run.task.commands[phase](run)
-
-
 def _summarise(run, report):
     """Adds what was measured to summary.json, which keeps what was not measured again."""
     path = run.workdir.path / "summary.json"
@@ -162,7 +155,7 @@ def _summarise(run, report):
         report = report | {"wall_seconds": known["wall_seconds"]}  # that of the training
     run.workdir.write_json("summary.json", known | report)
     cli.print_summary(f"{run.name}: {', '.join(run.phases)}", report)
-    stages = [f"{stage.name}/{name}" for stage in run.task.stages for name in ("metrics.jsonl",)]
+    stages = [f"{stage.name}/metrics.jsonl" for stage in run.task.stages]
     names = ("config.json", *stages, *run.task.results, "summary.json")
-    left = [name for name in names if (run.workdir.path / pathlib.Path(name)).exists()]
+    left = [name for name in names if (run.workdir.path / name).exists()]
     print(f"\nin {run.workdir.path}: {', '.join(left)}")
