@@ -65,8 +65,6 @@ class ImagesConfig(RunConfig):
             )
         if self.sampler.guidance != 1.0 and not self.conditional:
             raise ValueError("sampler.guidance needs a conditional model")
-        if self.sampler.guidance != 1.0 and not self.diffusion.label_dropout:
-            raise ValueError("sampler.guidance needs a model trained with diffusion.label_dropout")
         outputs = self.model.channels * (2 if self.diffusion.variance == "learned" else 1)
         if self.model.out_channels != outputs:
             raise ValueError(
