@@ -25,7 +25,6 @@ from gen_jax.nn.transformer import TokenNetwork
 __all__ = ["Ending", "ParallelModel", "source_lengths"]
 
 Ending = Literal["length", "eos", "eos_masked"]
-_LENGTH_HEAD = ("kernel", "table")
 
 
 @frozen
@@ -229,12 +228,9 @@ class ParallelModel:
     def length_logits(
         self, params: Any, summary: Float[Array, "B D"], source_length: Int[Array, " B"]
     ) -> Float[Array, "B {self.max_length}"]:
-        """Of the lengths 1 to `max_length`, from `summarise` and the length of the source.
-
-        The parameters may be of a model of longer sequences; those lengths are then left out.
-        """
-        kernel, table = (params["length"][name][:, : self.max_length] for name in _LENGTH_HEAD)
-        return summary @ kernel + table[source_length]
+        """Of the lengths 1 to `max_length`, from `summarise` and the length of the source."""
+        head = params["length"]
+        return summary @ head["kernel"] + head["table"][source_length]
 
     def prior(self, params: Any, summary: Float[Array, "B D"]) -> Float[Array, "B Z"]:
         """Parameters of p(z | c): means and log-variances, or logits of the codes."""

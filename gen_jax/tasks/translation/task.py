@@ -110,9 +110,8 @@ def make_sampler(
         return CTCSampler(model, eos)
     if config.strategy == "ar":
         return config_lib.resolve(options.make)(options, model, 0, max_length, eos)
-    model = dataclasses.replace(model, max_length=max_length)
     if config.strategy == "one_shot":
-        inner = one_shot(model, options.temperature)
+        inner = one_shot(model, options.temperature, max_length)
     else:
         inner = config_lib.resolve(options.make)(options, model.denoiser, max_length)
     lengths = min(sample.lengths, max_length)
