@@ -3,6 +3,7 @@
 from typing import ClassVar, Literal
 
 from gen_jax.config import Choice, frozen
+from gen_jax.models.masked.config import check_temperature
 
 __all__ = ["CTCOptions", "LatentConfig", "OneShotOptions", "ParallelOptions"]
 
@@ -21,8 +22,7 @@ class OneShotOptions(ParallelOptions):
     """The logits are divided by it; 0 takes the most probable tokens."""
 
     def __post_init__(self):
-        if self.temperature and self.temperature < 1e-6:
-            raise ValueError(f"temperature must be 0, or at least 1e-6, got {self.temperature}")
+        check_temperature("temperature", self.temperature)
 
 
 @frozen
