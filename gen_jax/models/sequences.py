@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
-__all__ = ["cross_entropy", "fill_after_eos", "mean_of_first", "valid_mask"]
+__all__ = ["cross_entropy", "fill_after_eos", "mean_of_first", "uniform_by_position", "valid_mask"]
 
 
 def valid_mask(
@@ -49,3 +49,8 @@ def mean_of_first(
 def fill_after_eos(tokens: Int[Array | np.ndarray, "B L"], eos: int) -> Int[Array, "B L"]:
     """The tokens, with all that follows the first `eos` of a row replaced by `eos`."""
     return jnp.where(jnp.cumsum(tokens == eos, axis=1) > 0, eos, tokens)
+
+
+def uniform_by_position(keys: Key[Array, " B"], length: int) -> Float[Array, "B {length}"]:
+    """Uniform draws; those of the first positions do not depend on how many there are."""
+    return jax.vmap(lambda key: jax.random.uniform(key, (length,)))(keys)

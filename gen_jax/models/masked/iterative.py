@@ -20,9 +20,9 @@ from gen_jax.models.masked.conditions import check_given, check_lengths
 from gen_jax.models.masked.config import IterativeOptions
 from gen_jax.models.masked.denoisers import Denoiser
 from gen_jax.models.masked.schedules import SCHEDULES
-from gen_jax.models.sequences import valid_mask
+from gen_jax.models.sequences import uniform_by_position, valid_mask
 
-__all__ = ["IterativeSampler", "MaskedState", "uniform_by_position"]
+__all__ = ["IterativeSampler", "MaskedState"]
 
 
 @no_type_check  # jax also makes trees of this class whose leaves are no arrays
@@ -198,8 +198,3 @@ class IterativeSampler:
             tokens=jnp.where(chosen, tokens, state.tokens),
             log_prob=jnp.where(chosen, log_prob, state.log_prob),
         )
-
-
-def uniform_by_position(keys: Key[Array, " B"], length: int) -> Float[Array, "B {length}"]:
-    """Uniform draws; those of the first positions do not depend on how many there are."""
-    return jax.vmap(lambda key: jax.random.uniform(key, (length,)))(keys)

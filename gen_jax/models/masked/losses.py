@@ -17,7 +17,7 @@ from gen_jax.config import frozen
 from gen_jax.models import contract
 from gen_jax.models.masked.conditions import check_source, infill
 from gen_jax.models.masked.denoisers import Denoiser, ExactDenoiser
-from gen_jax.models.sequences import cross_entropy, valid_mask
+from gen_jax.models.sequences import cross_entropy, uniform_by_position, valid_mask
 from gen_jax.nn.encoder_decoder import EncoderDecoder
 from gen_jax.nn.transformer import TokenNetwork
 
@@ -237,7 +237,7 @@ def hide(
     Returns:
       The rows with their masks, and which positions are hidden.
     """
-    order = jax.vmap(lambda key: jax.random.uniform(key, tokens.shape[1:]))(keys)
+    order = uniform_by_position(keys, tokens.shape[1])
     hidden = kernels.keep_most_confident(jnp.where(valid, order, -jnp.inf), count) & valid
     return jnp.where(hidden, mask, tokens), hidden
 
