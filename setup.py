@@ -22,7 +22,7 @@ setuptools.setup(
         "numpy",
         "flax>=0.12",
         "optax>=0.2.8",
-        "orbax-checkpoint>=0.11,<1",  # 1.0 moves the API; checkpoint.py is the only caller
+        "orbax-checkpoint>=0.11,<1",  # 1.0 moves the API; only checkpoint.py and hosts.py call it
         "einops",
         "jaxtyping>=0.3",  # shapes in annotations; checked while tests run
         "lazy_loader>=0.4",  # packages that name what is public and import it when it is used

@@ -12,8 +12,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gen_jax.config import DistributedConfig
-
 __all__ = [
     "AXIS",
     "data_mesh",
@@ -24,20 +22,11 @@ __all__ = [
     "mean",
     "replicate",
     "split",
-    "start",
     "sum",
     "varying",
 ]
 
 AXIS = "data"
-
-
-def start(config: DistributedConfig) -> None:
-    """Joins the processes of a multi-host run; call it before anything touches a device."""
-    if config.coordinator == "auto":
-        jax.distributed.initialize()
-    elif config.coordinator:
-        jax.distributed.initialize(config.coordinator, config.processes, config.index)
 
 
 def data_mesh() -> Mesh:

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from gen_jax import checkpoint, cli, parallel, training
+from gen_jax import checkpoint, cli, hosts, parallel, training
 from gen_jax import config as config_lib
 from gen_jax.config import RunConfig
 from gen_jax.task import Context, Run, Stage, Task
@@ -27,11 +27,12 @@ def run(name: str, config: RunConfig, workdir: Workdir, phases: tuple[str, ...],
       phases: the commands, in order.
       data: of `config.load` for these phases.
     """
-    parallel.start(config.distributed)
+    hosts.start(config.distributed)
     main = jax.process_index() == 0
     several = bool(config.distributed.coordinator)
     claimed = cli.claim(workdir, config, "train" in phases) if several and main else None
     with claimed or contextlib.nullcontext():
+        hosts.meet("the work directory is there")
         if main:
             print(f"{name}: {parallel.device_banner()}; {workdir.path}")
         task = make_task(config, workdir, phases, data)

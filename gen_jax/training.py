@@ -18,11 +18,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from gen_jax import checkpoint, parallel
+from gen_jax import checkpoint, hosts, parallel
 from gen_jax.config import TrainConfig
 from gen_jax.training_step import Trainable, TrainState, init_state, make_step
 from gen_jax.workdir import MetricsLog, Workdir
@@ -160,13 +159,12 @@ def _check_start(config, trainable, mesh, initial):
 
 def _agree_on_start(start, workdir):
     """Refuses hosts that would train from different steps."""
-    if jax.process_count() > 1:
-        starts = multihost_utils.process_allgather(np.int32(start))
-        if len(set(starts.tolist())) > 1:
-            raise ValueError(
-                f"the hosts found different checkpoints, of steps {starts.tolist()}: "
-                f"{workdir.path} must be one directory that all of them share"
-            )
+    starts = hosts.gather(start)
+    if len(set(starts)) > 1:
+        raise ValueError(
+            f"the hosts found different checkpoints, of steps {starts}: "
+            f"{workdir.path} must be one directory that all of them share"
+        )
 
 
 def _restore(workdir, abstract):
@@ -244,6 +242,7 @@ class _Loop:
                 began = time.perf_counter()
                 self.programs[shapes] = step_fn.lower(*arguments).compile()
                 self.compile_seconds += time.perf_counter() - began
+                hosts.meet("a step is compiled")
         return self.programs[shapes]
 
     @contextlib.contextmanager

@@ -16,7 +16,18 @@ OPTIONS = (
 )
 
 
-def start(path, processes, index, port, command="train"):
+# One host reads its data and compiles for longer than a collective waits.
+LATE = """
+import time
+from experiments import ddpm_cifar
+from gen_jax import cli, hosts
+meet = hosts.meet
+hosts.meet = lambda place: (time.sleep(35), meet(place))
+raise SystemExit(cli.main(ddpm_cifar.EXPERIMENT))
+"""
+
+
+def start(path, processes, index, port, command="train", program=("-m", "experiments.ddpm_cifar")):
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
@@ -28,7 +39,7 @@ def start(path, processes, index, port, command="train"):
     )
     options = OPTIONS.split() + (distributed.split() if processes > 1 else [])
     return subprocess.Popen(
-        [sys.executable, "-m", "experiments.ddpm_cifar", command, "--workdir", str(path), *options],
+        [sys.executable, *program, command, "--workdir", str(path), *options],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -37,7 +48,10 @@ def start(path, processes, index, port, command="train"):
 
 
 def run(path, processes, port):
-    started = [start(path, processes, index, port) for index in range(processes)]
+    return losses(path, [start(path, processes, index, port) for index in range(processes)])
+
+
+def losses(path, started):
     outputs = [process.communicate(timeout=300)[0] for process in started]
     for process, output in zip(started, outputs, strict=True):
         assert process.returncode == 0, output
@@ -57,6 +71,13 @@ def test_two_processes_of_two_devices_are_one_of_four(tmp_path, port):
     two = run(tmp_path / "two", 2, port)
     assert len(set(one)) == len(one) == 6
     np.testing.assert_allclose(two, one, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_host_waits_for_one_that_is_late(tmp_path, port):
+    early = start(tmp_path, 2, 0, port)
+    late = start(tmp_path, 2, 1, port, program=("-c", LATE))
+    assert len(losses(tmp_path, [early, late])) == 6
 
 
 def test_several_hosts_only_train(tmp_path, port):

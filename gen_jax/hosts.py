@@ -1,0 +1,41 @@
+"""Hosts: joining the processes of one run, and waiting for one another.
+
+A collective gives up when another host comes half a minute late to it, and hosts compile, and read
+their data, at their own pace. They therefore `meet` before a collective that follows such work.
+"""
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from gen_jax.config import DistributedConfig
+
+__all__ = ["gather", "meet", "start"]
+
+_PATIENCE = 600  # seconds that the first host waits for the last
+
+
+def start(config: DistributedConfig) -> None:
+    """Joins the processes of a run on several hosts; call it before anything touches a device."""
+    if config.coordinator == "auto":
+        jax.distributed.initialize()
+    elif config.coordinator:
+        jax.distributed.initialize(config.coordinator, config.processes, config.index)
+
+
+def meet(place: str) -> None:
+    """Waits until all hosts are here; on one host it returns at once.
+
+    Args:
+      place: the name of this place in the program, the same on all hosts.
+    """
+    ocp.multihost.get_barrier_sync_fn()(key=place, timeout_ms=1000 * _PATIENCE)
+
+
+def gather(value: int) -> list[int]:
+    """The values of all hosts, in the order of their indices; every host calls it."""
+    if jax.process_count() == 1:
+        return [value]
+    meet("gather")
+    return multihost_utils.process_allgather(np.int32(value)).tolist()
