@@ -14,13 +14,13 @@ import functools
 import json
 import os
 import platform
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import jax
+import numpy as np
 
 from kernels import testing
 
@@ -62,10 +62,9 @@ def bench(suite: testing.Suite, case: testing.Case, repeats: int) -> list[dict[s
     for name, run in turns.items():
         turns[name], timed[name]["compile_s"] = _compiled(run, case)
     seconds = _in_rounds(turns, repeats)
-    reference = statistics.median(seconds["reference"])
+    reference = np.median(seconds["reference"]).item()
     for name, values in seconds.items():
-        median = statistics.median(values)
-        low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else 3 * values
+        low, median, high = np.percentile(values, (25, 50, 75)).tolist()
         timed[name].update(ms=1e3 * median, low_ms=1e3 * low, high_ms=1e3 * high)
         timed[name]["speedup"] = reference / median
     return rows

@@ -165,11 +165,11 @@ def test_a_task_is_its_fields(tmp_path, capsys):
 
 def test_a_second_stage_is_a_second_entry(tmp_path, capsys):
     """It sees what the first one learned, has a directory of its own, and is resumed by itself."""
-    options = ("--workdir", tmp_path, "--stages", 2, "--train.steps", 2)
-    assert main("train", *options) == 0
+    options = ("--workdir", tmp_path, "--stages", 2, "--train.checkpoint-every", 200)
+    assert main("train", *options, "--train.steps", 2) == 0
     assert (tmp_path / "second" / "metrics.jsonl").exists()
     assert {"first_train_seconds", "second_train_seconds"} <= summary(tmp_path).keys()
-    assert main("train", *options[:4], "--train.steps", 400) == 0
+    assert main("train", *options, "--train.steps", 400) == 0
     assert main("sample", "--workdir", tmp_path) == 0
     with np.load(tmp_path / "samples.npz") as file:
         np.testing.assert_allclose(file["points"], 0.5, atol=1e-2)
