@@ -20,6 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from gen_jax.trees import named_leaves
+
 __all__ = ["DamagedCheckpoint", "Restored", "restore", "save", "steps"]
 
 FORMAT = 2  # 1 had the trees "params", "ema" and "state", in the work directory itself
@@ -83,7 +85,7 @@ def save(
     """
     items, digests = {}, {}
     for name, tree in trees.items():
-        items[name] = {leaf: np.asarray(value) for leaf, value in _named(tree).items()}
+        items[name] = {leaf: np.asarray(value) for leaf, value in named_leaves(tree).items()}
         for leaf, value in items[name].items():
             # By jnp, for which bfloat16 is a float too.
             if jnp.issubdtype(value.dtype, jnp.inexact) and not np.isfinite(value).all():
@@ -149,7 +151,7 @@ def _restore(directory, abstract, step):
         meta = _read_meta(manager, step)
         trees = {}
         for name, tree in abstract.items():
-            expected = _named(tree)
+            expected = named_leaves(tree)
             _check_layout(name, expected, meta["digests"], step)
             leaves = _read_leaves(manager, step, name, list(expected))
             for leaf, wanted in expected.items():
@@ -239,11 +241,6 @@ def _manager(path, *, keep=None, create=False):
         cleanup_tmp_directories=create,  # what a killed run left half-written
     )
     return ocp.CheckpointManager(path, options=options)
-
-
-def _named(tree):
-    paths, _ = jax.tree.flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in paths}
 
 
 def _digest(value: np.ndarray) -> str:

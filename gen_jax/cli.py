@@ -19,6 +19,7 @@ import tyro
 
 from gen_jax import config as config_lib
 from gen_jax.config import RunConfig
+from gen_jax.tasks import config_class
 from gen_jax.workdir import Workdir, WorkdirError
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "print_summary",
     "resume_command",
     "stored_form",
+    "stored_run",
 ]
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -94,8 +96,7 @@ def execute(experiment: Experiment, config: RunConfig, phases: tuple[str, ...]) 
     """
     path = pathlib.Path(config.workdir).expanduser()
     training, several = "train" in phases, bool(config.distributed.coordinator)
-    pretrained = getattr(config, "pretrained", "")
-    if not training and not pretrained and not (path / "config.json").exists():
+    if not training and not config.pretrained and not (path / "config.json").exists():
         raise WorkdirError(f"no run in {path}; train one first, or give its --workdir")
     if several and phases != ("train",):
         raise ValueError("several hosts train together; sample and evaluate on one of them")
@@ -132,6 +133,31 @@ def claim(workdir: Workdir, config: RunConfig, training: bool) -> Iterator[None]
 def stored_form(config: RunConfig) -> dict:
     """What config.json holds: the name of the task, and the fields."""
     return {"task": config.task} | config_lib.to_dict(config)
+
+
+def stored_run(path: str | os.PathLike, kind: type[RunConfig] | None = None) -> RunConfig | None:
+    """The configuration in config.json of a work directory, with `path` as its own.
+
+    Args:
+      path: the directory; where there is no config.json, the result is None.
+      kind: the class that the configuration must be of; None for that of its task.
+
+    Raises:
+      WorkdirError: it is of an older version, or of a task of another class.
+      ValueError: its task or its fields are unknown, or a value is not possible.
+    """
+    values = Workdir(path).stored_config()
+    if values is None:
+        return None
+    task = values.pop("task", None)
+    if task is None:
+        raise WorkdirError(f"{path} is of an older version; train again in another --workdir")
+    if kind is not None and task != kind.task:
+        raise WorkdirError(
+            f"{path} holds a run of the task {task!r}, not {kind.task!r}; choose another --workdir"
+        )
+    config = config_lib.from_dict(kind or config_class(task), values)
+    return dataclasses.replace(config, workdir=str(path))
 
 
 def _resumable(config, stored):
@@ -207,7 +233,7 @@ def parse(experiment: Experiment, argv: list[str]) -> tuple[str, RunConfig]:
         )
     default = experiment.presets[preset] if preset is not None else experiment.default
     if preset is None:
-        default = _stored(experiment, default, workdir or default.workdir)
+        default = stored_run(workdir or default.workdir, type(default)) or default
     default = _with_choices(default, chosen)
     _check_options(rest, default)
     prog = f"python -m experiments.{experiment.name} [{'|'.join(commands)}] [--preset NAME]"
@@ -312,21 +338,6 @@ def _check_options(argv, config):
 def _acronym(name):
     prefix, dot, field = name.rpartition(".")
     return prefix + dot + "".join(word[0] for word in field.split("-") if word)
-
-
-def _stored(experiment, default, path):
-    """The configuration stored in a work directory, or the default where there is none."""
-    if not os.path.isfile(os.path.join(os.path.expanduser(path), "config.json")):
-        return default
-    values = Workdir(path).stored_config()
-    task = values.pop("task", None)
-    if task != default.task:
-        what = "is of an older version" if task is None else f"holds a run of the task {task!r}"
-        raise WorkdirError(
-            f"{path} {what}, and {experiment.name} is of the task {default.task!r}; "
-            "choose another --workdir"
-        )
-    return dataclasses.replace(config_lib.from_dict(type(default), values), workdir=path)
 
 
 def _is_ours(error):

@@ -242,6 +242,7 @@ class RunConfig:
 
     Attributes:
       task: the name of the task, that is of its package in `gen_jax.tasks`; kept in config.json.
+      pretrained: where parameters to start from are; a field of tasks that can start from some.
       kinds: the classes of all tasks that were imported, by name.
       make_task: "module:function", which makes the `task.Task` once the arguments are accepted.
       commands: what the command line offers; "train", "sample" and "evaluate" make up "all".
@@ -255,6 +256,7 @@ class RunConfig:
     distributed: DistributedConfig = DistributedConfig()
 
     task: ClassVar[str]
+    pretrained: ClassVar[str] = ""
     kinds: ClassVar[dict[str, type["RunConfig"]]] = {}
     make_task: ClassVar[str]
     commands: ClassVar[tuple[str, ...]] = ("train", "sample", "evaluate")

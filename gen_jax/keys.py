@@ -9,9 +9,9 @@ import zlib
 
 import jax
 import numpy as np
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Int, Integer, Key
 
-__all__ = ["grid", "of_items", "root", "stream"]
+__all__ = ["fold_in_each", "grid", "of_items", "root", "stream"]
 
 _LIMIT = 2**32  # of seeds and of the numbers of items, which a key takes as 32 bits
 
@@ -40,11 +40,15 @@ def stream(seed: int, purpose: str, start: int, count: int) -> Key[Array, " coun
     if start < 0 or count < 0 or start + count > _LIMIT:
         raise ValueError(f"items must be in [0, 2**32), got {count} from {start} on")
     key = root(seed, purpose)
-    items = np.arange(start, start + count).astype(np.uint32)
-    return jax.vmap(lambda i: jax.random.fold_in(key, i))(items)
+    return of_items(key, np.arange(start, start + count).astype(np.uint32))
 
 
-def of_items(key: Key[Array, ""], items: Int[Array, " B"]) -> Key[Array, " B"]:
+def fold_in_each(keys: Key[Array, " B"], data: int | Int[Array, ""]) -> Key[Array, " B"]:
+    """Keys with the same integer folded into each."""
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, data)
+
+
+def of_items(key: Key[Array, ""], items: Integer[Array | np.ndarray, " B"]) -> Key[Array, " B"]:
     """Keys of items of a purpose whose root is `key`; as `stream`, for numbers that are traced."""
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(items)
 
@@ -52,5 +56,4 @@ def of_items(key: Key[Array, ""], items: Int[Array, " B"]) -> Key[Array, " B"]:
 def grid(keys: Key[Array, " B"], *counts: int) -> Key[Array, "..."]:
     """Keys [*counts, B] for every use that each of B samples makes of randomness in a loop."""
     uses = np.arange(np.prod(counts))
-    fold = jax.vmap(jax.random.fold_in, (0, None))
-    return jax.vmap(fold, (None, 0))(keys, uses).reshape(*counts, *keys.shape)
+    return jax.vmap(fold_in_each, (None, 0))(keys, uses).reshape(*counts, *keys.shape)

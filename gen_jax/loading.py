@@ -6,14 +6,12 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-from gen_jax import config as config_lib
-from gen_jax import runs
+from gen_jax import cli, runs
 from gen_jax.condition import Condition
 from gen_jax.config import RunConfig
 from gen_jax.sampling import Sampler
 from gen_jax.task import Run
-from gen_jax.tasks import config_class
-from gen_jax.workdir import Workdir, WorkdirError
+from gen_jax.workdir import Workdir
 
 __all__ = ["Loaded", "load"]
 
@@ -54,19 +52,14 @@ def load(workdir: str | os.PathLike, **changes: Any) -> Loaded:
       ValueError: its files are not what they should be, or a change is not possible.
     """
     path = pathlib.Path(workdir).expanduser()
-    if not (path / "config.json").exists():
+    config = cli.stored_run(path)
+    if config is None:
         raise FileNotFoundError(f"no run in {path}; train one first")
-    opened = Workdir(path)
-    values = opened.stored_config()
-    task = values.pop("task", None)
-    if task is None:
-        raise WorkdirError(f"{path} is of an older version; train again in another directory")
-    config = config_lib.from_dict(config_class(task), values)
-    config = _changed(dataclasses.replace(config, workdir=str(path)), changes)
+    config, opened = _changed(config, changes), Workdir(path)
     phases = ("sample",) if "sample" in config.commands else ("evaluate",)
     data = config.load(path, phases)
     made = runs.make_task(config, opened, phases, data)
-    params, step = runs.restore(Run(task, config, opened, phases, made))
+    params, step = runs.restore(Run(config.task, config, opened, phases, made))
     condition = made.condition or (lambda number: Condition())
     return Loaded(made.model, params, made.sampler, condition, made.tokenizer, config, step)
 

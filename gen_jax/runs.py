@@ -59,7 +59,7 @@ def make_task(config: RunConfig, workdir: Workdir, phases: tuple[str, ...], data
             step = _wanted_step(config, training)
             restored = checkpoint.restore(folder / "checkpoints", {}, step=step)
             records[folder.name] = restored.record
-    if not (training or records or getattr(config, "pretrained", "")):
+    if not (training or records or config.pretrained):
         raise FileNotFoundError(f"no checkpoint in {workdir.path} yet; run the command `train`")
     make = config_lib.resolve(config.make_task)
     return make(config, Context(workdir, phases, records, data))

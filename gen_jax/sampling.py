@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Key
+from jaxtyping import Bool, Key
 from tqdm import tqdm
 
 from gen_jax import keys as key_streams
@@ -32,6 +32,7 @@ __all__ = [
     "generate",
     "generate_many",
     "sample_keys",
+    "stopped",
     "stream",
 ]
 
@@ -147,7 +148,7 @@ def _loop(sampler, params, keys, cond, trajectory=None):
 
 def _advance(sampler, params, state, first, last):
     """The state after the steps from `first` to before `last`, in one loop."""
-    if not hasattr(sampler, "stopped") or sampler.stopped(state) is None:
+    if stopped(sampler, state) is None:
         body = lambda i, state: sampler.step(params, state, i)  # noqa: E731
         return jax.lax.fori_loop(first, last, body, state)
 
@@ -189,9 +190,9 @@ def stream(
     prepared, state = _begin(sampler, params, keys, _checked(sampler, params, keys, cond))
     for first in range(0, sampler.steps, every):
         last = min(first + every, sampler.steps)
-        state, stopped = _advance_in_place(sampler, prepared, state, first, last)
+        state, all_stopped = _advance_in_place(sampler, prepared, state, first, last)
         yield state
-        if stopped is not None and stopped:
+        if all_stopped is not None and all_stopped:
             return
 
 
@@ -204,7 +205,12 @@ def _begin(sampler, params, keys, cond):
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _advance_in_place(sampler, params, state, first, last):
     state = _advance(sampler, params, state, first, last)
-    return state, sampler.stopped(state) if hasattr(sampler, "stopped") else None
+    return state, stopped(sampler, state)
+
+
+def stopped(sampler: Sampler, state: Any) -> Bool[jax.Array, ""] | None:
+    """Whether all samples of a state have stopped; None where they never do before the end."""
+    return sampler.stopped(state) if hasattr(sampler, "stopped") else None
 
 
 def sample_keys(seed: int, start: int, count: int) -> Key[jax.Array, " count"]:

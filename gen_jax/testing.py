@@ -91,10 +91,9 @@ def _python_loop(sampler, params, keys, cond):
     step = jax.jit(sampler.step)
     for i in range(sampler.steps):
         state = step(prepared, state, jnp.int32(i))
-        if hasattr(sampler, "stopped"):
-            stopped = sampler.stopped(state)
-            if stopped is not None and stopped:
-                break
+        stopped = sampling.stopped(sampler, state)
+        if stopped is not None and stopped:
+            break
     return jax.jit(sampler.finish)(prepared, state)
 
 

@@ -18,6 +18,7 @@ from jaxtyping import Array, Key
 
 from gen_jax import keys, parallel
 from gen_jax.config import TrainConfig
+from gen_jax.trees import named_leaves
 
 __all__ = ["TrainState", "Trainable", "init_state", "make_step"]
 
@@ -134,7 +135,7 @@ def _device_step(trainable, config, state, batch, stop):
     size = jax.tree.leaves(batch)[0].shape[0]
     first = jax.lax.axis_index(parallel.AXIS) * size
     step_key = jax.random.fold_in(keys.root(config.seed, "train"), state.step)
-    examples = jax.vmap(lambda i: jax.random.fold_in(step_key, i))(first + jnp.arange(size))
+    examples = keys.of_items(step_key, first + jnp.arange(size))
     new, metrics = trainable.update(state.state, batch, examples)
     metrics = _joined_metrics(metrics)
     new = _joined_state(trainable.rules, state.state, jax.tree.map(jnp.asarray, new))
@@ -222,7 +223,7 @@ def _moving_average(average, tree, decay):
 
 def _check_like(what, expected, given):
     """Raises a ValueError where a tree is not of the structure, shapes and dtypes of another."""
-    expected, given = _named(expected), _named(given)
+    expected, given = named_leaves(expected), named_leaves(given)
     for name in sorted(expected.keys() ^ given.keys()):
         raise ValueError(f"{what} {'lacks' if name in expected else 'has an unknown'} {name}")
     for name, leaf in expected.items():
@@ -230,8 +231,3 @@ def _check_like(what, expected, given):
         if kinds[0] != kinds[1]:
             texts = [f"{dtype}{list(shape)}" for shape, dtype in kinds]
             raise ValueError(f"{what} has {name} as {texts[1]}, not {texts[0]}")
-
-
-def _named(tree):
-    paths, _ = jax.tree.flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in paths}

@@ -1,9 +1,11 @@
 """Settings of the whole suite: eight CPU devices, strict shapes, and one cache of programs.
 
 Annotations of shapes are checked, ranks are not promoted silently, and warnings are errors.
-Programs are compiled once for all workers and processes, and for the next run of the suite.
+Programs are compiled once for all workers and processes, and for the next run of the suite; with
+few optimisations, which takes half the time: no law depends on them.
 """
 
+import gc
 import importlib
 import importlib.util
 import os
@@ -14,6 +16,8 @@ CACHE = Path(__file__).parents[1] / ".pytest_cache" / "programs"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+gc.set_threshold(100_000, 20, 50)  # a heap of traced programs is large, and little of it garbage
 
 import jaxtyping  # noqa: E402
 
@@ -43,14 +47,6 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("oracle"):
             item.add_marker(pytest.mark.filterwarnings("ignore"))
-
-
-@pytest.fixture(scope="module")
-def quick_compile():
-    """For laws that do not depend on how well the compiler optimises: it takes half the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,6 @@ def folder(tmp_path_factory):
     return path
 
 
-@pytest.mark.usefixtures("quick_compile")
 def test_the_examples_of_the_api_run_as_they_stand(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(folder)

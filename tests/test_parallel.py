@@ -30,7 +30,6 @@ raise SystemExit(cli.main(ddpm_cifar.EXPERIMENT))
 def start(path, processes, index, port, command="train", program=("-m", "experiments.ddpm_cifar")):
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // processes}",
     }
     distributed = (

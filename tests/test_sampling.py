@@ -17,8 +17,6 @@ from gen_jax.models.diffusion import Ancestral, DiffusionConfig, DiffusionModel,
 from gen_jax.nn.config import UNetConfig
 from gen_jax.nn.unet import UNetNetwork
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 @dataclasses.dataclass(frozen=True)
 class Noise:

@@ -23,8 +23,7 @@ import jax
 import numpy as np
 
 from experiments.benchmarks import timing
-from gen_jax import config as config_lib
-from gen_jax import runs, sampling
+from gen_jax import cli, runs, sampling
 from gen_jax.metrics.translation import bleu
 from gen_jax.models.masked.config import MaskPredictOptions
 from gen_jax.task import Run
@@ -141,10 +140,9 @@ def sides(config: Config) -> list[Side]:
 def _sides_of(path, config):
     """A run with every way to decode it."""
     workdir = Workdir(path)
-    stored = workdir.stored_config()
-    if stored is None or stored.pop("task", None) != TranslationRunConfig.task:
-        raise FileNotFoundError(f"{path} holds no run of a translation model")
-    stored = config_lib.from_dict(TranslationRunConfig, stored)
+    stored = cli.stored_run(path, TranslationRunConfig)
+    if stored is None:
+        raise FileNotFoundError(f"no run in {path}; train one first")
     ways = [("", {}, {})]
     if stored.strategy == "masked":
         ways = [
@@ -157,7 +155,7 @@ def _sides_of(path, config):
     sides, params = [], None
     for label, changes, sample in ways:
         sample = dataclasses.replace(stored.sample, split="test", **sample)
-        ours = dataclasses.replace(stored, workdir=str(path), sample=sample, **changes)
+        ours = dataclasses.replace(stored, sample=sample, **changes)
         data = ours.load(path, ("sample",))
         task = runs.make_task(ours, workdir, ("sample",), data)
         if params is None:

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Key
 
 from gen_jax import keys as key_streams
 from gen_jax.condition import Condition, is_concrete
+from gen_jax.trees import named_leaves
 
 __all__ = ["Model", "abstract_params", "check_label", "check_params"]
 
@@ -48,7 +49,10 @@ def check_params(model: Model, params: Any) -> None:
     Raises:
       ValueError: a leaf is missing, unknown, or of another shape; the first of them is named.
     """
-    expected, given = (_named(tree) for tree in (abstract_params(model), params))
+    expected, given = (
+        {name: np.shape(leaf) for name, leaf in named_leaves(tree).items()}
+        for tree in (abstract_params(model), params)
+    )
     name = type(model).__name__
     if expected and given.keys() == {f"params.{leaf}" for leaf in expected}:
         raise ValueError(
@@ -64,14 +68,6 @@ def check_params(model: Model, params: Any) -> None:
     if problems:
         more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
         raise ValueError(f"parameters do not fit the {name}: {problems[0]}{more}")
-
-
-def _named(tree):
-    paths, _ = jax.tree.flatten_with_path(tree)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="."): np.shape(leaf)
-        for path, leaf in paths
-    }
 
 
 def check_label(cond: Condition, classes: int) -> None:

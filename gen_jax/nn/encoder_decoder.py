@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int, Key
 
 from gen_jax.config import frozen
+from gen_jax.keys import fold_in_each
 from gen_jax.nn.config import TransformerConfig
 from gen_jax.nn.transformer import PreparedParams, TokenNetwork, cast
 from kernels import KVCache
@@ -117,7 +118,7 @@ class EncoderDecoder:
             mask = jnp.arange(source.shape[1])[None] < length[:, None]
         encoder = params["encoder"] | {"token": params["decoder"]["token"]}
         if keys is not None:  # or the masks of both sides would be the same
-            keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
+            keys = fold_in_each(keys, 1)
         memory = TokenNetwork(self.encoder).hidden(encoder, source, mask=mask, keys=keys)
         return {"memory": memory, "memory_mask": mask}
 

@@ -16,8 +16,6 @@ from gen_jax.models.diffusion.losses import DiffusionModel
 from gen_jax.nn.config import UNetConfig
 from gen_jax.nn.unet import UNetNetwork
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 # config.json of google/ddpm-cifar10-32.

@@ -20,8 +20,6 @@ from gen_jax.models.autoregressive.samplers import AutoregressiveSampler
 from gen_jax.nn.config import TransformerConfig
 from gen_jax.nn.transformer import TokenNetwork
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 logits_of = jax.jit(lambda model, params, tokens: model.network(params, tokens), static_argnums=0)
 
 WEIGHTS = "model.safetensors"

@@ -14,8 +14,6 @@ CASES = [
     for case in suite.cases
 ]
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 def assert_agrees_or_refuses(suite, case, name):
     """Whether it computes the case; where it does not, that a forced call says why."""

@@ -11,8 +11,6 @@ import kernels
 from kernels.conv_3x3 import winograd
 from kernels.conv_3x3.cases import example
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 def test_slices_of_a_batch_do_not_change_it(monkeypatch):
     def run(x, kernel):

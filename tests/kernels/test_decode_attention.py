@@ -14,8 +14,6 @@ from kernels.decode_attention.cases import LENGTH, definition, example
 
 NAMES = tuple(dispatch.operations()["decode_attention"].implementations())
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 @functools.cache
 def program(implementation):

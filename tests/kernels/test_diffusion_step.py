@@ -10,8 +10,6 @@ import kernels
 X, OUTPUT = np.random.default_rng(0).normal(size=(2, 6, 4, 4, 3)).astype(np.float32)
 COEFFICIENTS = kernels.StepCoefficients(1.5, -0.7, 0.6, 0.3, -0.2, 0.4, 0.9)
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 @jax.jit
 def step(x, output, keys):

@@ -13,8 +13,6 @@ from jax.experimental import pallas as pl
 import kernels
 from kernels import bench, dispatch, testing
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 X, OUTPUT = np.random.default_rng(0).normal(size=(2, 2, 8, 128)).astype(np.float32)
 COEFFICIENTS = kernels.StepCoefficients(1.5, -0.7, 0.6, 0.3, -0.2, 0.4, 0.9)
 

@@ -20,8 +20,6 @@ DRAWS = 20_000
 B, L, V = 24, 10, 33
 IMPLEMENTATIONS = tuple(dispatch.operations()["keep_most_confident"].implementations())
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 @functools.partial(jax.jit, static_argnames=("temperature", "noise"))
 def _scores(logits, tokens, masked, keys, temperature, noise):

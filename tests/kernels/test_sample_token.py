@@ -14,8 +14,6 @@ from kernels.sample_token.reference import nucleus_threshold
 
 DRAWS = 20_000
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 @functools.partial(jax.jit, static_argnames=("names", "values", "implementation"))
 def _sample(logits, keys, names, values, implementation):

@@ -20,8 +20,6 @@ from gen_jax.nn.config import TransformerConfig
 from gen_jax.nn.encoder_decoder import EncoderDecoder
 from random_networks import LLAMA_FORM, random_params
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 GPT = TransformerConfig(
     vocabulary=5, context=12, layers=2, width=16, heads=2, extra_inputs=1, memory=True
 )

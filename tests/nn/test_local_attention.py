@@ -13,8 +13,6 @@ from gen_jax.nn.config import TransformerConfig
 from gen_jax.nn.transformer import TokenNetwork
 from random_networks import random_params
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 CONFIG = TransformerConfig(
     vocabulary=11, context=90, window=6, layers=2, width=16, heads=2, position="both"
 )

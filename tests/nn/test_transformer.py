@@ -14,8 +14,6 @@ from gen_jax.nn.config import TransformerConfig
 from gen_jax.nn.transformer import TokenNetwork
 from random_networks import LLAMA_FORM, random_params
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 GPT = TransformerConfig(vocabulary=12, context=10, layers=2, width=16, heads=4)
 LLAMA = dataclasses.replace(GPT, kv_heads=2, mlp_dim=24, **LLAMA_FORM)
 FORMS = pytest.mark.parametrize("config", [GPT, LLAMA], ids=["gpt", "llama"])

@@ -13,8 +13,6 @@ from gen_jax.nn.config import UNetConfig
 from gen_jax.nn.layers import Dropout, sinusoidal_embedding
 from gen_jax.nn.unet import UNetNetwork
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 SMALL = UNetNetwork(UNetConfig(widths=(8, 16), blocks=1, attention=(4,), groups=4, dropout=0.5))
 
 

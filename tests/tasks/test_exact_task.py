@@ -12,7 +12,7 @@ from gen_jax.models.masked import ExactDenoiser
 from gen_jax.models.masked.schedules import SCHEDULES, Optimal
 from gen_jax.tasks.exact import facts, measure, report, task
 
-pytestmark = pytest.mark.usefixtures("quick_compile", "one_device")
+pytestmark = pytest.mark.usefixtures("one_device")
 
 MINUTE = dataclasses.replace(
     TINY,
@@ -26,7 +26,7 @@ MINUTE = dataclasses.replace(
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, quick_compile, one_device):
+def finished(tmp_path_factory, one_device):
     """The report of a run that is as short as can be."""
     path = tmp_path_factory.mktemp("multimodality") / "my run"
     patch = pytest.MonkeyPatch()

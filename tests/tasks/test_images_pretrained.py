@@ -13,6 +13,8 @@ from gen_jax.models.diffusion import DiffusionModel, DiffusionSampler
 from gen_jax.nn.config import UNetConfig
 from gen_jax.nn.unet import UNetNetwork
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 MODEL = UNetConfig(widths=(8, 8), blocks=1, attention=(), groups=4, dropout=0.0)
 OPTIONS = [
     *("--model.widths", "8", "8", "--model.groups", "4", "--model.attention", "--model.patch", "1"),
@@ -21,7 +23,7 @@ OPTIONS = [
 
 
 @pytest.fixture(scope="module")
-def published(tmp_path_factory):
+def published(tmp_path_factory, one_device):
     """A folder of random weights, and the weights."""
     rng = np.random.default_rng(0)
     params = jax.tree.map(

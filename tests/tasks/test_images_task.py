@@ -8,8 +8,6 @@ from PIL import Image
 from experiments.ddpm_cifar import EXPERIMENT
 from gen_jax import cli
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 # The least that the experiment can be asked for on eight devices.
 MINUTE = (
     "--model.widths 8 --model.groups 4 --model.attention --model.patch 8 --train.steps 4 "

@@ -19,8 +19,6 @@ from gen_jax.tasks.images.config import LabelledSampleConfig
 from gen_jax.tasks.pixels import task as pixels
 from gen_jax.tasks.pixels.config import EvaluateConfig, PixelsConfig
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 # The least that the experiment can be asked for on eight devices.
 MINUTE = PixelsConfig(
     workdir="",

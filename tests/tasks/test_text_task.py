@@ -15,9 +15,9 @@ from gen_jax.nn.config import TransformerConfig
 from gen_jax.tasks.text.config import EvaluateConfig, TextRunConfig, TextSampleConfig
 from gen_jax.tasks.text.task import score
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
+pytestmark = pytest.mark.usefixtures("one_device")
 
-# The least that the experiment can be asked for on eight devices.
+# The least that the experiment can be asked for.
 MINUTE = TextRunConfig(
     workdir="",
     data=TextConfig(characters=4000),
@@ -43,7 +43,7 @@ def main(*argv):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, one_device):
     """The work directory of the command `all`."""
     path = tmp_path_factory.mktemp("text") / "my run"
     assert main("--workdir", path) == 0

@@ -20,7 +20,7 @@ from gen_jax.tasks.translation.config import (
     TranslationSampleConfig,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compile", "one_device")
+pytestmark = pytest.mark.usefixtures("one_device")
 
 # The least that the experiment can be asked for on eight devices.
 MINUTE = TranslationRunConfig(
@@ -51,7 +51,7 @@ def main(*argv):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, quick_compile, one_device):
+def runs(tmp_path_factory, one_device):
     """A folder with the runs "masked" and "ar"."""
     path = tmp_path_factory.mktemp("translation") / "my runs"
     path.mkdir()

@@ -3,6 +3,7 @@
 from typing import ClassVar
 
 from gen_jax.config import Choice, frozen
+from gen_jax.models.options import check_temperature
 
 __all__ = ["BeamSearchOptions", "DecodingOptions", "SamplingOptions"]
 
@@ -44,8 +45,7 @@ class SamplingOptions(DecodingOptions):
     deterministic: ClassVar[bool] = False
 
     def __post_init__(self):
-        if self.temperature and self.temperature < 1e-6:
-            raise ValueError(f"temperature must be 0, or at least 1e-6, got {self.temperature}")
+        check_temperature("temperature", self.temperature)
         if self.top_k < 0:
             raise ValueError(f"top_k must not be negative, got {self.top_k}; 0 keeps all tokens")
         if not 0 < self.top_p <= 1:

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from gen_jax.config import frozen
+from gen_jax.keys import fold_in_each
 from gen_jax.models.diffusion.config import DiffusionConfig
 from gen_jax.models.diffusion.process import (
     diffuse,
-    fold_in_each,
     normal_each,
     split_each,
     target,

@@ -13,7 +13,6 @@ from gen_jax.models.diffusion.schedule import Schedule, x0_weights
 __all__ = [
     "at",
     "diffuse",
-    "fold_in_each",
     "normal_each",
     "predicted_x0",
     "split_each",
@@ -74,11 +73,6 @@ def to_signal(
 def split_each(keys: Key[Array, " B"], count: int) -> tuple[Key[Array, " B"], ...]:
     """`count` arrays of [B] keys."""
     return jax.vmap(lambda key: tuple(jax.random.split(key, count)))(keys)
-
-
-def fold_in_each(keys: Key[Array, " B"], data: int | Int[Array, ""]) -> Key[Array, " B"]:
-    """Keys with the same integer folded into each."""
-    return jax.vmap(lambda key: jax.random.fold_in(key, data))(keys)
 
 
 def normal_each(keys: Key[Array, " B"], shape: tuple[int, ...]) -> Float[Array, "B ..."]:

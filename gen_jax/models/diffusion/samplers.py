@@ -12,9 +12,10 @@ from jaxtyping import Array, Float, Int, Key
 import kernels
 from gen_jax.condition import Condition
 from gen_jax.config import frozen
+from gen_jax.keys import fold_in_each
 from gen_jax.models.contract import check_label, check_params
 from gen_jax.models.diffusion.losses import DiffusionModel
-from gen_jax.models.diffusion.process import fold_in_each, normal_each, split_each
+from gen_jax.models.diffusion.process import normal_each, split_each
 from gen_jax.models.diffusion.schedule import step_variances
 from gen_jax.models.diffusion.solvers import Solver
 

@@ -3,6 +3,7 @@
 from typing import ClassVar, Literal
 
 from gen_jax.config import Choice, frozen
+from gen_jax.models.options import check_not_negative, check_temperature
 
 __all__ = [
     "AbsorbingDiffusionOptions",
@@ -13,16 +14,12 @@ __all__ = [
     "RandomOrderOptions",
     "RepairOptions",
     "ScheduleName",
-    "check_not_negative",
-    "check_temperature",
 ]
 
 ScheduleName = Literal[
     "cosine", "linear", "square", "cubic", "square_root", "exponential", "logarithmic"
 ]
 """Names of `schedules.SCHEDULES`."""
-
-_LEAST_TEMPERATURE = 1e-6  # of kernels.mask_scores
 
 
 @frozen
@@ -32,26 +29,6 @@ class MaskConfig:
     counts: Literal["uniform", "cosine"] = "uniform"
     """How many of L tokens are hidden: uniform over 1 .. L (Mask-Predict; the loss is then the
     bound of absorbing diffusion), or L cos(pi u / 2), rounded up, u uniform (MaskGIT)."""
-
-
-def check_temperature(name: str, value: int | float) -> None:
-    """Refuses a temperature of tokens that is neither 0 nor at least 1e-6.
-
-    Raises:
-      ValueError: it is neither.
-    """
-    if value and not value >= _LEAST_TEMPERATURE:
-        raise ValueError(f"{name} must be 0 or at least {_LEAST_TEMPERATURE}, got {value}")
-
-
-def check_not_negative(name: str, value: int | float) -> None:
-    """Refuses a number below 0.
-
-    Raises:
-      ValueError: it is below 0.
-    """
-    if value < 0:
-        raise ValueError(f"{name} must not be negative, got {value}")
 
 
 @frozen

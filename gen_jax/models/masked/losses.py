@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 import kernels
 from gen_jax.condition import Condition
 from gen_jax.config import frozen
+from gen_jax.keys import fold_in_each
 from gen_jax.models import contract
 from gen_jax.models.masked.conditions import check_source, infill
 from gen_jax.models.masked.denoisers import Denoiser, ExactDenoiser
@@ -263,7 +264,7 @@ def bound_terms(
     valid = valid_mask(tokens, batch.get("length"))
 
     def term(n):
-        ours = jax.vmap(jax.random.fold_in, (0, None))(keys, n)
+        ours = fold_in_each(keys, n)
         seen, hidden = hide(ours, tokens, valid, n, model.mask)
         values = cross_entropy(model(prepared, seen, valid, context), tokens)
         return jnp.where(hidden & (n <= valid.sum(-1))[:, None], values, 0).sum(-1) / n

@@ -13,10 +13,10 @@ from jaxtyping import Array, Bool, Int, Key
 
 import kernels
 from gen_jax.config import frozen
-from gen_jax.models.masked.config import check_not_negative, check_temperature
 from gen_jax.models.masked.denoisers import Denoiser
 from gen_jax.models.masked.iterative import IterativeSampler, MaskedState
 from gen_jax.models.masked.schedules import Cosine, Curve, Fixed, Power, Schedule, masked_after
+from gen_jax.models.options import check_not_negative, check_temperature
 from gen_jax.models.sequences import uniform_by_position
 
 __all__ = ["AbsorbingDiffusion", "MaskGIT", "MaskPredict", "OrderedGroups", "Repair"]

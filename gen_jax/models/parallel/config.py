@@ -3,7 +3,7 @@
 from typing import ClassVar, Literal
 
 from gen_jax.config import Choice, frozen
-from gen_jax.models.masked.config import check_temperature
+from gen_jax.models.options import check_temperature
 
 __all__ = ["CTCOptions", "LatentConfig", "OneShotOptions", "ParallelOptions"]
 

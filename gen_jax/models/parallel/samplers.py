@@ -11,11 +11,12 @@ from jaxtyping import Array, Int, Key
 
 from gen_jax.condition import Condition
 from gen_jax.config import frozen
+from gen_jax.keys import fold_in_each, of_items
 from gen_jax.models import contract
-from gen_jax.models.masked.config import check_not_negative
 from gen_jax.models.masked.iterative import IterativeSampler, MaskedState
 from gen_jax.models.masked.losses import MaskedModel
 from gen_jax.models.masked.samplers import OrderedGroups
+from gen_jax.models.options import check_not_negative
 from gen_jax.models.parallel.latent import sample_gaussian
 from gen_jax.models.parallel.losses import ParallelModel, source_lengths
 from gen_jax.models.sequences import fill_after_eos
@@ -114,8 +115,8 @@ class ParallelSampler:
             (cond.given, cond.is_given, context),
         )
         if self.lengths > 1:
-            fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
-            keys = fold(keys, jnp.arange(self.lengths)).reshape(-1)
+            several = jax.vmap(of_items, (0, None))(keys, jnp.arange(self.lengths))
+            keys = several.reshape(-1)
         return self.inner.start(network, keys, given, is_given, length, context)
 
     def _lengths(self, params, summary, source, cond, batch):
@@ -143,7 +144,7 @@ class ParallelSampler:
         """What the latent adds to the inputs, [B, L, D]."""
         prior = self.model.prior(params, summary)
         table = params["latent"]["table"][:, : self.inner.length]
-        keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 2**31)
+        keys = fold_in_each(keys, 2**31)
         if self.model.latent.kind == "gaussian":
             z = sample_gaussian(prior, keys, self.latent_temperature)
             return jnp.einsum("bz,zld->bld", z, table)

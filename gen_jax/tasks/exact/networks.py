@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from gen_jax import sampling
+from gen_jax.keys import fold_in_each
 from gen_jax.metrics import repair
 from gen_jax.models.autoregressive import AutoregressiveModel
 from gen_jax.models.contract import Model
@@ -63,8 +64,7 @@ class StackedModel:
         self, params: Any, batch: dict[str, Int[Array, "B S L"]], keys: Key[Array, " B"]
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """The mean of their losses, and each of them as "loss_0", "loss_1" and so on."""
-        fold = jax.vmap(jax.random.fold_in, (0, None))
-        several = jax.vmap(lambda i: fold(keys, i))(jnp.arange(self.number))
+        several = jax.vmap(fold_in_each, (None, 0))(keys, jnp.arange(self.number))
         tokens = batch["tokens"].swapaxes(0, 1)  # [S, B, L]
 
         def one(params, tokens, keys):

@@ -23,8 +23,6 @@ from gen_jax.nn.config import TransformerConfig
 from gen_jax.nn.transformer import TokenNetwork
 from random_networks import LLAMA_FORM, random_params
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 GPT = TransformerConfig(vocabulary=9, context=16, layers=1, width=16, heads=2)
 LLAMA = dataclasses.replace(GPT, heads=4, kv_heads=2, **LLAMA_FORM)
 GREEDY = SamplingOptions(temperature=0)

@@ -23,8 +23,6 @@ from gen_jax.nn.encoder_decoder import EncoderDecoder
 from gen_jax.nn.transformer import TokenNetwork
 from random_networks import random_params
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 GPT = TransformerConfig(vocabulary=9, context=16, layers=1, width=16, heads=2)
 STARTED = dataclasses.replace(GPT, extra_inputs=3, tied=False)  # tied, it repeats itself
 PLAIN, START = (AutoregressiveModel(TokenNetwork(config)) for config in (GPT, STARTED))

@@ -21,8 +21,6 @@ from gen_jax.nn.transformer import TokenNetwork
 from gen_jax.testing import check_sampler
 from random_networks import LLAMA_FORM, random_params
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 THREE = TransformerConfig(vocabulary=3, context=8, layers=1, width=16, heads=2)
 NINE = TransformerConfig(
     vocabulary=9, context=16, layers=1, width=16, heads=4, kv_heads=2, **LLAMA_FORM

@@ -24,8 +24,6 @@ from gen_jax.nn.encoder_decoder import EncoderDecoder
 from gen_jax.nn.transformer import TokenNetwork
 from random_networks import LLAMA_FORM, random_params
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 FOUR = TransformerConfig(vocabulary=4, context=24, layers=1, width=16, heads=2)
 NINE = dataclasses.replace(FOUR, vocabulary=9)
 GREEDY = SamplingOptions(temperature=0)

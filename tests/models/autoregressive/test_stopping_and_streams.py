@@ -10,8 +10,6 @@ import pytest
 from gen_jax import sampling
 from gen_jax.condition import Condition
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 def identity(state):
     return state

@@ -18,8 +18,6 @@ from gen_jax.models.diffusion import vlb as bound
 from gen_jax.models.diffusion.process import at
 from gen_jax.models.diffusion.schedule import posterior_mean_weights, step_variances, x0_weights
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 LINEAR = DiffusionConfig()
 COSINE = DiffusionConfig(schedule="cosine")
 KEYS = jax.random.split(jax.random.key(0), 8)

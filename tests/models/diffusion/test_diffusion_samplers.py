@@ -27,8 +27,6 @@ from gen_jax.nn.config import UNetConfig
 from gen_jax.nn.unet import UNetNetwork
 from gen_jax.testing import check_sampler
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 LINEAR = DiffusionConfig()
 SMALL = DiffusionConfig(variance="fixed_small")
 SPACINGS = ["leading", "trailing", "linspace"]

@@ -29,8 +29,6 @@ from gen_jax.nn.encoder_decoder import EncoderDecoder
 from gen_jax.nn.transformer import TokenNetwork
 from random_networks import random_params
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 MIXTURE = NoisyMixture(3, 4, 3, 0.2, (0.5, 0.3, 0.2)).data
 OTHER = NoisyMixture(3, 4, 3, 0.5).data
 PARITY = even_parity(5)

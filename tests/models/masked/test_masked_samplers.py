@@ -40,8 +40,6 @@ from gen_jax.nn.transformer import TokenNetwork
 from gen_jax.testing import check_sampler
 from random_networks import random_params
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 DRAWS = 20_000
 CHAIN = binary_chain(5, 0.85)
 SHORT_CHAIN = binary_chain(4, 0.85)

@@ -22,8 +22,6 @@ from gen_jax.nn.config import TransformerConfig
 from gen_jax.nn.encoder_decoder import EncoderDecoder
 from random_networks import random_params
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 CONFIG = TransformerConfig(
     vocabulary=3,
     context=12,

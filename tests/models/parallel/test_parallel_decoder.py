@@ -28,8 +28,6 @@ from gen_jax.nn.encoder_decoder import EncoderDecoder
 from gen_jax.nn.transformer import TokenNetwork
 from gen_jax.testing import check_sampler
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 DRAWS = 20_000
 NONE, CODES, GAUSSIAN = (
     LatentConfig(),
