@@ -8,6 +8,7 @@ import pytest
 from processes import assert_same_leaves, read_leaves, saved_steps
 
 from gen_jax import checkpoint
+from gen_jax.trees import named_leaves
 
 # After an error, which it raises, TensorStore calls back to an event loop that is gone.
 pytestmark = pytest.mark.filterwarnings(
@@ -51,7 +52,7 @@ def leaves(tree):
     return {
         f"{name}.{key}": np.asarray(value)
         for name, part in tree.items()
-        for key, value in checkpoint._named(part).items()
+        for key, value in named_leaves(part).items()
     }
 
 

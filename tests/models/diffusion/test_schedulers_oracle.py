@@ -8,6 +8,7 @@ from closed_networks import FunctionNetwork
 
 import kernels
 from gen_jax.condition import Condition
+from gen_jax.keys import fold_in_each
 from gen_jax.models.diffusion import (
     DDIM,
     Ancestral,
@@ -20,7 +21,7 @@ from gen_jax.models.diffusion import (
     TimeGrid,
     samplers,
 )
-from gen_jax.models.diffusion.process import fold_in_each, normal_each
+from gen_jax.models.diffusion.process import normal_each
 from gen_jax.sampling import sample_keys
 
 # diffusers hands torch tensors to numpy in a way that newer ones warn of.
