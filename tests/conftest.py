@@ -2,7 +2,8 @@
 
 Annotations of shapes are checked, ranks are not promoted silently, and warnings are errors.
 Programs are compiled once for all workers and processes, and for the next run of the suite; with
-few optimisations, which takes half the time: no law depends on them.
+few optimisations, which takes a network of convolutions half the time. Training, faults and
+accelerators are tested with programs as users have them.
 """
 
 import gc
@@ -47,6 +48,15 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("oracle"):
             item.add_marker(pytest.mark.filterwarnings("ignore"))
+
+
+@pytest.fixture(scope="module")
+def optimised():
+    """Programs compiled as for users."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from gen_jax.nn.unet import UNetNetwork
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("optimised")
 def test_samples_agree_with_the_cpu():
     accelerator, cpu = jax.devices()[0], jax.local_devices(backend="cpu")[0]
     assert accelerator.platform != "cpu", "no accelerator: run this on a machine that has one"

@@ -16,6 +16,8 @@ from gen_jax.config import TrainConfig
 from gen_jax.trainables import Alternating, Player, mean_gradients
 from gen_jax.workdir import Workdir
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 STEPS, BATCH = 6, 16
 CONFIG = TrainConfig(
     steps=STEPS, batch=BATCH, ema=0.0, log_every=1, checkpoint_every=3, max_skipped=2

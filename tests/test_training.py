@@ -15,6 +15,8 @@ from gen_jax.config import TrainConfig
 from gen_jax.trainables import ModelTrainable
 from gen_jax.workdir import Workdir
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 CONFIG = TrainConfig(
     steps=12, batch=16, learning_rate=0.05, warmup=1, ema=0.9, log_every=1, checkpoint_every=6
 )
