@@ -116,7 +116,7 @@ def make_step(trainable: Trainable, config: TrainConfig, mesh: Mesh) -> Callable
 
     `batch` is split over the mesh (see `parallel.split`); `stop` is int32 [devices], and the
     metric "stop" is its maximum, by which all hosts agree to stop after the same step. The state
-    is donated; where its `ema` is None, none is kept.
+    is donated (see `parallel.map_devices`); where its `ema` is None, none is kept.
 
     Raises:
       ValueError: a rule of the trainable is unknown; when it is traced, its update is not as

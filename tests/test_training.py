@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from gen_jax import checkpoint, keys, parallel, trainables, training
 from gen_jax.config import TrainConfig
@@ -291,7 +292,9 @@ def test_given_values_of_another_kind_are_refused(tmp_path, given, message):
 
 
 @pytest.mark.parametrize("average", [True, False])
-def test_the_state_is_updated_in_place(average):
+@pytest.mark.parametrize("in_place", [True, False])
+def test_the_state_is_updated_in_place_where_that_pays(monkeypatch, average, in_place):
+    monkeypatch.setattr(parallel, "_donation_pays", lambda mesh: in_place)
     mesh, trainable = mesh_of(1), ModelTrainable(Regression(), CONFIG)
     state = training.init_state(CONFIG, trainable)
     state = parallel.replicate(mesh, state if average else state.replace(ema=None))
@@ -299,7 +302,16 @@ def test_the_state_is_updated_in_place(average):
     flags = parallel.split(mesh, np.zeros(1, np.int32))
     program = step.lower(state, parallel.split(mesh, batch(0)), flags).compile()
     aliased = program.as_text().splitlines()[0].count("may-alias")
-    assert aliased == len(jax.tree.leaves(state))
+    assert aliased == (len(jax.tree.leaves(state)) if in_place else 0)
+
+
+def test_a_cpu_does_not_update_the_state_in_place():
+    mesh = mesh_of(1)
+    step = parallel.map_devices(mesh, lambda x: 2 * x, (P(),), P(), donate=(0,))
+    value = parallel.replicate(mesh, np.ones(4, np.float32))
+    jax.block_until_ready(step(value))
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    assert value.is_deleted() != on_cpu
 
 
 def test_a_checkpoint_holds_the_average_the_state_and_the_loop(whole):

@@ -66,7 +66,9 @@ class AttentionBlock(nn.Module):
         h = GroupNorm(config.groups, config.norm_epsilon, silu=False, name="norm")(x)
         h = rearrange(h, "b h w c -> b (h w) c")
         qkv = nn.Dense(3 * channels, dtype=dtype, kernel_init=uniform_init, name="qkv")(h)
-        q, k, v = rearrange(qkv, "b l (three n d) -> three b l n d", three=3, n=heads)
+        # Parts of the last axis: with the parts in front, the gradient would be transposed.
+        parts = jnp.split(qkv, 3, axis=-1)
+        q, k, v = (rearrange(part, "b l (n d) -> b l n d", n=heads) for part in parts)
         logits = jnp.einsum("bqnd,bknd->bnqk", q, k, preferred_element_type=jnp.float32)
         weights = jax.nn.softmax(logits * (channels // heads) ** -0.5, axis=-1).astype(dtype)
         h = jnp.einsum("bnqk,bknd->bqnd", weights, v)

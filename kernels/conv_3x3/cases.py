@@ -65,6 +65,8 @@ SUITES = (
             _case("4 x 6", 3, 4, 6, 5, 7, gradient=(0, 1)),
             _case("8 x 8", 2, 8, 8, 16, 3),
             _case("several slices", 5, 16, 16, 4, 8),
+            _case("gradient in slices", 6, 32, 32, 32, 4, atol=1e-4, gradient=(0, 1)),
+            _case("gradient, odd sizes", 3, 5, 7, 2, 4, gradient=(0, 1)),
             _case("prepared", 2, 8, 8, 6, 4, read=True),
             _case("odd sizes", 2, 5, 4, 3, 3),
             _case("bfloat16", 2, 4, 4, 6, 4, dtype="bfloat16", atol=0.03),

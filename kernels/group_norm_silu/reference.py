@@ -24,9 +24,21 @@ def group_norm_silu(x, scale, bias, *, groups, epsilon, silu):
         return jnp.repeat(total, channels // groups, axis=1)[:, None]
 
     mean = group_mean(features.sum(axis=1))
-    variance = group_mean(jnp.square(features - mean).sum(axis=1))
+    variance = group_mean(_squared_deviation(features, mean).sum(axis=1))
     gain = jax.lax.rsqrt(variance + epsilon) * scale[None, None]
     y = features * gain + (bias[None, None] - mean * gain)
     if silu:
         y = jax.nn.silu(y)
     return y.reshape(x.shape).astype(x.dtype)
+
+
+@jax.custom_jvp
+def _squared_deviation(features, mean):
+    return jnp.square(features - mean)
+
+
+@_squared_deviation.defjvp
+def _tangent(primals, tangents):
+    """Without a part for the mean: deviations from it sum to zero, so that it has no effect."""
+    features, mean = primals
+    return _squared_deviation(features, mean), 2 * (features - mean) * tangents[0]
