@@ -16,7 +16,6 @@ import tempfile
 import time
 
 import jax
-import lazy_loader
 import numpy as np
 
 from experiments.benchmarks import timing
@@ -24,7 +23,7 @@ from gen_jax import interop, sampling
 from gen_jax.condition import Condition
 from gen_jax.models.diffusion import DDIM, Ancestral, DiffusionConfig, DiffusionSampler
 
-diffusers, torch = lazy_loader.load("diffusers"), lazy_loader.load("torch")
+diffusers, torch = timing.Peer("diffusers"), timing.Peer("torch")
 
 
 @dataclasses.dataclass(frozen=True)

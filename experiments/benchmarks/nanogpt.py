@@ -24,7 +24,6 @@ import time
 from pathlib import Path
 
 import jax
-import lazy_loader
 import numpy as np
 
 import gen_jax
@@ -36,7 +35,7 @@ from gen_jax.data import TextConfig, TokenStream, load_text, tokenizers
 from gen_jax.models.autoregressive import AutoregressiveModel, AutoregressiveSampler
 from gen_jax.nn.transformer import TokenNetwork
 
-torch = lazy_loader.load("torch")
+torch = timing.Peer("torch")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """What the benchmarks share."""
 
+import importlib
 import importlib.util
 import json
 import os
@@ -13,7 +14,21 @@ import tyro
 
 from gen_jax import cli
 
-__all__ = ["alternate", "machine", "main", "require", "torch_device"]
+__all__ = ["Peer", "alternate", "machine", "main", "require", "torch_device"]
+
+
+class Peer:
+    """A package that a benchmark compares with, imported when something of it is first used.
+
+    diffusers and transformers put another module in their own place while they are imported, which
+    `importlib.util.LazyLoader` does not survive.
+    """
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(importlib.import_module(self._name), attribute)
 
 
 def main(kind: type, benchmark: Callable[[Any], Any], about: str) -> int:

@@ -20,7 +20,6 @@ import time
 
 import jax
 import jax.numpy as jnp
-import lazy_loader
 import numpy as np
 
 from experiments.benchmarks import timing
@@ -28,7 +27,7 @@ from gen_jax import interop, sampling
 from gen_jax.condition import Condition
 from gen_jax.models.autoregressive import AutoregressiveSampler, SamplingOptions
 
-torch, transformers = lazy_loader.load("torch"), lazy_loader.load("transformers")
+torch, transformers = timing.Peer("torch"), timing.Peer("transformers")
 
 
 @dataclasses.dataclass(frozen=True)
