@@ -9,8 +9,8 @@ import copy
 import dataclasses
 import difflib
 import errno
+import io
 import os
-import pathlib
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -31,12 +31,20 @@ __all__ = [
     "parse",
     "phases_of",
     "print_summary",
+    "refusals_in_one_line",
     "resume_command",
+    "store",
     "stored_form",
     "stored_run",
+    "stored_summary",
 ]
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_IN_THE_WAY = (FileExistsError, IsADirectoryError, NotADirectoryError)
+_SMALLER = (
+    "try a larger --train.accumulate, or a smaller --train.batch, --sample.number, "
+    "--sample.micro-batch or --evaluate.batch"
+)
 _WHOLE = ("train", "sample", "evaluate")  # what "all" runs, as far as the task has them
 
 
@@ -94,40 +102,48 @@ def execute(experiment: Experiment, config: RunConfig, phases: tuple[str, ...]) 
       ValueError, FileNotFoundError: the run, its data or its work directory do not fit; nothing was
         written.
     """
-    path = pathlib.Path(config.workdir).expanduser()
+    workdir = Workdir(config.workdir)
+    path = workdir.path
     training, several = "train" in phases, bool(config.distributed.coordinator)
     if not training and not config.pretrained and not (path / "config.json").exists():
         raise WorkdirError(f"no run in {path}; train one first, or give its --workdir")
     if several and phases != ("train",):
         raise ValueError("several hosts train together; sample and evaluate on one of them")
-    workdir = Workdir(path)
     workdir.check_config(stored_form(config), _resumable(config, workdir.stored_config()))
+    stored_summary(workdir)
     data = config.load(path, phases)
-    with contextlib.nullcontext() if several else claim(workdir, config, training):
+    with contextlib.nullcontext() if several else claim(workdir, config):
         run = config_lib.resolve("gen_jax.runs:run")
         run(experiment.name, config, workdir, phases, data)
 
 
 @contextlib.contextmanager
-def claim(workdir: Workdir, config: RunConfig, training: bool) -> Iterator[None]:
-    """Holds the work directory, which must be of this configuration.
+def claim(workdir: Workdir, config: RunConfig) -> Iterator[None]:
+    """Holds the work directory, which must be of this configuration; nothing is stored there.
 
     Args:
       workdir: the directory.
-      config: of the run, stored there when training.
-      training: whether the run trains.
+      config: of the run.
 
     Raises:
       WorkdirError: another process holds it, or it holds another run.
     """
     with workdir.lock():
-        stored, current = workdir.stored_config(), stored_form(config)
-        resumable = _resumable(config, stored)
-        if training:
-            workdir.write_config(current, resumable)
-        else:
-            workdir.check_config(current, resumable)
+        workdir.check_config(stored_form(config), _resumable(config, workdir.stored_config()))
         yield
+
+
+def store(workdir: Workdir, config: RunConfig) -> None:
+    """Stores the configuration in a work directory that is held.
+
+    This comes after all checks: a run without `--preset` takes what is stored there, also that of
+    a run that failed.
+
+    Raises:
+      WorkdirError: the directory holds another run.
+    """
+    stored = workdir.stored_config()
+    workdir.write_config(stored_form(config), _resumable(config, stored))
 
 
 def stored_form(config: RunConfig) -> dict:
@@ -143,8 +159,8 @@ def stored_run(path: str | os.PathLike, kind: type[RunConfig] | None = None) -> 
       kind: the class that the configuration must be of; None for that of its task.
 
     Raises:
-      WorkdirError: it is of an older version, or of a task of another class.
-      ValueError: its task or its fields are unknown, or a value is not possible.
+      WorkdirError: it is of an older version, or of a task of another class; or its task or its
+        fields are unknown, or a value is not possible.
     """
     values = Workdir(path).stored_config()
     if values is None:
@@ -156,8 +172,20 @@ def stored_run(path: str | os.PathLike, kind: type[RunConfig] | None = None) -> 
         raise WorkdirError(
             f"{path} holds a run of the task {task!r}, not {kind.task!r}; choose another --workdir"
         )
-    config = config_lib.from_dict(kind or config_class(task), values)
-    return dataclasses.replace(config, workdir=str(path))
+    try:
+        config = config_lib.from_dict(kind or config_class(task), values)
+        return dataclasses.replace(config, workdir=str(path))
+    except ValueError as error:
+        raise WorkdirError(f"{path}/config.json: {error}") from error
+
+
+def stored_summary(workdir: Workdir) -> dict:
+    """The figures in summary.json; none where it does not exist.
+
+    Raises:
+      WorkdirError: the file is damaged.
+    """
+    return workdir.read_json("summary.json", "move it away") or {}
 
 
 def _resumable(config, stored):
@@ -188,18 +216,16 @@ def guarded(run: Callable[[], None]) -> int:
         if not _is_ours(error):
             raise
         return _fail(error, 2)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, *_IN_THE_WAY) as error:
         return _fail(error, 2)
+    except MemoryError as error:
+        return _fail(f"out of memory{f' ({error})' * bool(str(error))}; {_SMALLER}", 1)
     except (FloatingPointError, OSError) as error:
-        return _fail(error, 1)
+        return _fail(error, 2 if getattr(error, "errno", None) == errno.ENAMETOOLONG else 1)
     except RuntimeError as error:  # of jax, which may not have been imported
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return _fail(
-            "out of memory; try a larger --train.accumulate, or a smaller --sample.micro-batch "
-            f"or --evaluate.batch ({str(error).splitlines()[0][:200]})",
-            1,
-        )
+        return _fail(f"out of memory ({str(error).splitlines()[0][:200]}); {_SMALLER}", 1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -214,8 +240,9 @@ def parse(experiment: Experiment, argv: list[str]) -> tuple[str, RunConfig]:
     as in --sampler ddim, or by "module:class" of one's own. Every option overrides a field.
 
     Raises:
-      SystemExit: a value is ill-typed (code 2), or --help was asked for.
-      ValueError: a command, preset, choice or option is unknown, or values contradict each other.
+      SystemExit: --help was asked for.
+      ValueError: a command, preset, choice or option is unknown, a value is ill-typed, or values
+        contradict each other.
     """
     commands = experiment.commands
     command, rest = commands[0], argv
@@ -238,8 +265,30 @@ def parse(experiment: Experiment, argv: list[str]) -> tuple[str, RunConfig]:
     _check_options(rest, default)
     prog = f"python -m experiments.{experiment.name} [{'|'.join(commands)}] [--preset NAME]"
     about = _description(experiment, default)
-    config = tyro.cli(type(default), prog=prog, description=about, default=default, args=rest)
+    with refusals_in_one_line():
+        config = tyro.cli(type(default), prog=prog, description=about, default=default, args=rest)
     return command, config
+
+
+@contextlib.contextmanager
+def refusals_in_one_line() -> Iterator[None]:
+    """Turns the box that tyro draws around what it refuses into the message of a ValueError."""
+    drawn = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(drawn):
+            yield
+    except SystemExit as end:
+        if end.code in (0, None):
+            raise
+        words = []
+        for line in drawn.getvalue().splitlines():
+            text = line.strip("│╭╮╰╯─ ")
+            if line.startswith("╭"):  # the title
+                continue
+            if not text:  # a rule: help follows
+                break
+            words.append(text)
+        raise ValueError(f"{' '.join(words).removeprefix('Error parsing ')} (see --help)") from None
 
 
 def _description(experiment, default):

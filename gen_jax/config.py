@@ -350,7 +350,7 @@ def to_dict(config: Any) -> dict:
     return json.loads(json.dumps(values))
 
 
-def from_dict(kind: type[T], values: Mapping) -> T:
+def from_dict(kind: type[T], values: Any) -> T:
     """The inverse of `to_dict`; a field that is missing takes its default.
 
     Raises:

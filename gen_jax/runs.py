@@ -1,7 +1,6 @@
 """The phases of a run as functions of its task: train, sample, evaluate, and a task's own."""
 
 import contextlib
-import json
 import sys
 import time
 from typing import Any
@@ -30,7 +29,7 @@ def run(name: str, config: RunConfig, workdir: Workdir, phases: tuple[str, ...],
     hosts.start(config.distributed)
     main = jax.process_index() == 0
     several = bool(config.distributed.coordinator)
-    claimed = cli.claim(workdir, config, "train" in phases) if several and main else None
+    claimed = cli.claim(workdir, config) if several and main else None
     with claimed or contextlib.nullcontext():
         hosts.meet("the work directory is there")
         if main:
@@ -38,6 +37,7 @@ def run(name: str, config: RunConfig, workdir: Workdir, phases: tuple[str, ...],
         task = make_task(config, workdir, phases, data)
         current, report = Run(name, config, workdir, phases, task), {}
         if "train" in phases:
+            _begin(current)
             report |= train(current)
         if phases != ("train",):
             current.params, current.step = restore(current)
@@ -69,6 +69,18 @@ def _wanted_step(config, training):
     """The step of the checkpoint that config.sample asks for; None for the latest whole one."""
     step = getattr(getattr(config, "sample", None), "checkpoint", -1)
     return None if training or step < 0 else step
+
+
+def _begin(run):
+    """Makes all checks of the stages, and only then stores what the run is."""
+    for stage in run.task.stages:
+        run.workdir.stage(stage.name)
+        given = stage.initial is not None
+        training.check_start(run.config.train, stage.trainable, parallel.data_mesh(), given)
+    if jax.process_index() == 0:
+        cli.store(run.workdir, run.config)
+        if run.task.begin is not None:
+            run.task.begin(run)
 
 
 def train(run: Run) -> dict[str, Any]:
@@ -149,11 +161,7 @@ def evaluate(run: Run) -> dict[str, Any]:
 
 def _summarise(run, report):
     """Adds what was measured to summary.json, which keeps what was not measured again."""
-    path = run.workdir.path / "summary.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
-    trained = any(name.endswith("train_seconds") for name in report)
-    if "wall_seconds" in known and not trained:
-        report = report | {"wall_seconds": known["wall_seconds"]}  # that of the training
+    known = cli.stored_summary(run.workdir)
     run.workdir.write_json("summary.json", known | report)
     cli.print_summary(f"{run.name}: {', '.join(run.phases)}", report)
     stages = [f"{stage.name}/metrics.jsonl" for stage in run.task.stages]

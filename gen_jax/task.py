@@ -8,6 +8,7 @@ function of a configuration (see `gen_jax.tasks`); the phases of a run are funct
 import dataclasses
 import functools
 import time
+import zipfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -81,6 +82,8 @@ class Task:
       stages: what is trained, in order.
       model: what the sampler draws from, for users of `gen_jax.load`.
       sampler: the strategy that `sample` runs.
+      begin: begin(run) leaves in the work directory what the run is read with later, say a
+        tokenizer; it is called when everything was checked, before training, on the first host.
       condition: condition(n) conditions the first n samples; None for no condition.
       number: most samples that there are conditions for; None for any number.
       micro_batch: most samples that make sense at a time; None for config.sample.micro_batch.
@@ -96,6 +99,7 @@ class Task:
     stages: tuple[Stage, ...]
     model: Any = None
     sampler: Sampler | None = None
+    begin: Callable[["Run"], None] | None = None
     condition: Callable[[int], Condition] | None = None
     number: int | None = None
     micro_batch: int | None = None
@@ -171,9 +175,13 @@ class Run:
         path = self.workdir.path / "samples.npz"
         if not path.exists():
             raise FileNotFoundError(f"no samples in {path.parent}; run the command `sample` first")
-        with np.load(path) as file:
-            arrays = dict(file)
-        if (drawn := int(arrays["step"])) != self.step:
+        try:
+            with open(path, "rb") as file, np.load(file) as stored:
+                arrays = dict(stored)
+            drawn = int(arrays["step"])
+        except (ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path} is damaged; run the command `sample` again") from error
+        if drawn != self.step:
             raise ValueError(
                 f"{path} was drawn at step {drawn}, the checkpoint is of step {self.step}; run the "
                 "command `sample` again"

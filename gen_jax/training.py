@@ -7,6 +7,7 @@ therefore ends with the state of one that was not, bit for bit.
 
 import contextlib
 import dataclasses
+import datetime
 import math
 import os
 import signal
@@ -33,10 +34,14 @@ __all__ = [
     "TrainState",
     "Trainable",
     "Trained",
+    "check_start",
     "fit",
     "init_state",
     "make_step",
 ]
+
+
+_SECONDS_BETWEEN_LINES = 30  # of progress, where there is no terminal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +114,8 @@ def fit(
         "eval/".
       initial: what to start from in the place of `trainable.averaged`, say pretrained weights; it
         is not read where there is a checkpoint.
-      progress: show a bar with rate and time left; None to show it on a terminal only.
+      progress: True shows a bar with rate and time left, False nothing; None shows the bar on a
+        terminal, and elsewhere a line on standard error every half a minute.
 
     Raises:
       ValueError: the batch does not divide over devices and slices; the trainable cannot start
@@ -119,7 +125,7 @@ def fit(
         seed. The last checkpoint is from before the first of them, or from a step whose own
         update was skipped, so that its state is finite.
     """
-    _check_start(config, trainable, mesh, initial)
+    check_start(config, trainable, mesh, initial is not None)
     if jax.process_index() == 0:
         workdir.create()
     if checkpoint.steps(workdir.checkpoints):
@@ -138,7 +144,19 @@ def fit(
         return loop.run(make_step(trainable, config, mesh), state, start, batch, mesh, stop)
 
 
-def _check_start(config, trainable, mesh, initial):
+def check_start(config: TrainConfig, trainable: Trainable, mesh: Mesh, given: bool) -> None:
+    """Refuses what `fit` cannot start, before anything is written.
+
+    Args:
+      config: of the loop.
+      trainable: what is to be trained.
+      mesh: all devices.
+      given: whether training starts from given values.
+
+    Raises:
+      ValueError: the batch does not divide over devices and slices, or the trainable cannot start
+        from given values.
+    """
     slices = getattr(trainable, "accumulate", 1)
     if slices != config.accumulate:
         raise ValueError(
@@ -150,7 +168,7 @@ def _check_start(config, trainable, mesh, initial):
             f"a batch of {config.batch} does not divide over {mesh.size} devices and "
             f"{slices} slices; choose a multiple of {mesh.size * slices}"
         )
-    if initial is not None and not hasattr(trainable, "replace_averaged"):
+    if given and not hasattr(trainable, "replace_averaged"):
         raise ValueError(
             f"{type(trainable).__name__} cannot start from given values: it has no method "
             "replace_averaged(state, tree)"
@@ -188,7 +206,10 @@ class _Loop:
     @contextlib.contextmanager
     def open(self, start, progress):
         """Opens the records and the bar for the time of the loop."""
-        hidden = not (self.main and (sys.stderr.isatty() if progress is None else progress))
+        on_terminal = sys.stderr.isatty()
+        hidden = not (self.main and (on_terminal if progress is None else progress))
+        self.lines = self.main and progress is None and not on_terminal
+        self.last_line = time.perf_counter()
         total = self.config.steps
         self.log = MetricsLog(self.workdir.path / "metrics.jsonl", start) if self.main else None
         with tqdm(total=total, initial=start, desc="training", unit="step", disable=hidden) as bar:
@@ -270,7 +291,24 @@ class _Loop:
             self.last_step, self.last_time = step, now
             self.bar.set_postfix(loss=f"{metrics['loss']:.4f}")
             self._write({"step": step} | metrics | {"examples_per_second": round(rate, 2)})
+            self._show(step, metrics["loss"], rate)
         return signum
+
+    def _show(self, step, loss, rate):
+        """A line of progress, where it is time for one and there is no bar."""
+        now = time.perf_counter()
+        if not self.lines or now - self.last_line < _SECONDS_BETWEEN_LINES:
+            return
+        self.last_line = now
+        left = datetime.timedelta(
+            seconds=round((self.config.steps - step) * self.config.batch / rate)
+        )
+        print(
+            f"step {step} of {self.config.steps}: loss {loss:.4f}, {rate:.4g} examples/s, "
+            f"{left} left",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def _report_skipped(self, step, metrics):
         """Says which metrics of a skipped update are not finite; raises after too many in a row."""

@@ -27,10 +27,12 @@ class Workdir:
       path: the directory, which need not exist.
 
     Raises:
-      WorkdirError: its name is not text in this locale.
+      WorkdirError: its name is empty, or not text in this locale.
     """
 
     def __init__(self, path: str | os.PathLike):
+        if not os.fspath(path):
+            raise WorkdirError("the work directory has no name; give one with --workdir")
         self.path = pathlib.Path(path).expanduser().absolute()
         try:
             str(self.path).encode()  # TensorStore takes no other names
@@ -70,14 +72,19 @@ class Workdir:
         """The directory of a stage of the run, inside of this one; nothing is made on disk.
 
         Raises:
-          WorkdirError: checkpoints lie in this directory itself, as older versions left them.
+          WorkdirError: checkpoints lie in this directory itself, as older versions left them, or
+            something else than a directory is in its place.
         """
         if any(self.checkpoints.glob("[0-9]*")):
             raise WorkdirError(
                 f"the checkpoints in {self.checkpoints} are of an older version of gen_jax; "
                 "train again in another --workdir"
             )
-        return Workdir(self.path / name)
+        stage = Workdir(self.path / name)
+        for place in (stage.path, stage.checkpoints):
+            if os.path.lexists(place) and not place.is_dir():
+                raise WorkdirError(f"{place} is no directory; move it away")
+        return stage
 
     @property
     def checkpoints(self) -> pathlib.Path:
@@ -127,22 +134,7 @@ class Workdir:
         Raises:
           WorkdirError: the file cannot be read, is not valid JSON, or is no object.
         """
-        path = self.path / "config.json"
-        if not os.path.lexists(path):
-            return None
-        try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise WorkdirError(f"{path} cannot be read ({error.strerror})") from error
-        except ValueError as error:  # of JSON or of UTF-8
-            raise WorkdirError(
-                f"{path} is damaged ({error}); restore it or start afresh"
-            ) from error
-        if not isinstance(stored, dict):
-            raise WorkdirError(
-                f"{path} is damaged (it holds no object of fields); restore it or start afresh"
-            )
-        return stored
+        return self.read_json("config.json", "restore it or start afresh")
 
     def check_config(self, current: dict, free: tuple[str, ...]) -> None:
         """Refuses a configuration that changes what was being trained.
@@ -169,6 +161,29 @@ class Workdir:
         """Stores the configuration after `check_config`, whose errors it raises."""
         self.check_config(current, free)
         self.write_json("config.json", current)
+
+    def read_json(self, name: str, advice: str) -> dict | None:
+        """The object in a JSON file, or None where there is no such file.
+
+        Args:
+          name: of the file.
+          advice: what to do where it is damaged.
+
+        Raises:
+          WorkdirError: the file cannot be read, is not valid JSON, or is no object.
+        """
+        path = self.path / name
+        if not os.path.lexists(path):
+            return None
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise WorkdirError(f"{path} cannot be read ({error.strerror})") from error
+        except (ValueError, RecursionError) as error:  # of JSON or of UTF-8
+            raise WorkdirError(f"{path} is damaged ({error}); {advice}") from error
+        if not isinstance(stored, dict):
+            raise WorkdirError(f"{path} is damaged (it holds no object of fields); {advice}")
+        return stored
 
     def write_json(self, name: str, values: dict) -> pathlib.Path:
         """Writes a JSON file whole: a reader sees the old one or the new one."""

@@ -26,22 +26,25 @@ def _seconds_of_children():
 
 
 @pytest.fixture
-def refused(tmp_path):
-    """Runs a command line that must end with code 2, before jax; what it says, in one line.
-
-    Importing jax ends the process with code 99. The box that tyro draws counts as one line.
-    """
+def without_jax(tmp_path):
+    """An environment in which importing jax ends the process with code 99."""
     (tmp_path / "fake" / "jax").mkdir(parents=True)
     (tmp_path / "fake" / "jax" / "__init__.py").write_text("import os\nos._exit(99)\n")
-    (tmp_path / "here").mkdir()
     path = os.pathsep.join([str(tmp_path / "fake"), str(ROOT)])
+    return os.environ | {"PYTHONPATH": path, "COLUMNS": "80"}
+
+
+@pytest.fixture
+def refused(tmp_path, without_jax):
+    """Runs a command line that must end with code 2, before jax; what it says, in one line."""
+    (tmp_path / "here").mkdir()
 
     def run(*arguments, code=2, experiment="ddpm_cifar"):
         began = _seconds_of_children()
         done = subprocess.run(
             [sys.executable, "-m", f"experiments.{experiment}", *arguments],
             cwd=tmp_path / "here",
-            env=os.environ | {"PYTHONPATH": path, "COLUMNS": "80"},
+            env=without_jax,
             capture_output=True,
             text=True,
             timeout=60,
@@ -52,14 +55,10 @@ def refused(tmp_path):
         assert done.stdout == ""
         if code == 99:
             return ""
-        assert "Traceback" not in done.stderr
-        lines = done.stderr.splitlines()
-        if lines[0].startswith("error: "):
-            assert len(lines) == 1
-            return lines[0]
-        assert lines[0].startswith("╭")
-        assert lines[-1].startswith("╰")
-        return " ".join(" ".join(lines[1:-1]).replace("│", " ").split())
+        (line,) = done.stderr.splitlines()
+        assert line.startswith("error: ")
+        assert not set(line) & set("│╭╰─")
+        return line
 
     return run
 
@@ -80,7 +79,7 @@ UNKNOWN = [
     ("--sampler", "--sampler needs a value"),
 ]
 ILL_TYPED = [
-    ("--train.steps abc", "--train.steps: invalid literal for int"),
+    ("--train.steps abc", "error: --train.steps: invalid literal for int"),
     ("--train.steps 1.5", "--train.steps: invalid literal for int"),
     ("--train.steps", "Missing value for argument '--train.steps'"),
     ("--train.beta2 fast", "--train.beta2: could not convert string to float"),
@@ -190,6 +189,31 @@ def test_those_of_tokens_too(refused, experiment, line, message):
 def test_a_good_command_line_reaches_jax(refused, experiment):
     """Otherwise the tests above could not tell."""
     refused("--train.steps", "5", code=99, experiment=experiment)
+
+
+def listed(environment, *arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "experiments", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_experiments_are_listed_without_jax(without_jax):
+    done = listed(without_jax)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = [line.split() for line in done.stdout.splitlines() if line.startswith("  ")]
+    names = [line[0] for line in lines]
+    files = sorted(path.stem for path in (ROOT / "experiments").glob("[a-z]*.py"))
+    timed = [name for name in names if name not in files]
+    assert names[: len(files)] == files == sorted(item.name for item in EXPERIMENTS)
+    assert timed == ["diffusers", "diffusers_training", "nanogpt", "transformers", "translation"]
+    assert all(len(line) > 4 for line in lines)
+    refused = listed(without_jax, "ddpm_cifar")
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("error: python -m experiments takes no arguments, got ddpm_c")
 
 
 @pytest.mark.parametrize(("experiment", "name"), PRESETS)

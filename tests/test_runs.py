@@ -1,7 +1,9 @@
 """What the phases of every task share, on a task of three numbers, and on one of two stages."""
 
 import dataclasses
+import errno
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -205,6 +207,96 @@ def test_data_that_does_not_fit_is_refused_without_a_trace(tmp_path, capsys):
     assert not run.exists()
 
 
+def test_a_start_that_fails_leaves_no_configuration_behind(tmp_path, capsys):
+    """The next run without a preset would take it."""
+    run = tmp_path / "run"
+    assert main("all", "--workdir", run, "--train.batch", 12) == 2
+    assert "a batch of 12 does not divide over 8 devices" in capsys.readouterr().err
+    assert not run.exists()
+    run.mkdir()
+    (run / "notes.txt").write_text("mine")
+    assert main("all", "--workdir", run, "--train.batch", 12) == 2
+    assert [path.name for path in run.iterdir() if path.name != ".lock"] == ["notes.txt"]
+    assert main("train", "--workdir", run) == 0
+    assert json.loads((run / "config.json").read_text())["train"]["batch"] == 8
+
+
+DAMAGE = [
+    ("config.json", b"\xff\x00", "sample", "config.json is damaged ('utf-8' codec"),
+    ("config.json", b"[1, 2]", "sample", "config.json is damaged (it holds no object of fields)"),
+    ("config.json", b"[" * 100_000, "sample", "config.json is damaged (maximum recursion depth"),
+    ("config.json", {"stages": [[1]]}, "sample", "config.json: stages must be a whole number"),
+    ("config.json", {"train": [1]}, "sample", "config.json: TrainConfig cannot be read from [1]"),
+    ("config.json", {"data": 10**30}, "sample", None),
+    ("config.json", None, "sample", "config.json cannot be read (Is a directory)"),
+    ("summary.json", b"", "sample", "summary.json is damaged (Expecting value"),
+    ("summary.json", b"[]", "evaluate", "summary.json is damaged (it holds no object of fields)"),
+    ("summary.json", None, "evaluate", "summary.json cannot be read (Is a directory)"),
+    ("samples.npz", b"", "evaluate", "samples.npz is damaged; run the command `sample` again"),
+    ("samples.npz", b"PK\x03\x04 cut", "evaluate", "samples.npz is damaged"),
+    ("samples.npz", b"words", "evaluate", "samples.npz is damaged"),
+    ("first/metrics.jsonl", b'{"loss": 1}\n', "train", "line 1 is no record with a step"),
+    ("first/metrics.jsonl", None, "train", "metrics.jsonl cannot be read (Is a directory)"),
+    ("first/checkpoints", b"words", "train", "checkpoints is no directory; move it away"),
+    ("first", b"words", "train", "first is no directory; move it away"),
+]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    path = tmp_path_factory.mktemp("points") / "run"
+    assert main("all", "--workdir", path, "--train.steps", 2) == 0
+    return path
+
+
+@pytest.mark.parametrize(("name", "content", "command", "message"), DAMAGE)
+def test_damaged_files_are_named_before_any_work(
+    finished, tmp_path, capsys, name, content, command, message
+):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    changed = json.loads((run / "config.json").read_text())
+    if isinstance(content, dict):
+        content = json.dumps(changed | content).encode()
+    shutil.rmtree(run / name) if (run / name).is_dir() else (run / name).unlink()
+    (run / name).mkdir() if content is None else (run / name).write_bytes(content)
+    drawn = (run / "samples.npz").stat() if name != "samples.npz" else None
+    steps = ("--train.steps", 4) if command == "train" else ()
+    code = main(command, "--workdir", run, *steps)
+    output = capsys.readouterr()
+    if message is None:  # a number of any size is one
+        assert code == 0
+        return
+    assert code == 2, output.err
+    assert "\n" not in output.err.rstrip("\n")
+    assert message in output.err
+    assert drawn is None or (run / "samples.npz").stat() == drawn
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (MemoryError(), 1, "error: out of memory; try a larger --train.accumulate"),
+        (MemoryError("8 EiB"), 1, "error: out of memory (8 EiB); try"),
+        (FileExistsError(17, "File exists", "samples"), 2, "File exists: 'samples'"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "a"), 2, "File name too long: 'a'"),
+        (OSError(errno.EIO, "Input/output error", "a"), 1, "Input/output error: 'a'"),
+    ],
+)
+def test_errors_of_the_system_are_one_line(capsys, error, code, message):
+    def fail():
+        raise error
+
+    assert cli.guarded(fail) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_a_directory_without_a_name_is_refused(capsys):
+    assert main("train", "--workdir=") == 2
+    assert "the work directory has no name" in capsys.readouterr().err
+
+
 def test_another_kind_of_run_is_named(tmp_path, capsys):
     assert main("train", "--workdir", tmp_path, "--train.steps", 1) == 0
     stored = json.loads((tmp_path / "config.json").read_text())
@@ -229,11 +321,11 @@ def test_a_run_from_before_a_field_came_is_resumed_at_its_default(tmp_path):
     workdir.create()
     workdir.write_config(stored, ())
     (workdir.stage("first").checkpoints / "10").mkdir(parents=True)
-    with cli.claim(workdir, config, training=False):
+    with cli.claim(workdir, config):
         pass
     changed = dataclasses.replace(config, train=dataclasses.replace(config.train, beta1=0.8))
     with (
         pytest.raises(WorkdirError, match=r"\(train\.beta1: None -> 0\.8\)"),
-        cli.claim(workdir, changed, training=False),
+        cli.claim(workdir, changed),
     ):
         pass

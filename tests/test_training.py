@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -289,6 +290,22 @@ def test_training_starts_from_given_values_once(tmp_path):
 def test_given_values_of_another_kind_are_refused(tmp_path, given, message):
     with pytest.raises(ValueError, match=message):
         fit(tmp_path, initial=given)
+
+
+@pytest.mark.parametrize(("progress", "lines"), [(None, 12), (False, 0)])
+def test_without_a_terminal_lines_show_the_progress(tmp_path, monkeypatch, capsys, progress, lines):
+    monkeypatch.setattr(training, "_SECONDS_BETWEEN_LINES", 0)
+    fit(tmp_path, progress=progress)
+    shown = capsys.readouterr().err.splitlines()
+    assert len(shown) == lines
+    for number, line in enumerate(shown, 1):
+        step = rf"step {number} of 12: loss \d+\.\d{{4}}, [\d.e+]+ examples/s, \d+:\d\d:\d\d left"
+        assert re.fullmatch(step, line), line
+
+
+def test_lines_of_progress_are_far_between(tmp_path, capsys):
+    fit(tmp_path)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("average", [True, False])

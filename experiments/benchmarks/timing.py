@@ -42,7 +42,13 @@ def main(kind: type, benchmark: Callable[[Any], Any], about: str) -> int:
     Returns:
       The exit code of `cli.guarded`.
     """
-    return cli.guarded(lambda: print(json.dumps(benchmark(tyro.cli(kind, description=about)))))
+
+    def run():
+        with cli.refusals_in_one_line():
+            config = tyro.cli(kind, description=about)
+        print(json.dumps(benchmark(config)))
+
+    return cli.guarded(run)
 
 
 def require(*packages: str) -> None:

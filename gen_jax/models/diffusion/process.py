@@ -66,7 +66,13 @@ def predicted_x0(
 def to_signal(
     images: Shaped[Array | np.ndarray, "B height width C"],
 ) -> Float[Array | np.ndarray, "B height width C"]:
-    """Images on the scale of uint8, 0 to 255, as float32 in [-1, 1]."""
+    """Images of integers from 0 to 255 as float32 in [-1, 1].
+
+    Raises:
+      ValueError: the images are no integers, but say on another scale already.
+    """
+    if not jnp.issubdtype(images.dtype, jnp.integer):
+        raise ValueError(f"images must be integers from 0 to 255 (uint8), not {images.dtype}")
     return images.astype(jnp.float32) / 127.5 - 1
 
 

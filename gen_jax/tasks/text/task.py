@@ -37,8 +37,6 @@ def make(config: TextRunConfig, context: Context) -> Task:
     elif config.pretrained:
         initial = _load_pretrained(config, data)
     training = "train" in context.phases
-    if training and record is None and jax.process_index() == 0:
-        data.tokenizer.save(context.workdir.path / TOKENIZER)
     stage = Stage(
         name="model",
         trainable=ModelTrainable(model, config.train),
@@ -59,6 +57,7 @@ def make(config: TextRunConfig, context: Context) -> Task:
         stages=(stage,),
         model=model,
         sampler=sampler,
+        begin=functools.partial(_begin, data) if record is None else None,
         condition=functools.partial(_prompts, model, data),
         micro_batch=1 if config.searches else None,  # a search finds one text
         draw=functools.partial(_stream, data) if streamed else None,
@@ -68,6 +67,10 @@ def make(config: TextRunConfig, context: Context) -> Task:
         results=(TOKENIZER, "samples.txt", "samples.npz", "gpt2"),
         tokenizer=data.tokenizer,
     )
+
+
+def _begin(data, run):
+    data.tokenizer.save(run.workdir.path / TOKENIZER)
 
 
 def _record(data):

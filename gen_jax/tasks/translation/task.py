@@ -41,12 +41,6 @@ def make(config: TranslationRunConfig, context: Context) -> Task:
     model, training = make_model(config, data), "train" in context.phases
     if record is not None:
         _check_record(data, record, context)
-    if training and jax.process_index() == 0:
-        if record is None:
-            data.tokenizer.save(context.workdir.path / TOKENIZER)
-        if left := data.pairs("train").left_out:
-            most = config.data.max_length
-            print(f"{left} training pairs are longer than {most} tokens and left out")
     stage = Stage(
         name="model",
         trainable=ModelTrainable(model, config.train),
@@ -60,6 +54,7 @@ def make(config: TranslationRunConfig, context: Context) -> Task:
         stages=(stage,),
         model=model,
         sampler=make_sampler(config, model, data.tokenizer.eos, config.data.max_length),
+        begin=functools.partial(_begin, config, data, record is None),
         condition=functools.partial(_condition, config, data) if sampled else None,
         number=len(data.pairs(config.sample.split)) if sampled else None,
         write=functools.partial(_write, config, data),
@@ -127,6 +122,15 @@ def source_condition(sources: dict[str, np.ndarray], number: int) -> Condition:
 
 def _condition(config, data, number):
     return source_condition(data.pairs(config.sample.split).all(config.data.max_length), number)
+
+
+def _begin(config, data, fresh, run):
+    """Leaves the tokenizer of a fresh run, and says which pairs are not trained on."""
+    if fresh:
+        data.tokenizer.save(run.workdir.path / TOKENIZER)
+    if left := data.pairs("train").left_out:
+        most = config.data.max_length
+        print(f"{left} training pairs are longer than {most} tokens and left out")
 
 
 def _record(data):

@@ -118,8 +118,10 @@ def test_loss_of_the_exact_predictor_is_the_floor():
 
     @jax.jit
     def loss(deviation):
-        # Images are given on the scale of uint8, which the loss maps to [-1, 1].
-        batch = {"image": (deviation * unit + 1) * 127.5}
+        # Images are given on the scale of uint8, which the loss maps to [-1, 1]; rounding to it
+        # adds a variance of 1e-5 at most.
+        images = (deviation * unit + 1) * 127.5
+        batch = {"image": jnp.round(images).astype(jnp.int32)}
         return model.loss({"deviation": deviation}, batch, keys)
 
     for deviation, floor in ((0.5, 0.173053), (1.0, 0.275513), (2.0, 0.395407)):
@@ -155,6 +157,14 @@ def test_kl_of_normals():
     exact = p.expect(lambda x: p.logpdf(x) - q.logpdf(x))
     got = bound.normal_kl(0.3, 2 * np.log(0.8), -0.5, 2 * np.log(1.7))
     assert float(got) == pytest.approx(exact, rel=1e-5)
+
+
+def test_images_on_another_scale_are_refused():
+    network = FunctionNetwork(lambda params, x, t, label: x)
+    model = DiffusionModel(network, DiffusionConfig(variance="fixed_small"), (4, 4, 3))
+    images = jnp.zeros((8, 4, 4, 3))
+    with pytest.raises(ValueError, match="images must be integers from 0 to 255"):
+        model.loss({}, {"image": images}, KEYS)
 
 
 def test_bound_of_a_network_that_knows_the_image():
