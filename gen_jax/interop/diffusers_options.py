@@ -2,7 +2,7 @@
 
 import json
 
-from gen_jax.interop.files import refusal
+from gen_jax.interop.files import DEEPEST, LARGEST, is_count, refusal
 from gen_jax.nn.config import UNetConfig
 
 __all__ = ["to_config", "to_options"]
@@ -148,20 +148,26 @@ def _wrong_values(options):
         if not holds(options[key]):
             problems.append(refusal(options, key, supported))
 
-    def count(value):
-        return type(value) is int and value >= 1
-
     def number(value):
         return type(value) in (int, float) and value >= 0
 
-    for key in ("in_channels", "out_channels", "layers_per_block", "norm_num_groups"):
-        require(key, count, "a positive integer")
+    for key in ("in_channels", "out_channels", "norm_num_groups"):
+        require(key, is_count, f"a positive integer up to {LARGEST}")
+    require(
+        "layers_per_block",
+        lambda value: is_count(value, DEEPEST),
+        f"a positive integer up to {DEEPEST}",
+    )
     for key in ("attention_head_dim", "attn_norm_num_groups", "num_class_embeds"):
-        require(key, lambda value: value is None or count(value), "null or a positive integer")
+        require(
+            key,
+            lambda value: value is None or is_count(value),
+            f"null or a positive integer up to {LARGEST}",
+        )
     require(
         "block_out_channels",
-        lambda value: isinstance(value, list) and value and all(map(count, value)),
-        "a list of positive integers",
+        lambda value: isinstance(value, list) and 0 < len(value) < 20 and all(map(is_count, value)),
+        f"a list of at most 19 positive integers up to {LARGEST}",
     )
     for key, kinds in (("down_block_types", _DOWN_BLOCKS), ("up_block_types", _UP_BLOCKS)):
         require(
@@ -175,8 +181,8 @@ def _wrong_values(options):
     require("norm_eps", number, "a number that is not negative")
     require(
         "sample_size",
-        lambda value: value is None or all(map(count, _sizes(value) or [None])),
-        "null, a positive integer or two",
+        lambda value: value is None or all(map(is_count, _sizes(value) or [None])),
+        f"null, a positive integer or two, up to {LARGEST}",
     )
     return problems
 

@@ -17,10 +17,13 @@ from flax import traverse_util
 
 __all__ = [
     "CONFIG",
+    "DEEPEST",
+    "LARGEST",
     "abstract_params",
     "check",
     "find_weights",
     "index_name",
+    "is_count",
     "listing",
     "read_json",
     "read_tensors",
@@ -30,6 +33,8 @@ __all__ = [
 ]
 
 CONFIG = "config.json"
+# Larger sizes are no networks: memory, or the compiler, would end the process.
+LARGEST, DEEPEST = 2**20, 2**10
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -46,7 +51,7 @@ def read_json(path: pathlib.Path) -> Any:
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
 
 
@@ -161,6 +166,11 @@ def listing(names: Iterable[str], shown: int = 8) -> str:
     names = list(names)
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
     return ", ".join(names[:shown]) + more
+
+
+def is_count(value: Any, most: int = LARGEST) -> bool:
+    """Whether a value of config.json is a size, or a number of layers, that a network may have."""
+    return type(value) is int and 1 <= value <= most
 
 
 def refusal(options: Mapping, key: str, supported: str) -> str:

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import math
 
-from gen_jax.interop.files import refusal
+from gen_jax.interop.files import DEEPEST, LARGEST, is_count, refusal
 from gen_jax.nn.config import TransformerConfig
 
 __all__ = ["to_gpt2_config", "to_gpt2_options", "to_llama_config"]
@@ -183,7 +183,8 @@ def to_gpt2_config(stored: dict) -> TransformerConfig:
     problems = _unknown_and_fixed(stored, options, GPT2_DEFAULTS.keys(), _GPT2_FIXED)
     problems += _wrong_values(
         options,
-        counts=("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"),
+        counts=("vocab_size", "n_positions", "n_embd", "n_head"),
+        layers=("n_layer",),
         optional_counts=("n_inner",),
         positive=("layer_norm_epsilon",),
         flags=("tie_word_embeddings",),
@@ -230,10 +231,10 @@ def to_llama_config(stored: dict) -> tuple[TransformerConfig, frozenset[str]]:
             "vocab_size",
             "hidden_size",
             "intermediate_size",
-            "num_hidden_layers",
             "num_attention_heads",
             "max_position_embeddings",
         ),
+        layers=("num_hidden_layers",),
         optional_counts=("num_key_value_heads", "head_dim", "sliding_window"),
         positive=("rms_norm_eps",),
         flags=("tie_word_embeddings", "attention_bias", "mlp_bias"),
@@ -298,7 +299,7 @@ def _unknown_and_fixed(stored, options, read, fixed):
     return problems
 
 
-def _wrong_values(options, counts, optional_counts, positive, flags):
+def _wrong_values(options, counts, layers, optional_counts, positive, flags):
     """Refusals of options that do not have the type or the range of their kind."""
     problems = []
 
@@ -307,12 +308,12 @@ def _wrong_values(options, counts, optional_counts, positive, flags):
             if key in options and not holds(options[key]):
                 problems.append(refusal(options, key, supported))
 
-    def count(value):
-        return type(value) is int and value >= 1
-
-    require(counts, count, "a positive integer")
+    require(counts, is_count, f"a positive integer up to {LARGEST}")
+    require(layers, lambda value: is_count(value, DEEPEST), f"a positive integer up to {DEEPEST}")
     require(
-        optional_counts, lambda value: value is None or count(value), "null or a positive integer"
+        optional_counts,
+        lambda value: value is None or is_count(value),
+        f"null or a positive integer up to {LARGEST}",
     )
     require(positive, _is_positive, "a positive number")
     require(flags, lambda value: type(value) is bool, "true or false")

@@ -255,6 +255,9 @@ def test_an_attention_layer_under_both_names_is_refused(saved):
         ("sample_size", None),
         ("sample_size", 9),
         ("sample_size", [8, 8, 8]),
+        ("sample_size", 2**31),
+        ("block_out_channels", [8, 10**30]),
+        ("layers_per_block", 10**6),
         ("encoder_hid_dim", 4),
     ],
 )
@@ -315,8 +318,9 @@ def test_a_folder_without_config_is_refused(tmp_path):
         load_diffusers_unet(tmp_path)
 
 
-def test_a_damaged_config_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text('{"_class_name": "UNet')
+@pytest.mark.parametrize("content", ['{"_class_name": "UNet', "[" * 100_000])
+def test_a_damaged_config_is_refused(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
     with pytest.raises(ValueError, match=r"config\.json is damaged"):
         load_diffusers_unet(tmp_path)
 
