@@ -1,15 +1,20 @@
-"""The examples of docs/api.md run as they stand, and the docs name what there is."""
+"""The examples of README.md and docs/api.md run as they stand, and docs name what there is."""
 
+import dataclasses
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from experiments.ddpm_cifar import EXPERIMENT
-from gen_jax import cli
+from gen_jax import cli, interop
+from gen_jax.nn.config import TransformerConfig
+from gen_jax.nn.transformer import TokenNetwork
+from gen_jax.nn.unet import UNetNetwork
 
 ROOT = Path(__file__).parents[1]
 SMALL = (
@@ -19,9 +24,9 @@ SMALL = (
 _BLOCK = re.compile(r"(?:<!-- (\w+): ([\w.]+) -->\n)?```(\w+)\n(.*?)```\n", re.S)
 
 
-def blocks(name):
+def blocks(page):
     """The code of a page: (what a comment before it says, its value, language, text)."""
-    return _BLOCK.findall((ROOT / "docs" / name).read_text())
+    return _BLOCK.findall((ROOT / page).read_text())
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +44,7 @@ def test_the_examples_of_the_api_run_as_they_stand(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(folder)
     scope = {}
-    for kind, value, language, text in blocks("api.md"):
+    for kind, value, language, text in blocks("docs/api.md"):
         if kind == "file":
             (folder / value).write_text(text)
         elif kind == "command":
@@ -54,8 +59,35 @@ def test_the_examples_of_the_api_run_as_they_stand(folder, monkeypatch, capsys):
     assert "solver                    fading_ddim" in printed
 
 
+def test_the_examples_of_the_readme_run_as_they_stand(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    unet = EXPERIMENT.presets["tiny"].model
+    unet = dataclasses.replace(unet, widths=(8,), groups=4, attention=(), patch=1)
+    network = UNetNetwork(unet)
+    params = network.init(jax.random.key(0), 4, 4)
+    interop.save_diffusers_unet(folder / "ddpm-cifar10-32", unet, params, sample_size=4)
+    gpt2 = TransformerConfig(
+        vocabulary=50_257, context=128, layers=1, width=8, heads=1, norm_epsilon=1e-5
+    )
+    params = TokenNetwork(gpt2).init(jax.random.key(0))
+    interop.save_gpt2(folder / "gpt2", gpt2, params)
+    scope, python = {}, 0
+    for _, _, language, text in blocks("README.md"):
+        if language == "python":
+            exec(compile(text, "README.md", "exec"), scope)
+            python += 1
+    assert python == 4
+    assert scope["images"].shape == (16, 16, 16, 3)
+    assert scope["text"].shape == (2, 100)
+    at_once, _, one_by_one = capsys.readouterr().out.splitlines()
+    modes = {"0011", "1100"}
+    assert at_once.startswith("1 rounds: ")
+    assert set(at_once.split()[2:]) - modes
+    assert set(one_by_one.split()[2:]) == modes
+
+
 def test_a_sampler_with_its_choice_is_one_file_of_less_than_thirty_lines():
-    (text,) = (text for kind, _, _, text in blocks("api.md") if kind == "file")
+    (text,) = (text for kind, _, _, text in blocks("docs/api.md") if kind == "file")
     assert len(text.splitlines()) < 30
 
 
