@@ -280,15 +280,17 @@ def refusals_in_one_line() -> Iterator[None]:
     except SystemExit as end:
         if end.code in (0, None):
             raise
-        words = []
-        for line in drawn.getvalue().splitlines():
-            text = line.strip("│╭╮╰╯─ ")
-            if line.startswith("╭"):  # the title
-                continue
-            if not text:  # a rule: help follows
-                break
-            words.append(text)
-        raise ValueError(f"{' '.join(words).removeprefix('Error parsing ')} (see --help)") from None
+        message = _inside_of_box(drawn.getvalue()).removeprefix("Error parsing ")
+        raise ValueError(f"{message} (see --help)") from None
+    sys.stderr.write(drawn.getvalue())
+
+
+def _inside_of_box(text):
+    """What stands between the title of a box and its first rule; the whole text of no box."""
+    if not text.startswith("╭"):
+        return " ".join(text.split())
+    lines = [line.strip("│╰╯─ ") for line in text.splitlines()[1:]]
+    return " ".join(lines[: lines.index("")])
 
 
 def _description(experiment, default):

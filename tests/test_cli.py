@@ -191,6 +191,22 @@ def test_a_good_command_line_reaches_jax(refused, experiment):
     refused("--train.steps", "5", code=99, experiment=experiment)
 
 
+def test_what_the_parser_writes_is_passed_on_where_it_accepts(capsys):
+    with cli.refusals_in_one_line():
+        print("a remark", file=sys.stderr)
+    assert capsys.readouterr().err == "a remark\n"
+
+
+def test_what_it_refuses_without_a_box_is_one_line_too():
+    @cli.refusals_in_one_line()
+    def refuse():
+        print("two\nlines", file=sys.stderr)
+        raise SystemExit(2)
+
+    with pytest.raises(ValueError, match=r"^two lines \(see --help\)$"):
+        refuse()
+
+
 def listed(environment, *arguments):
     return subprocess.run(
         [sys.executable, "-m", "experiments", *arguments],
