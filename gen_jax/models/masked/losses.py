@@ -41,6 +41,9 @@ class MaskedModel:
     It conditions on "label" int [B] in [0, extra_inputs - 1), which is read as a token of its own
     before the sequence, and on what the network itself reads ("source", "source_length").
 
+    A network whose only positions are rotary sees distances, not places: to a sequence of masks
+    alone it gives the same logits everywhere, and samplers in rounds then go from left to right.
+
     Attributes:
       network: one that is not causal, with an extra input for the mask (and one for each class).
       counts: how many tokens the loss hides; see `MaskConfig`.

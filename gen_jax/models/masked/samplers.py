@@ -21,6 +21,8 @@ from gen_jax.models.sequences import uniform_by_position
 
 __all__ = ["AbsorbingDiffusion", "MaskGIT", "MaskPredict", "OrderedGroups", "Repair"]
 
+_ROUNDING = 1e-5  # log-probabilities that differ by less are equal
+
 
 @frozen
 class _Scheduled(IterativeSampler):
@@ -57,7 +59,7 @@ class MaskPredict(_Scheduled):
         tokens, log_prob, _ = self._fill(params, state, i, 0.0)
         state = self._reveal(state, tokens, log_prob, True)
         sure = jnp.where(state.editable, state.log_prob, jnp.inf)
-        keep = kernels.keep_most_confident(sure, self.length - self._masked_after(state, i))
+        keep = _most_confident(sure, self.length - self._masked_after(state, i))
         return state.replace(tokens=jnp.where(keep, state.tokens, self.model.mask))
 
 
@@ -90,7 +92,7 @@ class MaskGIT(_Scheduled):
             noise = jnp.float32(self.choice_temperature) * (1 - (i + 1) / self.rounds)
         tokens, log_prob, confidence = self._fill(params, state, i, self.temperature, noise)
         count = self.length - self._masked_after(state, i)
-        keep = kernels.keep_most_confident(confidence, count)
+        keep = _most_confident(confidence, count)
         return self._reveal(state, tokens, log_prob, keep)
 
 
@@ -301,5 +303,18 @@ def _least_likely(logits, state):
     log_prob = jax.nn.log_softmax(logits)
     own = jnp.take_along_axis(log_prob, state.tokens[..., None], axis=-1)[..., 0]
     own = jnp.where(state.editable, own, jnp.inf)
-    least = own <= own.min(-1, keepdims=True) + 1e-5  # the first of equals, up to rounding
-    return kernels.keep_most_confident(least.astype(jnp.float32), 1) & state.editable
+    return _most_confident(-own, jnp.ones(own.shape[:1], jnp.int32)) & state.editable
+
+
+def _most_confident(confidence, count):
+    """The `count` [B] most confident positions [B, L]; of those equal up to rounding the lower.
+
+    Equal values are common: a network whose only positions are rotary gives the same logits at all
+    positions of a sequence of masks. Rounding, which changes with the batch, must not choose.
+    """
+    kept = kernels.keep_most_confident(confidence, count)
+    last = jnp.where(kept, confidence, jnp.inf).min(-1, keepdims=True)
+    sure = confidence > last + _ROUNDING
+    tied = (confidence >= last - _ROUNDING) & ~sure
+    left = count[:, None] - sure.sum(-1, keepdims=True)
+    return sure | (tied & (jnp.cumsum(tied, axis=-1) <= left))

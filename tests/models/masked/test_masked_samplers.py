@@ -18,6 +18,7 @@ from gen_jax.data.exact_sets import NoisyMixture, binary_chain, even_parity
 from gen_jax.metrics import gaps
 from gen_jax.metrics.repair import repair_curve
 from gen_jax.models.masked import config as options
+from gen_jax.models.masked import samplers
 from gen_jax.models.masked.losses import ExactDenoiser, MaskedModel, infill
 from gen_jax.models.masked.samplers import (
     AbsorbingDiffusion,
@@ -352,6 +353,45 @@ def test_a_sample_of_a_network_does_not_know_its_batch_or_device(name):
     mesh = Mesh(np.array(jax.devices()[:4]), ("data",))
     alone = collect(SAMPLERS[name], PARAMS, 0, ROWS, cond=HOLES, micro_batch=4, mesh=mesh)
     np.testing.assert_array_equal(alone, whole)  # one on each device
+
+
+@pytest.mark.parametrize("name", ["mask_predict", "maskgit_sure", "repair_least"])
+def test_rounding_does_not_choose_among_equal_positions(name):
+    """With rotary positions alone, all positions of a sequence of masks have the same logits."""
+    config = dataclasses.replace(SMALL, position="rotary", width=64, heads=4, layers=2)
+    model = MaskedModel(TokenNetwork(config))
+    sampler = dataclasses.replace(SAMPLERS[name], model=model)
+    params = random_params(model.network, 5)
+    logits = logits_of(model, params, np.full((1, L), MASK), np.ones((1, L), bool), {})[0]
+    np.testing.assert_allclose(logits, np.broadcast_to(logits[:1], logits.shape), atol=1e-5)
+    keys = sampling.sample_keys(0, 0, ROWS)
+    whole = np.asarray(sampling.generate(sampler, params, keys))
+    for size in (1, 3, 8):
+        parts = [
+            sampling.generate(sampler, params, keys[first : first + size])
+            for first in range(0, ROWS, size)
+        ]
+        np.testing.assert_array_equal(np.concatenate(parts), whole)
+
+
+def test_of_equals_the_lower_positions_are_kept():
+    rows = np.float32(
+        [
+            [1.0, 2.0, 2.0 + 4e-6, 2.0 - 4e-6, 3.0],
+            [np.inf, 0.0, np.inf, -1.0, np.inf],
+            [-np.inf, -np.inf, -2.0, -np.inf, -1.0],
+            [1.0, 1.0 + 1e-3, 1.0, 1.0, 1.0],
+        ]
+    )
+    wanted = {
+        0: [[], [], [], []],
+        2: [[1, 4], [0, 2], [2, 4], [0, 1]],
+        3: [[1, 2, 4], [0, 2, 4], [0, 2, 4], [0, 1, 2]],
+        5: [range(5)] * 4,
+    }
+    for count, positions in wanted.items():
+        kept = samplers._most_confident(rows, np.full(4, count))
+        assert [list(np.flatnonzero(row)) for row in kept] == [list(row) for row in positions]
 
 
 @pytest.mark.parametrize("name", ["mask_predict", "maskgit", "random_order"])
