@@ -111,10 +111,22 @@ def execute(experiment: Experiment, config: RunConfig, phases: tuple[str, ...]) 
         raise ValueError("several hosts train together; sample and evaluate on one of them")
     workdir.check_config(stored_form(config), _resumable(config, workdir.stored_config()))
     stored_summary(workdir)
+    if training and config.init_from and not workdir.has_checkpoints():
+        _check_init_from(config)
     data = config.load(path, phases)
     with contextlib.nullcontext() if several else claim(workdir, config):
         run = config_lib.resolve("gen_jax.runs:run")
         run(experiment.name, config, workdir, phases, data)
+
+
+def _check_init_from(config):
+    if config.pretrained:
+        raise ValueError("init_from and pretrained both say where training starts; give one")
+    source = Workdir(config.init_from).path
+    if source == Workdir(config.workdir).path:
+        raise ValueError(f"init_from is the work directory, {source}; give another --workdir")
+    if stored_run(source, type(config)) is None:
+        raise FileNotFoundError(f"no run in {source} to start from; give another --init-from")
 
 
 @contextlib.contextmanager
@@ -170,7 +182,7 @@ def stored_run(path: str | os.PathLike, kind: type[RunConfig] | None = None) -> 
         raise WorkdirError(f"{path} is of an older version; train again in another --workdir")
     if kind is not None and task != kind.task:
         raise WorkdirError(
-            f"{path} holds a run of the task {task!r}, not {kind.task!r}; choose another --workdir"
+            f"{path} holds a run of the task {task!r}, not {kind.task!r}; choose another directory"
         )
     try:
         config = config_lib.from_dict(kind or config_class(task), values)
@@ -236,8 +248,9 @@ def parse(experiment: Experiment, argv: list[str]) -> tuple[str, RunConfig]:
     """The command and the configuration.
 
     The base is the preset named by --preset; without one, the configuration stored in the work
-    directory; without that, the first preset. A field that is a `config.Choice` is chosen by name,
-    as in --sampler ddim, or by "module:class" of one's own. Every option overrides a field.
+    directory; without that, the one in the directory of --init-from; without that, the first
+    preset. A field that is a `config.Choice` is chosen by name, as in --sampler ddim, or by
+    "module:class" of one's own. Every option overrides a field.
 
     Raises:
       SystemExit: --help was asked for.
@@ -253,6 +266,7 @@ def parse(experiment: Experiment, argv: list[str]) -> tuple[str, RunConfig]:
         raise ValueError(f"unknown command {command!r}; did you mean {close[0]}?")
     preset, rest = _take(rest, "--preset")
     workdir, _ = _take(rest, "--workdir")
+    initial, _ = _take(rest, "--init-from")
     chosen, rest = _take_choices(rest, type(experiment.default))
     if preset is not None and preset not in experiment.presets:
         raise ValueError(
@@ -260,7 +274,11 @@ def parse(experiment: Experiment, argv: list[str]) -> tuple[str, RunConfig]:
         )
     default = experiment.presets[preset] if preset is not None else experiment.default
     if preset is None:
-        default = stored_run(workdir or default.workdir, type(default)) or default
+        stored = stored_run(workdir or default.workdir, type(default))
+        if stored is None and initial:
+            stored = stored_run(initial, type(default))
+            stored = stored and dataclasses.replace(stored, workdir=default.workdir)
+        default = stored or default
     default = _with_choices(default, chosen)
     _check_options(rest, default)
     prog = f"python -m experiments.{experiment.name} [{'|'.join(commands)}] [--preset NAME]"

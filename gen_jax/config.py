@@ -254,6 +254,8 @@ class RunConfig:
     """Directory of the run: records, checkpoints, samples. A run in it is resumed."""
     train: TrainConfig = TrainConfig()
     distributed: DistributedConfig = DistributedConfig()
+    init_from: str = ""
+    """Work directory of a run of the same kind: training starts from its averaged parameters."""
 
     task: ClassVar[str]
     pretrained: ClassVar[str] = ""

@@ -37,7 +37,6 @@ def run(name: str, config: RunConfig, workdir: Workdir, phases: tuple[str, ...],
         task = make_task(config, workdir, phases, data)
         current, report = Run(name, config, workdir, phases, task), {}
         if "train" in phases:
-            _begin(current)
             report |= train(current)
         if phases != ("train",):
             current.params, current.step = restore(current)
@@ -71,23 +70,11 @@ def _wanted_step(config, training):
     return None if training or step < 0 else step
 
 
-def _begin(run):
-    """Makes all checks of the stages, and only then stores what the run is."""
-    for stage in run.task.stages:
-        run.workdir.stage(stage.name)
-        given = stage.initial is not None
-        training.check_start(run.config.train, stage.trainable, parallel.data_mesh(), given)
-    if jax.process_index() == 0:
-        cli.store(run.workdir, run.config)
-        if run.task.begin is not None:
-            run.task.begin(run)
-
-
 def train(run: Run) -> dict[str, Any]:
     """Trains every stage from where the work directory left off; what it took."""
-    report, earlier = {}, {}
+    report, earlier, initial = {}, {}, _begin(run)
     for stage in run.task.stages:
-        trained = _train_stage(run, stage, earlier)
+        trained = _train_stage(run, stage, earlier, initial.pop(stage.name))
         several = len(run.task.stages) > 1
         figures = _figures(stage, trained)
         report |= {f"{stage.name}_{name}": v for name, v in figures.items()} if several else figures
@@ -95,7 +82,42 @@ def train(run: Run) -> dict[str, Any]:
     return report
 
 
-def _train_stage(run, stage, earlier):
+def _begin(run):
+    """Makes all checks of the stages, and only then stores what the run is.
+
+    Returns:
+      What each stage starts from, by name; None for fresh parameters.
+    """
+    initial = {stage.name: _initial(run, stage) for stage in run.task.stages}
+    for stage in run.task.stages:
+        given = initial[stage.name] is not None
+        training.check_start(run.config.train, stage.trainable, parallel.data_mesh(), given)
+    if jax.process_index() == 0:
+        cli.store(run.workdir, run.config)
+        if run.task.begin is not None:
+            run.task.begin(run)
+    return initial
+
+
+def _initial(run, stage):
+    if checkpoint.steps(run.workdir.stage(stage.name).checkpoints):
+        return None  # the stage goes on from there
+    if not run.config.init_from:
+        return stage.initial() if stage.initial is not None else None
+    source = Workdir(run.config.init_from).stage(stage.name)
+    if not checkpoint.steps(source.checkpoints):
+        raise FileNotFoundError(f"no checkpoint in {source.path} to start from")
+    restored = checkpoint.restore(source.checkpoints, {"ema": stage.abstract_params()})
+    for name in stage.must_match:
+        if restored.record.get(name) != stage.record[name]:
+            raise ValueError(
+                f"the run in {run.config.init_from} was trained with another {name}, by which "
+                "its parameters are read"
+            )
+    return restored.trees["ema"]
+
+
+def _train_stage(run, stage, earlier, initial):
     shard = (jax.process_index(), jax.process_count())
     try:
         return training.fit(
@@ -106,7 +128,7 @@ def _train_stage(run, stage, earlier):
             mesh=parallel.data_mesh(),
             record={"config": cli.stored_form(run.config)} | dict(stage.record),
             evaluate=stage.evaluate,
-            initial=stage.initial() if stage.initial is not None else None,
+            initial=initial,
         )
     except training.Interrupted as stop:
         command = cli.resume_command(run.name, run.config)

@@ -53,6 +53,8 @@ class Stage:
         NumPy arrays; `earlier` has the averaged parameters of the stages before this one, by name.
       record: JSON values that are kept in each checkpoint, from which the task can be made again
         without its data.
+      must_match: names of entries of the record by which parameters are read, such as the
+        tokenizer: a run that starts from the parameters of another one must have the same.
       evaluate: metrics of the averaged parameters, every `config.train.evaluate_every` steps.
       initial: parameters to start from, say published ones, and to sample where nothing was
         trained; None for fresh ones.
@@ -63,6 +65,7 @@ class Stage:
     trainable: Trainable
     batch: Callable[[int, tuple[int, int], Mapping[str, Any]], dict[str, np.ndarray]]
     record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    must_match: tuple[str, ...] = ()
     evaluate: Callable[[Any], dict[str, float]] | None = None
     initial: Callable[[], Any] | None = None
     unit: str = "images"

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import gen_jax
 from gen_jax import cli
 from gen_jax.condition import Condition
 from gen_jax.config import RunConfig, SampleConfig, TrainConfig, frozen
@@ -219,6 +220,59 @@ def test_a_start_that_fails_leaves_no_configuration_behind(tmp_path, capsys):
     assert [path.name for path in run.iterdir() if path.name != ".lock"] == ["notes.txt"]
     assert main("train", "--workdir", run) == 0
     assert json.loads((run / "config.json").read_text())["train"]["batch"] == 8
+
+
+def test_a_run_starts_from_the_parameters_of_another_one(finished, tmp_path, capsys):
+    run = tmp_path / "run"
+    start = gen_jax.load(finished).params["at"]
+    options = ("--workdir", run, "--init-from", finished)
+    assert main("train", *options, "--train.steps", 1, "--train.learning-rate", 0) == 0
+    np.testing.assert_array_equal(gen_jax.load(run).params["at"], start)
+    stored = json.loads((run / "config.json").read_text())
+    assert stored["train"]["log_every"] == 1
+    assert stored["init_from"] == str(finished)
+    # It is read once: the run goes on from its own checkpoint.
+    options = ("--workdir", run, "--train.steps", 3, "--train.learning-rate", 0)
+    shutil.move(finished, tmp_path / "away")
+    try:
+        assert main("train", *options) == 0, capsys.readouterr().err
+    finally:
+        shutil.move(tmp_path / "away", finished)
+    np.testing.assert_array_equal(gen_jax.load(run).params["at"], start)
+
+
+def test_a_finished_run_is_the_base_of_one_that_starts_from_it(finished, tmp_path):
+    _, config = cli.parse(EXPERIMENT, ["train", "--init-from", str(finished)])
+    assert config.train.steps == 2
+    assert config.workdir == EXPERIMENT.default.workdir
+    preset = ["train", "--preset", "three", "--init-from", str(finished)]
+    assert cli.parse(EXPERIMENT, preset)[1].train.steps == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--init-from", "nowhere"), "no run in "),
+        (("--init-from", "run"), "init_from is the work directory"),
+        (("--init-from", "{finished}", "--pretrained", "1,2,3"), "both say where training starts"),
+        (("--init-from", "{empty}", "--preset", "three"), "no checkpoint in "),
+        (("--init-from", "{finished}", "--stages", 2), "no checkpoint in "),
+        (("--init-from", "{other}", "--preset", "three"), "holds a run of the task 'lines'"),
+    ],
+)
+def test_a_start_that_is_none_is_refused_without_a_trace(
+    finished, tmp_path, monkeypatch, capsys, options, message
+):
+    monkeypatch.chdir(tmp_path)
+    places = {"finished": finished, "empty": tmp_path / "empty", "other": tmp_path / "other"}
+    for name, changes in (("empty", {}), ("other", {"task": "lines"})):
+        places[name].mkdir()
+        stored = json.loads((finished / "config.json").read_text())
+        (places[name] / "config.json").write_text(json.dumps(stored | changes))
+    options = [str(option).format(**places) for option in options]
+    assert main("train", "--workdir", "run", *options) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 DAMAGE = [

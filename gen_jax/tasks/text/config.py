@@ -138,10 +138,15 @@ class TextData:
 
     @functools.cached_property
     def tokenizer(self) -> tokenizers.Tokenizer:
-        """That of the work directory once a checkpoint is there, else the one asked for."""
+        """That of the work directory once a checkpoint is there, else the one asked for.
+
+        A run that starts from another one has that one's.
+        """
         path, choice = self.workdir / TOKENIZER, self.config.tokenizer
         started = any((self.workdir / "model" / "checkpoints").glob("[0-9]*"))
-        if not started and ("train" in self.phases or self.config.pretrained):
+        if not started and self.config.init_from:
+            path = pathlib.Path(self.config.init_from).expanduser() / TOKENIZER
+        elif not started and ("train" in self.phases or self.config.pretrained):
             both = self.train_text + self.test_text if choice == "chars" else ""
             return tokenizers.make(choice, both)
         kept = tokenizers.load(path)

@@ -42,6 +42,7 @@ def make(config: TextRunConfig, context: Context) -> Task:
         trainable=ModelTrainable(model, config.train),
         batch=functools.partial(_batch, config, data),
         record=_record(data) if training else {},
+        must_match=("tokenizer",),
         evaluate=functools.partial(_validate, config, data, model),
         initial=None if initial is None else lambda: initial,
         unit="tokens",

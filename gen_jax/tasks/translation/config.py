@@ -200,8 +200,10 @@ class TranslationData:
 
     @functools.cached_property
     def tokenizer(self) -> tokenizers.Tokenizer:
-        """That of the work directory, where there is one."""
+        """That of the work directory, or of the run that this one starts from, if there is one."""
         path = self.workdir / TOKENIZER
+        if not path.exists() and self.config.init_from:
+            path = pathlib.Path(self.config.init_from).expanduser() / TOKENIZER
         if path.exists():
             return tokenizers.load(path)
         return translation.make_tokenizer(self.config.data)

@@ -46,6 +46,7 @@ def make(config: TranslationRunConfig, context: Context) -> Task:
         trainable=ModelTrainable(model, config.train),
         batch=functools.partial(_batch, config, data),
         record=_record(data) if training else {},
+        must_match=("tokenizer",),
         evaluate=functools.partial(_validate, config, data),
         unit="pairs",
     )
