@@ -77,9 +77,11 @@ def main(experiment: Experiment, argv: list[str] | None = None) -> int:
     """Runs the command that the arguments ask for; the exit code of `guarded`."""
 
     def run():
-        command, config = parse(experiment, sys.argv[1:] if argv is None else argv)
+        arguments = sys.argv[1:] if argv is None else argv
+        dry = "--dry-run" in arguments
+        command, config = parse(experiment, [item for item in arguments if item != "--dry-run"])
         try:
-            execute(experiment, config, phases_of(config, command))
+            execute(experiment, config, phases_of(config, command), dry)
         except OSError as error:  # a failed write does not name its file
             if error.errno not in _DISK_FULL or error.filename is not None:
                 raise
@@ -95,8 +97,16 @@ def phases_of(config: RunConfig, command: str) -> tuple[str, ...]:
     return tuple(phase for phase in _WHOLE if phase in config.commands)
 
 
-def execute(experiment: Experiment, config: RunConfig, phases: tuple[str, ...]) -> None:
+def execute(
+    experiment: Experiment, config: RunConfig, phases: tuple[str, ...], dry: bool = False
+) -> None:
     """Checks what can be checked without jax, holds the work directory, and runs the phases.
+
+    Args:
+      experiment: which one.
+      config: of the run.
+      phases: the commands, in order.
+      dry: say what training would take instead, and leave no trace.
 
     Raises:
       ValueError, FileNotFoundError: the run, its data or its work directory do not fit; nothing was
@@ -114,6 +124,11 @@ def execute(experiment: Experiment, config: RunConfig, phases: tuple[str, ...]) 
     if training and config.init_from and not workdir.has_checkpoints():
         _check_init_from(config)
     data = config.load(path, phases)
+    if dry:
+        if not training:
+            raise ValueError(f"--dry-run is of training, not of {phases[0]}")
+        describe = config_lib.resolve("gen_jax.dry_run:dry_run")
+        return describe(experiment.name, config, workdir, phases, data)
     with contextlib.nullcontext() if several else claim(workdir, config):
         run = config_lib.resolve("gen_jax.runs:run")
         run(experiment.name, config, workdir, phases, data)
@@ -317,6 +332,7 @@ def _description(experiment, default):
         f"Commands: {', '.join(experiment.commands)} (default: {experiment.commands[0]}).",
         f"Presets: {', '.join(experiment.presets)} (--preset NAME, default: "
         f"{next(iter(experiment.presets))}).",
+        "--dry-run prints what training would take, and trains nothing.",
     ]
     for field, kinds in config_lib.choices_of(type(default)).items():
         lines.append(

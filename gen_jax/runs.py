@@ -53,7 +53,7 @@ def run(name: str, config: RunConfig, workdir: Workdir, phases: tuple[str, ...],
 def make_task(config: RunConfig, workdir: Workdir, phases: tuple[str, ...], data: Any) -> Task:
     """The task of a configuration, made for these phases."""
     records, training = {}, "train" in phases
-    for folder in sorted(path for path in workdir.path.iterdir() if path.is_dir()):
+    for folder in sorted(path for path in workdir.path.glob("*") if path.is_dir()):
         if checkpoint.steps(folder / "checkpoints"):
             step = _wanted_step(config, training)
             restored = checkpoint.restore(folder / "checkpoints", {}, step=step)

@@ -95,6 +95,7 @@ class Task:
         figures; `report` has those of the drawing.
       evaluate: figures of the trained model, and of the samples drawn last.
       commands: further commands by name; what they return joins the summary.
+      sizes: of the data, by name, for `--dry-run`.
       results: files that the phases leave in the work directory, for the last line.
       tokenizer: of what the model reads and writes, where it is text.
     """
@@ -110,6 +111,7 @@ class Task:
     write: Callable[["Run", Any, dict], dict] | None = None
     evaluate: Callable[["Run"], dict] | None = None
     commands: Mapping[str, Callable[["Run"], dict]] = dataclasses.field(default_factory=dict)
+    sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     results: tuple[str, ...] = ()
     tokenizer: Any = None
 

@@ -222,6 +222,27 @@ def test_a_start_that_fails_leaves_no_configuration_behind(tmp_path, capsys):
     assert json.loads((run / "config.json").read_text())["train"]["batch"] == 8
 
 
+def test_a_dry_run_says_what_it_would_take_and_leaves_nothing(tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main("--dry-run", "--workdir", run, "--stages", 2, "--train.learning-rate", 0.5) == 0
+    printed = capsys.readouterr().out
+    assert "--train.learning-rate" in printed
+    assert printed.count("parameters                   3\n") == 2
+    assert "training of second" in printed
+    assert "batch x                      float32 [8, 3]" in printed
+    # params, ema, two moments of 3 floats; the optimiser's count, the step and the skipped ones.
+    assert printed.count(f"state in checkpoints         {4 * (4 * 3 + 3)} bytes") == 2
+    assert not run.exists()
+    assert main("all", "--dry-run", "--workdir", run, "--train.batch", 12) == 2
+    assert "a batch of 12 does not divide" in capsys.readouterr().err
+    assert not run.exists()
+
+
+def test_only_training_is_tried_dry(finished, capsys):
+    assert main("sample", "--dry-run", "--workdir", finished) == 2
+    assert "--dry-run is of training, not of sample" in capsys.readouterr().err
+
+
 def test_a_run_starts_from_the_parameters_of_another_one(finished, tmp_path, capsys):
     run = tmp_path / "run"
     start = gen_jax.load(finished).params["at"]

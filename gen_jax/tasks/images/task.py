@@ -50,6 +50,7 @@ def make(config: ImagesConfig, context: Context) -> Task:
         write=_write,
         evaluate=functools.partial(_evaluate, config, validate, splits.get("test")),
         commands={"export": _export},
+        sizes={f"{split}_images": len(images) for split, images in splits.items()},
         results=("samples.png", "samples.npz", "samples", "trajectory.png", "trajectory.gif"),
     )
 

@@ -44,6 +44,7 @@ def make(config: PixelsConfig, context: Context) -> Task:
         condition=functools.partial(_condition, config),
         write=functools.partial(_write, shape),
         evaluate=functools.partial(_evaluate, config, validate, splits.get("test")),
+        sizes={f"{split}_images": len(images) for split, images in splits.items()},
         results=("samples.png", "samples.npz", "samples", "trajectory.png"),
     )
 

@@ -65,9 +65,16 @@ def make(config: TextRunConfig, context: Context) -> Task:
         write=functools.partial(_write, data, streamed),
         evaluate=functools.partial(_evaluate, config, data, model),
         commands={"export": functools.partial(_export, data)},
+        sizes=_sizes_of_data(config, data, context.phases),
         results=(TOKENIZER, "samples.txt", "samples.npz", "gpt2"),
         tokenizer=data.tokenizer,
     )
+
+
+def _sizes_of_data(config, data, phases):
+    splits = config.splits(phases)
+    sizes = {"train_tokens": len(data.train_stream)} if "train" in splits else {}
+    return sizes | ({"test_tokens": len(data.test_stream)} if "test" in splits else {})
 
 
 def _begin(data, run):

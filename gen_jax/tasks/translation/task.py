@@ -60,6 +60,7 @@ def make(config: TranslationRunConfig, context: Context) -> Task:
         number=len(data.pairs(config.sample.split)) if sampled else None,
         write=functools.partial(_write, config, data),
         evaluate=functools.partial(_evaluate, config, data),
+        sizes={"train_pairs": len(data.pairs("train"))} if training else {},
         commands={
             "distill": functools.partial(_distill, config, data),
             "complete": functools.partial(_complete, config, data),

@@ -1,0 +1,79 @@
+"""What a run would be: its configuration, sizes, memory and operations, before anything is done."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from gen_jax import cli, operations, parallel, runs, training
+from gen_jax import config as config_lib
+from gen_jax.config import RunConfig
+from gen_jax.task import Stage
+from gen_jax.training_step import init_state, make_step
+from gen_jax.workdir import Workdir
+
+__all__ = ["dry_run"]
+
+
+def dry_run(
+    name: str, config: RunConfig, workdir: Workdir, phases: tuple[str, ...], data: Any
+) -> None:
+    """Prints the configuration, and for each stage what a step takes; nothing is written.
+
+    A step is compiled, which gives its memory on the devices at hand.
+
+    Args:
+      name: of the experiment.
+      config: of the run.
+      workdir: its directory, which need not exist.
+      phases: the commands, of which the first trains.
+      data: of `config.load` for these phases.
+    """
+    print(f"{name}: {parallel.device_banner()}; {workdir.path}")
+    task, mesh = runs.make_task(config, workdir, phases, data), parallel.data_mesh()
+    values = config_lib.flatten(config_lib.to_dict(config))
+    options = {f"--{key}".replace("_", "-"): repr(value) for key, value in values.items()}
+    cli.print_summary("configuration", options)
+    if task.sizes:
+        cli.print_summary("data", task.sizes)
+    earlier = {}
+    for stage in task.stages:
+        given = stage.initial is not None
+        training.check_start(config.train, stage.trainable, mesh, given)
+        cli.print_summary(f"training of {stage.name}", _describe(config, stage, mesh, earlier))
+        zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), stage.abstract_params())
+        earlier[stage.name] = zeros
+
+
+def _describe(config: RunConfig, stage: Stage, mesh, earlier) -> dict[str, Any]:
+    state = jax.eval_shape(lambda: init_state(config.train, stage.trainable))
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    if not config.train.ema:
+        state = state.replace(ema=None)
+    batch = stage.batch(0, (0, 1), earlier)
+    flags = np.zeros(mesh.size, np.int32)
+    step = make_step(stage.trainable, config.train, mesh)
+    arguments = state, batch, flags
+    memory = step.lower(*arguments).compile().memory_analysis()
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(stage.abstract_params()))
+    shapes = {name: f"{leaf.dtype} {list(leaf.shape)}" for name, leaf in batch.items()}
+    return {
+        "parameters": f"{parameters:,}",
+        "state_in_checkpoints": _bytes(held),
+        **{f"batch_{name}": shape for name, shape in shapes.items()},
+        "operations_per_step": f"{mesh.size * operations.count(step, *arguments):.4g}",
+        "memory_of_a_step_per_device": _bytes(
+            memory.argument_size_in_bytes
+            + memory.output_size_in_bytes
+            + memory.temp_size_in_bytes
+            - memory.alias_size_in_bytes
+        ),
+    }
+
+
+def _bytes(number):
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if number < 1024 or unit == "GiB":
+            return f"{number:.4g} {unit}"
+        number /= 1024
+    raise AssertionError
