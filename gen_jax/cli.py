@@ -128,7 +128,8 @@ def execute(
         if not training:
             raise ValueError(f"--dry-run is of training, not of {phases[0]}")
         describe = config_lib.resolve("gen_jax.dry_run:dry_run")
-        return describe(experiment.name, config, workdir, phases, data)
+        describe(experiment.name, config, workdir, phases, data)
+        return
     with contextlib.nullcontext() if several else claim(workdir, config):
         run = config_lib.resolve("gen_jax.runs:run")
         run(experiment.name, config, workdir, phases, data)
