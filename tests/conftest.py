@@ -43,6 +43,25 @@ def pytest_configure(config):
                     importlib.import_module(name)
 
 
+_MAPS, _MOST_MAPS = Path("/proc/self/maps"), 20_000
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item, nextitem):
+    """Lets the programs of earlier modules go before the process has too many memory maps.
+
+    A compiled program keeps about six, Linux allows 65,530 a process, and where there are no more
+    the compiler dies of a segmentation fault.
+    """
+    if (nextitem is not None and nextitem.path == item.path) or not _MAPS.exists():
+        return
+    with open(_MAPS) as maps:
+        number = sum(1 for _ in maps)
+    if number > _MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()
+
+
 def pytest_collection_modifyitems(items):
     """Warnings of PyTorch and its kin are not ours."""
     for item in items:
