@@ -119,14 +119,14 @@ def execute(
         raise WorkdirError(f"no run in {path}; train one first, or give its --workdir")
     if several and phases != ("train",):
         raise ValueError("several hosts train together; sample and evaluate on one of them")
-    workdir.check_config(stored_form(config), _resumable(config, workdir.stored_config()))
+    if dry and not training:
+        raise ValueError(f"--dry-run is of training, not of {phases[0]}")
+    _check_stored(workdir, config)
     stored_summary(workdir)
     if training and config.init_from and not workdir.has_checkpoints():
         _check_init_from(config)
     data = config.load(path, phases)
     if dry:
-        if not training:
-            raise ValueError(f"--dry-run is of training, not of {phases[0]}")
         describe = config_lib.resolve("gen_jax.dry_run:dry_run")
         describe(experiment.name, config, workdir, phases, data)
         return
@@ -157,8 +157,12 @@ def claim(workdir: Workdir, config: RunConfig) -> Iterator[None]:
       WorkdirError: another process holds it, or it holds another run.
     """
     with workdir.lock():
-        workdir.check_config(stored_form(config), _resumable(config, workdir.stored_config()))
+        _check_stored(workdir, config)
         yield
+
+
+def _check_stored(workdir, config):
+    workdir.check_config(stored_form(config), _resumable(config, workdir.stored_config()))
 
 
 def store(workdir: Workdir, config: RunConfig) -> None:
@@ -170,8 +174,7 @@ def store(workdir: Workdir, config: RunConfig) -> None:
     Raises:
       WorkdirError: the directory holds another run.
     """
-    stored = workdir.stored_config()
-    workdir.write_config(stored_form(config), _resumable(config, stored))
+    workdir.write_config(stored_form(config), _resumable(config, workdir.stored_config()))
 
 
 def stored_form(config: RunConfig) -> dict:

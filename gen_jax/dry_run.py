@@ -72,8 +72,5 @@ def _describe(config: RunConfig, stage: Stage, mesh, earlier) -> dict[str, Any]:
 
 
 def _bytes(number):
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if number < 1024 or unit == "GiB":
-            return f"{number:.4g} {unit}"
-        number /= 1024
-    raise AssertionError
+    power = min(max(int(number).bit_length() - 1, 0) // 10, 3)
+    return f"{number / 1024**power:.4g} {('bytes', 'KiB', 'MiB', 'GiB')[power]}"

@@ -43,7 +43,7 @@ def _of_equation(equation):
 
 
 def _of_convolution(equation):
-    """Products with zeros of a dilated input, and with padding, are counted as products."""
+    """Products with padding are counted, those with the zeros of a dilated input are not."""
     numbers = equation.params["dimension_numbers"]
     kernel = equation.invars[1].aval.shape
     window = math.prod(kernel[axis] for axis in numbers.rhs_spec[2:])

@@ -21,7 +21,13 @@ import numpy as np
 from experiments.benchmarks import timing
 from gen_jax import interop, sampling
 from gen_jax.condition import Condition
-from gen_jax.models.diffusion import DDIM, Ancestral, DiffusionConfig, DiffusionSampler
+from gen_jax.models.diffusion import (
+    DDIM,
+    Ancestral,
+    DiffusionConfig,
+    DiffusionModel,
+    DiffusionSampler,
+)
 
 diffusers, torch = timing.Peer("diffusers"), timing.Peer("torch")
 
@@ -74,6 +80,13 @@ SMALL = COMMON | {
 }
 
 
+def converted(unet) -> tuple[DiffusionModel, dict]:
+    """Our model and parameters from a UNet2DModel of diffusers."""
+    with tempfile.TemporaryDirectory() as directory:
+        unet.save_pretrained(directory)
+        return interop.load_diffusers_unet(directory, DiffusionConfig(variance="fixed_small"))
+
+
 class Sides:
     """One network with the same weights on both sides."""
 
@@ -82,10 +95,7 @@ class Sides:
         torch.set_num_threads(config.threads)
         self.device = timing.torch_device()
         self.torch_unet = diffusers.UNet2DModel(**options).eval().to(self.device)
-        with tempfile.TemporaryDirectory() as directory:
-            self.torch_unet.save_pretrained(directory)
-            process = DiffusionConfig(variance="fixed_small")
-            self.model, params = interop.load_diffusers_unet(directory, process)
+        self.model, params = converted(self.torch_unet)
         self.params, self.tolerance = jax.device_put(params), config.tolerance
         self.repeats, self.threads = config.repeats, config.threads
         self.parameters = sum(p.numel() for p in self.torch_unet.parameters())

@@ -18,7 +18,6 @@ import dataclasses
 import os
 import statistics
 import sys
-import tempfile
 import time
 
 import jax
@@ -26,10 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmarks import timing
-from experiments.benchmarks.diffusers import COMMON
-from gen_jax import interop, parallel
+from experiments.benchmarks.diffusers import COMMON, converted
+from gen_jax import parallel
 from gen_jax.config import TrainConfig
-from gen_jax.models.diffusion import DiffusionConfig
 from gen_jax.trainables import ModelTrainable
 from gen_jax.training_step import init_state, make_step
 from gen_jax.trees import named_leaves
@@ -69,26 +67,24 @@ class Config:
             raise ValueError("batches, steps and repeats must be at least 1")
 
 
+_SHARED = COMMON | {
+    "in_channels": 12,
+    "out_channels": 12,
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+}
 NETWORKS = {
-    "tiny": COMMON
+    "tiny": _SHARED
     | {
         "sample_size": 8,
-        "in_channels": 12,
-        "out_channels": 12,
         "block_out_channels": (32, 64),
-        "layers_per_block": 1,
-        "norm_num_groups": 8,
         "down_block_types": ("AttnDownBlock2D", "DownBlock2D"),
         "up_block_types": ("UpBlock2D", "AttnUpBlock2D"),
     },
-    "cpu": COMMON
+    "cpu": _SHARED
     | {
         "sample_size": 16,
-        "in_channels": 12,
-        "out_channels": 12,
         "block_out_channels": (32, 64, 128),
-        "layers_per_block": 1,
-        "norm_num_groups": 8,
         "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
         "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
     },
@@ -106,7 +102,7 @@ class Sides:
         self.device = timing.torch_device()
         self.unet = diffusers.UNet2DModel(**NETWORKS[name]).to(self.device)
         self.scheduler = diffusers.DDPMScheduler()
-        self.model, self.params = _converted(self.unet)
+        self.model, self.params = converted(self.unet)
         self.parameters = sum(p.numel() for p in self.unet.parameters())
         generator = np.random.default_rng(0)
         shape = (batch, *self.model.shape)
@@ -134,7 +130,7 @@ class Sides:
         with torch.no_grad():  # gradients in the place of weights, so that they are read alike
             for parameter in unet.parameters():
                 parameter.copy_(parameter.grad)
-        ours, expected = named_leaves(ours), named_leaves(_converted(unet)[1])
+        ours, expected = named_leaves(ours), named_leaves(converted(unet)[1])
         difference = abs(float(value) - float(theirs.detach())) / float(value)
         for leaf, gradient in expected.items():
             largest = max(np.abs(gradient).max(), 1e-6)
@@ -215,13 +211,6 @@ class Sides:
                 torch.cuda.synchronize()
 
         return run
-
-
-def _converted(unet):
-    """Our model and parameters from a network of diffusers."""
-    with tempfile.TemporaryDirectory() as directory:
-        unet.save_pretrained(directory)
-        return interop.load_diffusers_unet(directory, DiffusionConfig(variance="fixed_small"))
 
 
 def benchmark(config: Config) -> dict:
