@@ -32,9 +32,9 @@ def run(name: str, config: RunConfig, workdir: Workdir, phases: tuple[str, ...],
     claimed = cli.claim(workdir, config) if several and main else None
     with claimed or contextlib.nullcontext():
         hosts.meet("the work directory is there")
+        task = make_task(config, workdir, phases, data)
         if main:
             print(f"{name}: {parallel.device_banner()}; {workdir.path}")
-        task = make_task(config, workdir, phases, data)
         current, report = Run(name, config, workdir, phases, task), {}
         if "train" in phases:
             report |= train(current)

@@ -124,8 +124,7 @@ OUT_OF_RANGE = [
     ("--distributed.index 1", "index must be in [0, 1), got 1"),
 ]
 CONTRADICTIONS = [
-    ("--conditional", "conditional and model.classes go together"),
-    ("--model.classes 36", "conditional and model.classes go together"),
+    ("--model.classes 36", "model.classes is 36, which is for --conditional"),
     ("--conditional --model.classes 10", "the data has 36 classes, model.classes is 10"),
     ("--sampler.guidance 2", "sampler.guidance needs a conditional model"),
     ("--sample.label 3", "sample.label must be -1 or a class, got 3"),

@@ -1,10 +1,13 @@
 """What the tasks of images share: files of samples, labels, and scores without a network."""
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from gen_jax import pictures
+from gen_jax.condition import Condition
 from gen_jax.data import DataConfig, Images, ShapesSet
 
 SHEET = 64  # samples in samples.png
@@ -29,11 +32,44 @@ def scale(height: int) -> int:
     return max(1, 64 // height)
 
 
-def labels(number: int, label: int, classes: int) -> np.ndarray:
-    """Labels of the first samples, int32 [number]: one class, or all in turn where it is -1."""
+def number_of_classes(
+    config: Any, given: int, record: Mapping | None, splits: Iterable[Images]
+) -> int:
+    """Classes of a conditional model: those of its configuration, its checkpoint or its data.
+
+    Args:
+      config: of the run.
+      given: the number in its configuration; 0 where there is none.
+      record: of the checkpoint that the run goes on from, or None.
+      splits: the images that were read.
+
+    Returns:
+      The number; 0 for an unconditional model.
+
+    Raises:
+      ValueError: the data has another number, nothing tells it, or the label to sample is none of
+        the classes.
+    """
+    if not config.conditional:
+        return 0
+    found = {len(images.label_names) for images in splits}
+    classes = given or (record or {}).get("classes", 0) or next(iter(found), 0)
+    if not classes:
+        raise ValueError("nothing tells the number of classes of the model: set it")
+    if found - {classes}:
+        raise ValueError(f"the data has {found.pop()} classes, the model has {classes}")
+    if config.sample.label >= classes:
+        raise ValueError(f"sample.label must be -1 or a class, got {config.sample.label}")
+    return classes
+
+
+def condition(label: int, classes: int, number: int) -> Condition:
+    """The condition of the first samples: one class, or all in turn where `label` is -1."""
+    if not classes:
+        return Condition()
     if label >= 0:
-        return np.full(number, label, np.int32)
-    return np.arange(number, dtype=np.int32) % classes
+        return Condition(label=np.full(number, label, np.int32))
+    return Condition(label=np.arange(number, dtype=np.int32) % classes)
 
 
 def score(images: np.ndarray, config: DataConfig, test_set: Images) -> dict[str, float]:

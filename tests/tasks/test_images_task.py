@@ -149,6 +149,26 @@ def test_a_trained_run_is_sampled_in_other_ways_without_its_preset(copy, capsys)
     assert len(list((copy / "samples").iterdir())) == 3
 
 
+def test_the_number_of_classes_is_that_of_the_folder(tmp_path, monkeypatch):
+    """One sub-folder for each; afterwards it is the checkpoint's, and a published network's."""
+    colours = {"blue": (0, 0, 255), "green": (0, 255, 0), "red": (255, 0, 0)}
+    for name, colour in colours.items():
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        Image.new("RGB", (16, 16), colour).save(tmp_path / "pictures" / name / "1.png")
+    monkeypatch.chdir(tmp_path)
+    own = ("--data.name", "folder", "--data.dir", "pictures", "--conditional")
+    perform(*own, "--workdir", "run", *MINUTE.split(), "--sample.number", 5)
+    np.testing.assert_array_equal(samples(tmp_path / "run")["labels"], [0, 1, 2, 0, 1])
+    perform("sample", "--workdir", "run", "--sample.label", 2)
+    np.testing.assert_array_equal(samples(tmp_path / "run")["labels"], [2] * 5)
+    with pytest.raises(ValueError, match="label must be -1 or a class, got 3"):
+        perform("sample", "--workdir", "run", "--sample.label", 3)
+    (tmp_path / "pictures" / "white").mkdir()
+    Image.new("RGB", (16, 16), "white").save(tmp_path / "pictures" / "white" / "1.png")
+    with pytest.raises(ValueError, match="the data has 4 classes, the model has 3"):
+        perform("evaluate", "--workdir", "run")
+
+
 def test_the_micro_batch_does_not_change_a_sample(copy):
     before = samples(copy)["images"]
     perform(

@@ -188,8 +188,10 @@ def test_a_sample_is_the_same_alone(finished, copy, capsys):
     capsys.readouterr()
 
 
-def test_classes_are_inputs(tmp_path, capsys):
-    options = ("--workdir", tmp_path, "--conditional", "--model.extra-inputs", 36)
+@pytest.mark.parametrize("given", [["--model.extra-inputs", 36], []])
+def test_classes_are_inputs(tmp_path, capsys, given):
+    """Their number is given, or that of the data; then it is the checkpoint's."""
+    options = ("--workdir", tmp_path, "--conditional", *given)
     assert main(*options, "--train.steps", 1, "--sample.number", 3) == 0
     np.testing.assert_array_equal(samples(tmp_path)["labels"], [0, 1, 2])
     assert summary(tmp_path)["nats_per_image_floor"] == pytest.approx(np.log(18))
@@ -218,9 +220,13 @@ REFUSED = [
     ("--data.no-palette", "the images have 768 tokens (16 x 16 x 3), model.context is 256"),
     ("--model.vocabulary 9", "model.vocabulary must be 7, or 0 for the same, got 9"),
     ("--model.extra-inputs 2", "model.extra_inputs must be 1, the start of every image, got 2"),
-    ("--conditional --model.extra-inputs 0", "conditional needs model.extra_inputs"),
-    ("--conditional", "the data has 36 classes, model.extra_inputs is 1"),
-    ("--model.no-causal", "a model of pixels is causal"),
+    ("--conditional --model.extra-inputs 0", "model.extra_inputs must be at least 1"),
+    (
+        "--conditional --model.extra-inputs 9",
+        "the data has 36 classes, model.extra_inputs is for 9",
+    ),
+    ("--conditional --sample.label 36", "sample.label must be -1 or a class, got 36"),
+    ("--model.no-causal", "this model of pixels has model.causal True"),
     ("--data.no-palette --data.name cifar10 --data.dir nowhere", "no CIFAR-10 files in "),
     ("--pretrained there", "unknown option --pretrained"),
     ("export", "unknown command 'export'"),

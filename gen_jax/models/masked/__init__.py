@@ -44,6 +44,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "MaskedModel",
             "bound_terms",
             "entropy_profile",
+            "estimate_bound",
             "hide",
             "log_prob_in_order",
         ],

@@ -28,6 +28,7 @@ __all__ = [
     "MaskedModel",
     "bound_terms",
     "entropy_profile",
+    "estimate_bound",
     "hide",
     "infill",
     "log_prob_in_order",
@@ -273,6 +274,47 @@ def bound_terms(
         return jnp.where(hidden & (n <= valid.sum(-1))[:, None], values, 0).sum(-1) / n
 
     return jax.lax.map(term, jnp.arange(1, tokens.shape[1] + 1)).T
+
+
+def estimate_bound(
+    model: Denoiser, params: Any, batch: dict[str, Any], keys: Key[Array, " B"], draws: int
+) -> Float[Array, " B"]:
+    """An unbiased estimate of the bound (1) from few of its terms.
+
+    The numbers of hidden positions are stratified: one is drawn from each of `draws` equal parts of
+    1 .. L. The variance is then far below that of independent draws.
+
+    Args:
+      model: of sequences of L tokens.
+      params: its parameters, not prepared.
+      batch: "tokens" int [B, L], "length" int [B] where sequences differ in it, and what the model
+        conditions on.
+      keys: one per sequence, for the numbers and the sets.
+      draws: evaluations of the model per sequence, at least 1.
+
+    Returns:
+      float32 in nats, of each sequence.
+
+    Raises:
+      ValueError: `draws` is below 1.
+    """
+    if draws < 1:
+        raise ValueError(f"draws must be at least 1, got {draws}")
+    tokens, prepared = batch["tokens"], model.prepare(params)
+    context = model.encode(prepared, batch)
+    valid = valid_mask(tokens, batch.get("length"))
+    length = valid.sum(-1)
+
+    def add(i, total):
+        parts = jax.vmap(jax.random.split)(fold_in_each(keys, i))
+        share = (i + jax.vmap(jax.random.uniform)(parts[:, 0])) / draws
+        count = _count("uniform", share, length)
+        seen, hidden = hide(parts[:, 1], tokens, valid, count, model.mask)
+        values = cross_entropy(model(prepared, seen, valid, context), tokens)
+        mean = jnp.where(hidden, values, 0).sum(-1) / jnp.maximum(count, 1)
+        return total + length * mean / draws
+
+    return jax.lax.fori_loop(0, draws, add, jnp.zeros(len(tokens), jnp.float32))
 
 
 def entropy_profile(terms: Float[Array | np.ndarray, "B L"]) -> tuple[float, ...]:

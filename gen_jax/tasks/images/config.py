@@ -9,7 +9,7 @@ from gen_jax.models.diffusion.config import DiffusionConfig
 from gen_jax.models.diffusion.solvers import Ancestral, Solver
 from gen_jax.nn.config import UNetConfig
 
-__all__ = ["EvaluateConfig", "ImagesConfig", "LabelledSampleConfig"]
+__all__ = ["EvaluateConfig", "ImagesConfig", "LabelledSampleConfig", "check_label"]
 
 
 @frozen
@@ -18,6 +18,22 @@ class LabelledSampleConfig(SampleConfig):
 
     label: int = -1
     """Class of all samples of a conditional model; -1 for all classes in turn."""
+
+
+def check_label(label: int, conditional: bool, classes: int) -> None:
+    """Refuses a label that is no class.
+
+    Args:
+      label: -1 for all classes in turn, or a class.
+      conditional: whether the model has classes.
+      classes: how many; 0 where the data is to tell.
+
+    Raises:
+      ValueError: the label is not possible.
+    """
+    known = classes or not conditional
+    if label < -1 or (known and label >= max(classes, 1)):
+        raise ValueError(f"sample.label must be -1 or a class, got {label}")
 
 
 @frozen
@@ -48,7 +64,8 @@ class ImagesConfig(RunConfig):
     """How the reverse process is solved."""
     evaluate: EvaluateConfig = EvaluateConfig()
     conditional: bool = False
-    """Condition on the labels of the data (set model.classes to their number)."""
+    """Condition on the labels of the data; their number is model.classes, or the data's where that
+    is 0."""
     pretrained: str = ""
     """Folder of a UNet2DModel of diffusers: train starts from it, sample draws from it."""
 
@@ -58,10 +75,10 @@ class ImagesConfig(RunConfig):
 
     def __post_init__(self):
         self.sampler.check(self.diffusion)
-        if self.conditional != bool(self.model.classes):
+        if self.model.classes and not self.conditional:
             raise ValueError(
-                "conditional and model.classes go together: set both or neither "
-                f"(conditional is {self.conditional}, model.classes is {self.model.classes})"
+                f"model.classes is {self.model.classes}, which is for --conditional: set both or "
+                "neither"
             )
         if self.sampler.guidance != 1.0 and not self.conditional:
             raise ValueError("sampler.guidance needs a conditional model")
@@ -71,8 +88,7 @@ class ImagesConfig(RunConfig):
                 f"model.out_channels must be {outputs} with diffusion.variance "
                 f"{self.diffusion.variance}, got {self.model.out_channels}"
             )
-        if not -1 <= self.sample.label < max(self.model.classes, 1):
-            raise ValueError(f"sample.label must be -1 or a class, got {self.sample.label}")
+        check_label(self.sample.label, self.conditional, self.model.classes)
         if self.data.palette:
             raise ValueError("a diffusion model takes RGB images: leave data.palette off")
 
@@ -102,5 +118,8 @@ class ImagesConfig(RunConfig):
                 f"their heights are {heights}"
             )
         classes = len(images.label_names)
-        if self.conditional and model.classes != classes:
-            raise ValueError(f"the data has {classes} classes, model.classes is {model.classes}")
+        if model.classes not in (0, classes):
+            raise ValueError(
+                f"the data has {classes} classes, model.classes is {model.classes}; with 0 their "
+                "number is taken from the data"
+            )

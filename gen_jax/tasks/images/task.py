@@ -9,7 +9,6 @@ import numpy as np
 
 from gen_jax import config as config_lib
 from gen_jax import evaluation, interop, keys, pictures, sampling
-from gen_jax.condition import Condition
 from gen_jax.data import ShapesSet
 from gen_jax.models.diffusion import DiffusionModel, DiffusionSampler
 from gen_jax.nn.unet import UNetNetwork
@@ -26,19 +25,21 @@ _TRAJECTORIES, _ROWS, _COLUMNS, _FRAMES = 8, 4, 10, 40  # samples; of trajectory
 def make(config: ImagesConfig, context: Context) -> Task:
     """The task of a configuration; `context.data` has the images by split."""
     splits, record, initial = context.data, context.records.get("model"), None
+    classes = image_files.number_of_classes(config, config.model.classes, record, splits.values())
+    network = dataclasses.replace(config.model, classes=classes)
     if config.pretrained:
-        published, initial = _load_pretrained(config)
+        published, initial = _load_pretrained(config, network)
     if record is not None:
         shape = tuple(record["image_shape"])
     else:
         shape = splits["train"].images.shape[1:] if "train" in splits else published.shape
-    model = DiffusionModel(UNetNetwork(config.model), config.diffusion, shape)
+    model = DiffusionModel(UNetNetwork(network), config.diffusion, shape)
     validate = functools.partial(_validate, config, model, splits.get("test"))
     stage = Stage(
         name="model",
         trainable=ModelTrainable(model, config.train),
         batch=functools.partial(_batch, config, splits.get("train")),
-        record={"image_shape": list(shape)},
+        record={"image_shape": list(shape), "classes": classes},
         evaluate=validate,
         initial=None if initial is None else lambda: initial,
     )
@@ -46,7 +47,7 @@ def make(config: ImagesConfig, context: Context) -> Task:
         stages=(stage,),
         model=model,
         sampler=DiffusionSampler(model, config.sampler),
-        condition=functools.partial(_condition, config),
+        condition=functools.partial(image_files.condition, config.sample.label, classes),
         write=_write,
         evaluate=functools.partial(_evaluate, config, validate, splits.get("test")),
         commands={"export": _export},
@@ -63,16 +64,10 @@ def _batch(config, images, step, shard, earlier):
     return whole if config.conditional else {"image": whole["image"]}
 
 
-def _condition(config, number) -> Condition:
-    if not config.conditional:
-        return Condition()
-    return Condition(label=image_files.labels(number, config.sample.label, config.model.classes))
-
-
-def _load_pretrained(config) -> tuple[DiffusionModel, Any]:
+def _load_pretrained(config, network) -> tuple[DiffusionModel, Any]:
     """A UNet2DModel of diffusers, which must be our network."""
     model, params = interop.load_diffusers_unet(config.pretrained, config.diffusion)
-    ours = dataclasses.replace(config.model, dropout=0.0, dtype="float32")
+    ours = dataclasses.replace(network, dropout=0.0, dtype="float32")
     theirs = config_lib.to_dict(model.network.config)
     differing = config_lib.differences(config_lib.to_dict(ours), theirs, ("dropout",))
     if differing:
@@ -85,7 +80,8 @@ def _load_pretrained(config) -> tuple[DiffusionModel, Any]:
 def _export(run: Run) -> dict:
     """Writes the averaged parameters as a folder of diffusers."""
     path, height = run.workdir.path / "diffusers", run.task.model.shape[0]
-    interop.save_diffusers_unet(path, run.config.model, run.params, sample_size=height)
+    network = run.task.model.network.config
+    interop.save_diffusers_unet(path, network, run.params, sample_size=height)
     return {"exported": str(path)}
 
 

@@ -1,6 +1,8 @@
 """The configuration of models of pixel sequences, and their data; importing this loads no jax."""
 
+import dataclasses
 import pathlib
+from typing import ClassVar
 
 from gen_jax import data as image_data
 from gen_jax.config import RunConfig, frozen
@@ -8,9 +10,9 @@ from gen_jax.data import DataConfig, PixelSequences
 from gen_jax.data.shapes import PALETTE
 from gen_jax.models.autoregressive.config import SamplingOptions
 from gen_jax.nn.config import TransformerConfig
-from gen_jax.tasks.images.config import LabelledSampleConfig
+from gen_jax.tasks.images.config import LabelledSampleConfig, check_label
 
-__all__ = ["EvaluateConfig", "PixelsConfig"]
+__all__ = ["EvaluateConfig", "PixelRunConfig", "PixelsConfig"]
 
 
 @frozen
@@ -28,20 +30,24 @@ class EvaluateConfig:
 
 
 @frozen
-class PixelsConfig(RunConfig):
-    """A model of pixels from data to samples."""
+class PixelRunConfig(RunConfig):
+    """What the runs of all models of pixels share.
+
+    Attributes:
+      extra_input: what an unconditional model's one extra input is.
+      causal: whether a pixel sees those before it alone.
+      class_inputs: extra inputs of a model of no classes, beside one for each class.
+    """
 
     data: DataConfig = DataConfig()
     model: TransformerConfig = TransformerConfig(extra_inputs=1)
     sample: LabelledSampleConfig = LabelledSampleConfig()
-    sampler: SamplingOptions = SamplingOptions()
-    """How each token is drawn."""
-    evaluate: EvaluateConfig = EvaluateConfig()
     conditional: bool = False
-    """Begin each image with the input of its class (set model.extra_inputs to their number)."""
+    """Condition on the classes of the data."""
 
-    task = "pixels"
-    make_task = "gen_jax.tasks.pixels.task:make"
+    extra_input: ClassVar[str]
+    causal: ClassVar[bool]
+    class_inputs: ClassVar[int]
 
     @property
     def vocabulary(self) -> int:
@@ -50,15 +56,23 @@ class PixelsConfig(RunConfig):
 
     @property
     def classes(self) -> int:
-        """Classes of a conditional model; else 0."""
-        return self.model.extra_inputs if self.conditional else 0
+        """Classes of a conditional model; 0 where the data tells how many, or there are none."""
+        given = self.model.extra_inputs - self.class_inputs
+        return given if self.conditional and self.model.extra_inputs > 1 else 0
+
+    def network(self, classes: int) -> TransformerConfig:
+        """The network of a model of so many classes, 0 for an unconditional one."""
+        inputs = self.class_inputs + classes if classes else 1
+        return dataclasses.replace(
+            self.model, vocabulary=self.vocabulary, extra_inputs=inputs, causal=self.causal
+        )
 
     def __post_init__(self):
         model = self.model
-        if not model.causal or model.memory:
+        if model.memory or model.causal != self.causal:
             raise ValueError(
-                "a model of pixels is causal and without memory: leave model.causal and "
-                "model.memory as they are"
+                f"this model of pixels has model.causal {self.causal} and no memory: leave "
+                "model.causal and model.memory as they are"
             )
         if model.vocabulary not in (0, self.vocabulary):
             raise ValueError(
@@ -67,13 +81,15 @@ class PixelsConfig(RunConfig):
             )
         if not self.conditional and model.extra_inputs != 1:
             raise ValueError(
-                "model.extra_inputs must be 1, the start of every image, got "
+                f"model.extra_inputs must be 1, {self.extra_input}, got "
                 f"{model.extra_inputs}; more are for --conditional"
             )
-        if self.conditional and model.extra_inputs < 1:
-            raise ValueError("conditional needs model.extra_inputs, the number of classes")
-        if not -1 <= self.sample.label < max(self.classes, 1):
-            raise ValueError(f"sample.label must be -1 or a class, got {self.sample.label}")
+        if model.extra_inputs < 1:
+            raise ValueError(
+                "model.extra_inputs must be at least 1; with 1 a conditional model takes the "
+                "number of classes from the data"
+            )
+        check_label(self.sample.label, self.conditional, self.classes)
 
     def load(self, workdir: pathlib.Path, phases: tuple[str, ...]) -> dict[str, PixelSequences]:
         """The sequences of the splits that the phases need; refuses those that do not fit."""
@@ -89,8 +105,27 @@ class PixelsConfig(RunConfig):
                     f"{self.model.context}: set it to the same"
                 )
             classes = len(sequences.images.label_names)
-            if self.conditional and classes != self.classes:
+            if self.classes not in (0, classes):
                 raise ValueError(
-                    f"the data has {classes} classes, model.extra_inputs is {self.classes}"
+                    f"the data has {classes} classes, model.extra_inputs is for {self.classes}; "
+                    "with 1 their number is taken from the data"
                 )
         return splits
+
+
+@frozen
+class PixelsConfig(PixelRunConfig):
+    """An autoregressive model of pixels from data to samples.
+
+    A conditional one begins each image with the input of its class.
+    """
+
+    sampler: SamplingOptions = SamplingOptions()
+    """How each token is drawn."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    task = "pixels"
+    make_task = "gen_jax.tasks.pixels.task:make"
+    extra_input = "the start of every image"
+    causal = True
+    class_inputs = 0

@@ -1,79 +1,98 @@
 """Autoregressive models of pixels: what they are trained on, and how samples are judged."""
 
-import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import UInt8
 
 from gen_jax import evaluation, pictures
-from gen_jax.condition import Condition
-from gen_jax.data import ShapesSet
+from gen_jax.data import PixelSequences, ShapesSet
 from gen_jax.data.shapes import PALETTE
 from gen_jax.models.autoregressive import AutoregressiveModel, AutoregressiveSampler
 from gen_jax.nn.transformer import TokenNetwork
 from gen_jax.task import Context, Run, Stage, Task
 from gen_jax.tasks import image_files
-from gen_jax.tasks.pixels.config import PixelsConfig
+from gen_jax.tasks.pixels.config import PixelRunConfig, PixelsConfig
 from gen_jax.trainables import ModelTrainable
 
-__all__ = ["filling", "make", "to_rgb"]
+__all__ = [
+    "batch",
+    "evaluate",
+    "filling",
+    "keep",
+    "likelihood",
+    "make",
+    "rows_to_evaluate",
+    "shape_and_classes",
+    "to_rgb",
+]
 
 _MOMENTS, _ROWS, _EMPTY = 8, 4, 64  # of trajectory.png: columns, rows, what is not drawn yet
 
 
 def make(config: PixelsConfig, context: Context) -> Task:
     """The task of a configuration; `context.data` has the sequences by split."""
-    splits, record = context.data, context.records.get("model")
-    shape = tuple(record["image_shape"]) if record is not None else splits["train"].shape
-    network = TokenNetwork(dataclasses.replace(config.model, vocabulary=config.vocabulary))
-    model = AutoregressiveModel(network)
+    splits = context.data
+    shape, classes = shape_and_classes(config, context)
+    model = AutoregressiveModel(TokenNetwork(config.network(classes)))
     validate = functools.partial(_validate, config, model, splits.get("test"))
     stage = Stage(
         name="model",
         trainable=ModelTrainable(model, config.train),
-        batch=functools.partial(_batch, config, splits.get("train")),
-        record={"image_shape": list(shape)},
+        batch=functools.partial(batch, config, splits.get("train")),
+        record={"image_shape": list(shape), "classes": classes},
         evaluate=validate,
     )
     return Task(
         stages=(stage,),
         model=model,
         sampler=AutoregressiveSampler(model, 0, config.model.context, config.sampler),
-        condition=functools.partial(_condition, config),
+        condition=functools.partial(image_files.condition, config.sample.label, classes),
         write=functools.partial(_write, shape),
-        evaluate=functools.partial(_evaluate, config, validate, splits.get("test")),
+        evaluate=functools.partial(evaluate, config, validate, splits.get("test")),
         sizes={f"{split}_images": len(images) for split, images in splits.items()},
         results=("samples.png", "samples.npz", "samples", "trajectory.png"),
     )
 
 
-def _batch(config, sequences, step, shard, earlier):
-    """Images as tokens, and labels for a conditional model."""
+def shape_and_classes(config: PixelRunConfig, context: Context) -> tuple[tuple[int, ...], int]:
+    """The shape of one image, and the number of classes of a conditional model, else 0."""
+    splits, record = context.data, context.records.get("model")
+    shape = tuple(record["image_shape"]) if record is not None else splits["train"].shape
+    sets = (sequences.images for sequences in splits.values())
+    return shape, image_files.number_of_classes(config, config.classes, record, sets)
+
+
+def batch(
+    config: PixelRunConfig,
+    sequences: PixelSequences,
+    step: int,
+    shard: tuple[int, int],
+    earlier: Any,
+) -> dict[str, np.ndarray]:
+    """Images as tokens, and labels for a conditional model; see `Stage.batch`."""
     del earlier
     train = config.train
     whole = sequences.batch(train.seed, step, train.batch, flip=config.data.flip, shard=shard)
     return whole if config.conditional else {"tokens": whole["tokens"]}
 
 
-def _condition(config, number) -> Condition:
-    if not config.conditional:
-        return Condition()
-    return Condition(label=image_files.labels(number, config.sample.label, config.classes))
-
-
-def _validate(config, model, sequences, params) -> dict[str, float]:
-    """The exact likelihood of test images, its standard error, and its floor where known."""
-    choice, images = config.evaluate, sequences.images
-    number = min(choice.images, len(images))
+def rows_to_evaluate(config: PixelRunConfig, sequences: PixelSequences) -> dict[str, np.ndarray]:
+    """As many test images as are to be evaluated, as a batch."""
+    images, number = sequences.images, min(config.evaluate.images, len(sequences))
     chosen = images.indices(0, 0, number)
     rows = {"tokens": sequences.tokens_of(images.images[chosen])}
-    if config.conditional:
-        rows["label"] = images.labels[chosen]
-    nats = -evaluation.map_rows(
-        functools.partial(_log_prob, model), params, rows, choice.batch
-    ).astype(np.float64)
+    return rows | ({"label": images.labels[chosen]} if config.conditional else {})
+
+
+def likelihood(
+    config: PixelRunConfig, sequences: PixelSequences, nats: np.ndarray
+) -> dict[str, float]:
+    """Figures of the code lengths of test images, in nats: mean, error, and floor where known."""
+    nats, number = nats.astype(np.float64), len(nats)
     bits = 1 / np.log(2) / sequences.length
     error = nats.std(ddof=1) / np.sqrt(number) if number > 1 else np.nan
     report = {
@@ -86,7 +105,7 @@ def _validate(config, model, sequences, params) -> dict[str, float]:
         return report
     floor = ShapesSet(config.data.size).entropy
     if config.conditional:  # the label tells one of equally many images
-        floor -= np.log(config.classes)
+        floor -= np.log(len(sequences.images.label_names))
     return report | {
         "bits_per_dim_floor": float(floor * bits),
         "nats_per_image_floor": float(floor),
@@ -94,12 +113,24 @@ def _validate(config, model, sequences, params) -> dict[str, float]:
     }
 
 
+def _validate(config, model, sequences, params) -> dict[str, float]:
+    """The exact likelihood of test images, its standard error, and its floor where known."""
+    rows, log_prob = rows_to_evaluate(config, sequences), functools.partial(_log_prob, model)
+    values = evaluation.map_rows(log_prob, params, rows, config.evaluate.batch)
+    return likelihood(config, sequences, -values)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _log_prob(model, params, rows):
     return model.log_prob(params, rows)
 
 
-def _evaluate(config, validate, sequences, run: Run) -> dict[str, float]:
+def evaluate(
+    config: PixelRunConfig,
+    validate: Callable[[Any], dict[str, float]],
+    sequences: PixelSequences,
+    run: Run,
+) -> dict[str, float]:
     """The likelihood of the test set, and the quality of the samples drawn last."""
     images = run.kept_samples()["images"]
     if not config.data.palette:
@@ -107,13 +138,18 @@ def _evaluate(config, validate, sequences, run: Run) -> dict[str, float]:
     return validate(run.params) | image_files.score(images, config.data, sequences.images)
 
 
-def _write(shape, run: Run, tokens: np.ndarray, report: dict) -> dict:
-    """Leaves the samples as pictures and arrays."""
+def keep(shape: tuple[int, ...], run: Run, tokens: np.ndarray) -> np.ndarray:
+    """Leaves samples int32 [B, L] as pictures and arrays, and returns them as images."""
     images = tokens.reshape(-1, *shape).astype(np.uint8)
     labels = run.task.condition(len(images)).label
     known = {} if labels is None else {"labels": labels}
     run.keep_samples(images=images, nfe=run.task.sampler.nfe, **known)
     image_files.save_samples(run.workdir.path, to_rgb(images))
+    return images
+
+
+def _write(shape, run: Run, tokens: np.ndarray, report: dict) -> dict:
+    images = keep(shape, run, tokens)
     picture = filling(images[:_ROWS], image_files.scale(shape[0]))
     pictures.save_png(run.workdir.path / "trajectory.png", picture)
     return {"sampled_tokens_per_second": report["samples_per_second"] * tokens.shape[1]}

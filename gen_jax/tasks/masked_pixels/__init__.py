@@ -1,0 +1,1 @@
+"""Images by masked models, in rounds over all pixels."""
