@@ -13,7 +13,7 @@ from gen_jax.config import TrainConfig
 from gen_jax.data import TextConfig, load_text, tokenizers
 from gen_jax.nn.config import TransformerConfig
 from gen_jax.tasks.text.config import EvaluateConfig, TextRunConfig, TextSampleConfig
-from gen_jax.tasks.text.task import score
+from gen_jax.tasks.text_files import score
 from refusals import refused_in
 
 pytestmark = pytest.mark.usefixtures("one_device")

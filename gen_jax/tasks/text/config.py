@@ -8,13 +8,12 @@ import numpy as np
 from jaxtyping import Int
 
 from gen_jax.config import RunConfig, SampleConfig, frozen
-from gen_jax.data import TextConfig, TokenStream, load_text, tokenizers
+from gen_jax.data import TextConfig
 from gen_jax.models.autoregressive.config import DecodingOptions, SamplingOptions
 from gen_jax.nn.config import TransformerConfig
+from gen_jax.tasks.text_source import TextSource
 
-__all__ = ["TOKENIZER", "EvaluateConfig", "TextData", "TextRunConfig", "TextSampleConfig"]
-
-TOKENIZER = "tokenizer.json"
+__all__ = ["EvaluateConfig", "TextData", "TextRunConfig", "TextSampleConfig"]
 
 
 @frozen
@@ -113,75 +112,10 @@ class TextRunConfig(RunConfig):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class TextData:
-    """The texts of a run, its tokenizer, and what follows from both; each is read when needed.
-
-    Attributes:
-      config: of the run.
-      workdir: of the run; once a checkpoint is there, its tokenizer counts.
-      phases: the commands to come.
-    """
+class TextData(TextSource):
+    """What a run of an autoregressive model of text reads, each part when it is needed."""
 
     config: TextRunConfig
-    workdir: pathlib.Path
-    phases: tuple[str, ...]
-
-    @functools.cached_property
-    def train_text(self) -> str:
-        """The training split of the text."""
-        return load_text(self.config.data, "train")
-
-    @functools.cached_property
-    def test_text(self) -> str:
-        """The test split of the text."""
-        return load_text(self.config.data, "test")
-
-    @functools.cached_property
-    def tokenizer(self) -> tokenizers.Tokenizer:
-        """That of the work directory once a checkpoint is there, else the one asked for.
-
-        A run that starts from another one has that one's.
-        """
-        path, choice = self.workdir / TOKENIZER, self.config.tokenizer
-        started = any((self.workdir / "model" / "checkpoints").glob("[0-9]*"))
-        if not started and self.config.init_from:
-            path = pathlib.Path(self.config.init_from).expanduser() / TOKENIZER
-        elif not started and ("train" in self.phases or self.config.pretrained):
-            both = self.train_text + self.test_text if choice == "chars" else ""
-            return tokenizers.make(choice, both)
-        kept = tokenizers.load(path)
-        same = choice == kept.describe()["kind"]
-        if choice not in ("bytes", "chars"):  # its file may be gone since
-            file = pathlib.Path(choice)
-            same = not file.is_file() or digest(tokenizers.load(choice)) == digest(kept)
-        if not same:
-            raise ValueError(
-                f"--tokenizer {choice} is not the tokenizer of the run, {path}: restore the file "
-                "that it was trained with, or choose another --workdir"
-            )
-        return kept
-
-    @functools.cached_property
-    def model(self) -> TransformerConfig:
-        """The network, with the vocabulary of the tokenizer where none is given."""
-        known, model = self.tokenizer.vocabulary, self.config.model
-        if model.vocabulary and model.vocabulary < known:
-            raise ValueError(
-                f"model.vocabulary is {model.vocabulary}, the tokenizer has {known} tokens; "
-                "set it to 0 to take theirs"
-            )
-        return dataclasses.replace(model, vocabulary=model.vocabulary or known)
-
-    @functools.cached_property
-    def train_stream(self) -> TokenStream:
-        """Tokens of the training split."""
-        return self._stream_of(self.train_text)
-
-    @functools.cached_property
-    def test_stream(self) -> TokenStream:
-        """Those tokens of the test split that are evaluated."""
-        tokens = self._stream_of(self.test_text).tokens
-        return TokenStream(tokens[: self.config.evaluate.tokens or None], self.tokenizer.vocabulary)
 
     @functools.cached_property
     def prompt(self) -> Int[np.ndarray, " P"]:
@@ -214,11 +148,3 @@ class TextData:
         if len(tokens) != 1:
             raise ValueError(f"sample.stop must be one token; {name!r} is {len(tokens)}")
         return int(tokens[0])
-
-    def _stream_of(self, part):
-        return TokenStream(self.tokenizer.encode(part), self.tokenizer.vocabulary)
-
-
-def digest(tokenizer: tokenizers.Tokenizer) -> str:
-    """What tells a tokenizer from others."""
-    return tokenizer.describe()["digest"]

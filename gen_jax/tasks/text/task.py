@@ -2,11 +2,7 @@
 
 import dataclasses
 import functools
-import itertools
-import re
-import sys
 import time
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -15,17 +11,17 @@ import numpy as np
 from gen_jax import config as config_lib
 from gen_jax import evaluation, interop, sampling
 from gen_jax.condition import Condition
-from gen_jax.data import text
 from gen_jax.models.autoregressive import AutoregressiveModel, make_prompts
 from gen_jax.nn.transformer import TokenNetwork
 from gen_jax.task import Context, Run, Stage, Task
-from gen_jax.tasks.text.config import TOKENIZER, TextData, TextRunConfig, digest
+from gen_jax.tasks import text_files
+from gen_jax.tasks.text.config import TextData, TextRunConfig
+from gen_jax.tasks.text_source import TOKENIZER
 from gen_jax.trainables import ModelTrainable
 
-__all__ = ["make", "score"]
+__all__ = ["make"]
 
 _SHOWN, _SHOWN_CHARACTERS = 3, 500
-_BETWEEN_WORDS = re.compile(r"[\W\d_]+")
 
 
 def make(config: TextRunConfig, context: Context) -> Task:
@@ -33,7 +29,7 @@ def make(config: TextRunConfig, context: Context) -> Task:
     data, record, initial = context.data, context.records.get("model"), None
     model = AutoregressiveModel(TokenNetwork(data.model))
     if record is not None:
-        _check_record(data, record, context)
+        data.check_record(record)
     elif config.pretrained:
         initial = _load_pretrained(config, data)
     training = "train" in context.phases
@@ -41,7 +37,7 @@ def make(config: TextRunConfig, context: Context) -> Task:
         name="model",
         trainable=ModelTrainable(model, config.train),
         batch=functools.partial(_batch, config, data),
-        record=_record(data) if training else {},
+        record=data.record() if training else {},
         must_match=("tokenizer",),
         evaluate=functools.partial(_validate, config, data, model),
         initial=None if initial is None else lambda: initial,
@@ -58,46 +54,17 @@ def make(config: TextRunConfig, context: Context) -> Task:
         stages=(stage,),
         model=model,
         sampler=sampler,
-        begin=functools.partial(_begin, data) if record is None else None,
+        begin=data.keep_tokenizer if record is None else None,
         condition=functools.partial(_prompts, model, data),
         micro_batch=1 if config.searches else None,  # a search finds one text
         draw=functools.partial(_stream, data) if streamed else None,
         write=functools.partial(_write, data, streamed),
         evaluate=functools.partial(_evaluate, config, data, model),
         commands={"export": functools.partial(_export, data)},
-        sizes=_sizes_of_data(config, data, context.phases),
+        sizes=data.sizes(config.splits(context.phases)),
         results=(TOKENIZER, "samples.txt", "samples.npz", "gpt2"),
         tokenizer=data.tokenizer,
     )
-
-
-def _sizes_of_data(config, data, phases):
-    splits = config.splits(phases)
-    sizes = {"train_tokens": len(data.train_stream)} if "train" in splits else {}
-    return sizes | ({"test_tokens": len(data.test_stream)} if "test" in splits else {})
-
-
-def _begin(data, run):
-    data.tokenizer.save(run.workdir.path / TOKENIZER)
-
-
-def _record(data):
-    """Which tokenizer and which text."""
-    return {"tokenizer": data.tokenizer.describe(), "text": text.digest(data.train_text)}
-
-
-def _check_record(data, record, context):
-    """Refuses to go on with another tokenizer or text."""
-    path = context.workdir.path
-    if record["tokenizer"]["digest"] != digest(data.tokenizer):
-        raise ValueError(
-            f"{path / TOKENIZER} is not the tokenizer that the checkpoint was trained with; "
-            "restore that file"
-        )
-    if "train" in context.phases and record["text"] != text.digest(data.train_text):
-        raise ValueError(
-            f"the text is not what the run in {path} was trained with; choose another --workdir"
-        )
 
 
 def _batch(config, data, step, shard, earlier):
@@ -147,17 +114,7 @@ def _validate(config, data, model, params) -> dict[str, float]:
         functools.partial(_log_prob, model), params, rows, config.evaluate.batch
     )
     nats, number = -values.astype(np.float64).sum(), int(counted.sum())
-    characters, unit = number, "character"
-    if (kind := data.tokenizer.describe()["kind"]) == "bytes":
-        unit = "byte"
-    elif kind != "chars":
-        characters = len(data.tokenizer.decode(data.test_stream.tokens[1:]))
-    return {
-        "nats_per_token": float(nats / number),
-        "perplexity": float(np.exp(nats / number)),
-        f"bits_per_{unit}": float(nats / np.log(2) / max(characters, 1)),
-        "test_tokens": number,
-    }
+    return data.per_unit(nats, number)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -169,22 +126,22 @@ def _evaluate(config, data, model, run: Run) -> dict[str, float]:
     """The likelihood of the test split, and how far the samples drawn last are of its kind."""
     kept = run.kept_samples()
     eos = int(kept["eos"]) if "eos" in kept else None
-    texts = [_decode(data.tokenizer, eos, kept["prompt"], row) for row in kept["tokens"]]
-    return _validate(config, data, model, run.params) | score(texts, data.train_text)
+    texts = [text_files.decode(data.tokenizer, eos, kept["prompt"], row) for row in kept["tokens"]]
+    return _validate(config, data, model, run.params) | text_files.score(texts, data.train_text)
 
 
 def _write(data: TextData, streamed: bool, run: Run, tokens: np.ndarray, report: dict) -> dict:
     """Leaves the samples as text and arrays, and shows the first of them."""
     eos = data.eos
-    new = sum(len(_cut(row, eos)) for row in tokens)
+    new = sum(len(text_files.cut(row, eos)) for row in tokens)
     known = {} if eos is None else {"eos": eos}
     run.keep_samples(tokens=tokens, prompt=data.prompt, nfe=run.task.sampler.nfe, **known)
-    texts = [_decode(data.tokenizer, eos, data.prompt, row) for row in tokens]
-    whole = "".join(f"{_title(number)}\n{text}\n" for number, text in enumerate(texts))
+    texts = [text_files.decode(data.tokenizer, eos, data.prompt, row) for row in tokens]
+    whole = "".join(f"{text_files.title(number)}\n{text}\n" for number, text in enumerate(texts))
     run.keep_text("samples.txt", whole)
     for number, sample in enumerate([] if streamed else texts[:_SHOWN]):
         cut = "..." if len(sample) > _SHOWN_CHARACTERS else ""
-        _show(f"{_title(number)}\n{sample[:_SHOWN_CHARACTERS]}{cut}\n")
+        text_files.show(f"{text_files.title(number)}\n{sample[:_SHOWN_CHARACTERS]}{cut}\n")
     return {"sampled_tokens_per_second": new * report["samples_per_second"] / len(tokens)}
 
 
@@ -206,9 +163,9 @@ def _stream(data: TextData, run: Run) -> tuple[np.ndarray, dict]:
         if eos is not None:
             row[done:] = eos
 
-    for piece in _pieces(data.tokenizer, eos, data.prompt, tokens()):
-        _show(piece)
-    _show("\n")
+    for piece in text_files.pieces(data.tokenizer, eos, data.prompt, tokens()):
+        text_files.show(piece)
+    text_files.show("\n")
     return row[None], {
         "nfe": sampler.nfe,
         "samples": 1,
@@ -217,62 +174,3 @@ def _stream(data: TextData, run: Run) -> tuple[np.ndarray, dict]:
         "sampling_latency_seconds": times[-1],
         "samples_per_second": 1 / times[-1],
     }
-
-
-def _cut(tokens, eos):
-    """The tokens before the one that ends the sample."""
-    ends = np.flatnonzero(tokens == eos) if eos is not None else ()
-    return tokens[: ends[0]] if len(ends) else tokens
-
-
-def _pieces(
-    tokenizer, eos, prompt: np.ndarray, tokens: Iterable[int | np.integer]
-) -> Iterator[str]:
-    """The text of a sample, piece by piece; what the tokenizer does not have is U+FFFD."""
-    stream = tokenizer.stream()
-    for token in prompt:
-        yield stream.push(token)
-    for token in tokens:
-        if token != eos:
-            yield stream.push(token) if token < tokenizer.vocabulary else "\ufffd"
-    yield stream.flush()
-
-
-def _decode(tokenizer, eos, prompt, tokens):
-    tokens = _cut(tokens, eos)
-    if tokens.max(initial=0) < tokenizer.vocabulary:
-        return tokenizer.decode(np.concatenate([prompt, tokens]))
-    return "".join(_pieces(tokenizer, eos, prompt, tokens))
-
-
-def score(texts: list[str], known: str) -> dict[str, float]:
-    """How far texts are of a language: a cheap check, which no text of that language fails.
-
-    Args:
-      texts: the last word of each, which may be cut, does not count.
-      known: a text in the language.
-
-    Returns:
-      known_words: share of their letters that are in words of the known text.
-      distinct_2: pairs of neighbouring words that differ, as a share of all (Li et al. 2016).
-    """
-    vocabulary = set(_BETWEEN_WORDS.split(known))
-    words = [[word for word in _BETWEEN_WORDS.split(sample)[:-1] if word] for sample in texts]
-    letters = [len(word) for some in words for word in some]
-    hits = [len(word) for some in words for word in some if word in vocabulary]
-    pairs = [pair for some in words for pair in itertools.pairwise(some)]
-    return {
-        "known_words": sum(hits) / max(sum(letters), 1),
-        "distinct_2": len(set(pairs)) / max(len(pairs), 1),
-    }
-
-
-def _title(number):
-    return f"{'-' * 32} sample {number}"
-
-
-def _show(piece):
-    """Prints what the terminal can show, without control characters."""
-    shown = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in piece)
-    encoding = sys.stdout.encoding or "utf-8"
-    print(shown.encode(encoding, "replace").decode(encoding), end="", flush=True)

@@ -1,0 +1,1 @@
+"""Text by masked models, in rounds over all tokens."""
