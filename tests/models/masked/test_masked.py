@@ -20,6 +20,7 @@ from gen_jax.models.masked.losses import (
     ExactDenoiser,
     MaskedModel,
     bound_terms,
+    estimate_bound,
     infill,
     log_prob_in_order,
 )
@@ -127,6 +128,38 @@ def test_the_loss_is_the_bound_per_position():
     whole, metrics = loss_of(MODEL, PARAMS, {"tokens": tokens[:32]} | FULL, KEYS)
     np.testing.assert_allclose(whole, np.mean(values[:32]), rtol=1e-4)
     assert metrics == {}
+
+
+@pytest.mark.parametrize("draws", [1, 2, 3, 4, 7])
+def test_few_terms_estimate_the_bound(draws):
+    batch, keys = {"tokens": MIXTURE.sample(0, NUMBER)}, sampling.sample_keys(0, 0, NUMBER)
+    estimate = jax.jit(estimate_bound, static_argnums=(0, 4))
+    within(estimate(MODEL, PARAMS, batch, keys, draws), network_bound())
+
+
+def test_as_many_draws_as_positions_are_all_numbers_once():
+    """Of two tokens that are always equal, one hidden token costs nothing, and two cost ln 2 each:
+    the estimate is then 0.5 (0 + ln 2) of two tokens, whatever the keys are."""
+    support = np.array([[0, 0], [1, 1]], np.int32)
+    pair, batch = {"support": support, "prob": np.array([0.5, 0.5])}, {"tokens": support}
+    for seed in range(5):
+        keys = sampling.sample_keys(seed, 0, 2)
+        values = estimate_bound(ExactDenoiser(2), pair, batch, keys, 2)
+        np.testing.assert_allclose(values, np.log(2), rtol=1e-6)
+    with pytest.raises(ValueError, match="draws must be at least 1"):
+        estimate_bound(ExactDenoiser(2), pair, batch, keys, 0)
+
+
+def test_the_estimate_counts_the_length():
+    """Positions beyond the length do not matter."""
+    tokens, length = MIXTURE.sample(0, 64), np.full(64, 2, np.int32)
+    changed = np.where(np.arange(4) < 2, tokens, 2 - tokens)
+    keys = sampling.sample_keys(0, 0, 64)
+    ours, theirs = (
+        estimate_bound(MODEL, PARAMS, {"tokens": some, "length": length}, keys, 2)
+        for some in (tokens, changed)
+    )
+    np.testing.assert_array_equal(ours, theirs)
 
 
 def test_terms_end_at_the_length():
