@@ -11,6 +11,7 @@ import difflib
 import errno
 import io
 import os
+import pathlib
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -122,6 +123,7 @@ def execute(
     if dry and not training:
         raise ValueError(f"--dry-run is of training, not of {phases[0]}")
     _check_stored(workdir, config)
+    _check_pretrained(workdir, config)
     stored_summary(workdir)
     if training and config.init_from and not workdir.has_checkpoints():
         _check_init_from(config)
@@ -133,6 +135,15 @@ def execute(
     with contextlib.nullcontext() if several else claim(workdir, config):
         run = config_lib.resolve("gen_jax.runs:run")
         run(experiment.name, config, workdir, phases, data)
+
+
+def _check_pretrained(workdir, config):
+    stored = workdir.stored_config()
+    if config.pretrained and stored and not stored.get("pretrained") and workdir.has_checkpoints():
+        raise WorkdirError(
+            f"the run in {workdir.path} did not start from published weights; choose another "
+            "--workdir for --pretrained"
+        )
 
 
 def _check_init_from(config):
@@ -268,8 +279,9 @@ def parse(experiment: Experiment, argv: list[str]) -> tuple[str, RunConfig]:
 
     The base is the preset named by --preset; without one, the configuration stored in the work
     directory; without that, the one in the directory of --init-from; without that, the first
-    preset. A field that is a `config.Choice` is chosen by name, as in --sampler ddim, or by
-    "module:class" of one's own. Every option overrides a field.
+    preset. A base that is no stored one takes the sizes of --pretrained. A field that is a
+    `config.Choice` is chosen by name, as in --sampler ddim, or by "module:class" of one's own.
+    Every option overrides a field.
 
     Raises:
       SystemExit: --help was asked for.
@@ -292,12 +304,21 @@ def parse(experiment: Experiment, argv: list[str]) -> tuple[str, RunConfig]:
             f"unknown preset {preset!r}; choose one of {', '.join(experiment.presets)}"
         )
     default = experiment.presets[preset] if preset is not None else experiment.default
+    folder = _take(rest, "--pretrained")[0] if _has_field(default, "pretrained") else None
+    if folder:
+        name = f"{experiment.name}_{pathlib.Path(folder).expanduser().resolve().name}"
+        place = str(pathlib.Path(default.workdir).parent / name)
+        default = dataclasses.replace(default, workdir=place)
+    stored = None
     if preset is None:
         stored = stored_run(workdir or default.workdir, type(default))
         if stored is None and initial:
             stored = stored_run(initial, type(default))
             stored = stored and dataclasses.replace(stored, workdir=default.workdir)
-        default = stored or default
+    if stored is not None:
+        default = stored
+    elif folder:
+        default = _unchecked(default, default.published(folder))
     default = _with_choices(default, chosen)
     _check_options(rest, default)
     prog = f"python -m experiments.{experiment.name} [{'|'.join(commands)}] [--preset NAME]"
@@ -347,6 +368,10 @@ def _description(experiment, default):
     return "\n".join(lines)
 
 
+def _has_field(config, name):
+    return any(field.name == name for field in dataclasses.fields(config))
+
+
 def _take_choices(argv, kind):
     """The options chosen by name, as classes by field, and the arguments without them."""
     chosen = {}
@@ -368,14 +393,16 @@ def _take_choices(argv, kind):
 
 
 def _with_choices(config, chosen):
-    """The configuration with these options, each at its defaults where it is another than now.
+    """The configuration with these options, each at its defaults where it is another than now."""
+    changed = {f: kind() for f, kind in chosen.items() if type(getattr(config, f)) is not kind}
+    return _unchecked(config, changed)
 
-    It is not checked: an option may need others, which the rest of the arguments give.
-    """
+
+def _unchecked(config, fields):
+    """The configuration with these fields, which may need others that the arguments give."""
     changed = copy.copy(config)
-    for field, kind in chosen.items():
-        if type(getattr(config, field)) is not kind:
-            object.__setattr__(changed, field, kind())
+    for field, value in fields.items():
+        object.__setattr__(changed, field, value)
     return changed
 
 

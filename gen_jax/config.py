@@ -298,6 +298,16 @@ class RunConfig:
         """
         return None
 
+    def published(self, folder: str) -> dict[str, Any]:
+        """The fields that a folder of published weights says: the sizes of its network.
+
+        It is called for tasks with a field `pretrained`, before other arguments are read.
+
+        Raises:
+          ValueError, FileNotFoundError: the folder cannot be read.
+        """
+        return {}
+
     def splits(self, phases: tuple[str, ...]) -> tuple[str, ...]:
         """The splits of the data that the phases need, of "train" and "test"."""
         testing = "evaluate" in phases or ("train" in phases and self.train.evaluate_every)

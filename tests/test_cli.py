@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from experiments import ddpm_cifar, gpt_pixels, gpt_text, multimodality, nar_translation
+from experiments import (
+    ddpm_cifar,
+    gpt_pixels,
+    gpt_text,
+    masked_pixels,
+    masked_text,
+    multimodality,
+    nar_translation,
+)
 from gen_jax import cli
 from gen_jax import config as config_lib
 from gen_jax.config import TrainConfig
@@ -14,7 +22,15 @@ from gen_jax.config import TrainConfig
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = [
     module.EXPERIMENT
-    for module in (ddpm_cifar, gpt_pixels, gpt_text, multimodality, nar_translation)
+    for module in (
+        ddpm_cifar,
+        gpt_pixels,
+        gpt_text,
+        masked_pixels,
+        masked_text,
+        multimodality,
+        nar_translation,
+    )
 ]
 PRESETS = [(experiment, name) for experiment in EXPERIMENTS for name in experiment.presets]
 

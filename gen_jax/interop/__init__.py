@@ -10,6 +10,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "diffusers": ["load_diffusers_unet", "save_diffusers_unet"],
-        "transformers": ["load_gpt2", "load_llama", "save_gpt2"],
+        "transformers": ["load_gpt2", "load_llama", "load_transformers", "save_gpt2"],
     },
 )

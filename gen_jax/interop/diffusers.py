@@ -1,11 +1,14 @@
 """UNets in the format of diffusers' `UNet2DModel`: config.json and one safetensors file.
 
 The same network under other names: kernels are transposed (channels last here, first there), and
-the query, key and value of an attention layer are one matrix here, three there. Options of
-`UNet2DModel` that `gen_jax.nn.unet.UNetNetwork` does not have are refused by name; an option that
-config.json leaves out has the default of diffusers 0.42, not ours.
+the query, key and value of an attention layer are one matrix here, three there. A network with
+patches is written as one of folded images: the channels of a square of p x p pixels come in the
+order (row, column, channel), and `"_patch": p` in config.json says so. Options of `UNet2DModel`
+that `gen_jax.nn.unet.UNetNetwork` does not have are refused by name; an option that config.json
+leaves out has the default of diffusers 0.42, not ours.
 """
 
+import dataclasses
 import os
 import pathlib
 import re
@@ -17,7 +20,7 @@ import numpy as np
 from flax import traverse_util
 
 from gen_jax.interop import files
-from gen_jax.interop.diffusers_options import to_config, to_options
+from gen_jax.interop.diffusers_options import read_network, to_config, to_options
 from gen_jax.models.diffusion.config import DiffusionConfig
 from gen_jax.models.diffusion.losses import DiffusionModel
 from gen_jax.nn.config import UNetConfig
@@ -67,10 +70,11 @@ def load_diffusers_unet(
         default that of DDPM.
 
     Returns:
-      The model and its float32 parameters. Images have the file's `sample_size`, at which attention
-      sits where it does in diffusers; a file without one has no attention there, and images then
-      have the smallest size that fits. The network takes other sizes too, but places attention by
-      height.
+      The model and its float32 parameters. A network of N classes without one for "no class", as
+      diffusers trains them, needs labels and cannot be guided: its process hides no labels. Images
+      have the file's `sample_size`, at which attention sits where it does in diffusers; a file
+      without one has no attention there, and images then have the smallest size that fits. The
+      network takes other sizes too, but places attention by height.
 
     Raises:
       FileNotFoundError: there is no config.json, or there are no weights.
@@ -78,9 +82,10 @@ def load_diffusers_unet(
         process, the weights are pickled, sharded or damaged, or tensors are missing, unknown or of
         another shape.
     """
-    directory = _find(pathlib.Path(directory).expanduser())
-    config, sample_size = to_config(_read_options(directory / files.CONFIG))
+    directory, config, sample_size = read_network(directory)
     _check_process(config, process)
+    if not config.null_class:
+        process = dataclasses.replace(process, label_dropout=0.0)
     network = UNetNetwork(config)
     model = DiffusionModel(network, process, (*sample_size, config.channels))
     abstract_params = files.abstract_params(network, *sample_size)
@@ -100,15 +105,16 @@ def save_diffusers_unet(
 ) -> None:
     """Writes a network so that `diffusers.UNet2DModel.from_pretrained` loads it.
 
-    A reader sees each file whole, the old one or the new one. A network with classes gets one
-    more class embedding, the last one, for "no class". `config.dtype` is not stored.
+    A reader sees each file whole, the old one or the new one. The last class of a network with a
+    `null_class` is "no class". `config.dtype` is not stored.
 
     Args:
       directory: created when it does not exist; config.json and the weights in it are replaced.
       config: the sizes of the network.
       params: its parameters, stored as float32.
-      sample_size: height and width of the images. diffusers places attention by level: heights in
-        `config.attention` become the levels which have them at this size.
+      sample_size: height and width of the images, before they are folded into patches. diffusers
+        places attention by level: heights in `config.attention` become the levels which have them
+        at this size.
 
     Raises:
       ValueError: diffusers cannot express the configuration, the size does not fit the network,
@@ -116,8 +122,6 @@ def save_diffusers_unet(
         which diffusers would read instead.
     """
     directory = pathlib.Path(directory).expanduser()
-    if config.patch != 1:
-        raise ValueError(f"diffusers cannot express patch={config.patch} (supported: 1)")
     height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
     if min(height, width) < 1 or height % config.stride or width % config.stride:
         raise ValueError(
@@ -133,21 +137,6 @@ def save_diffusers_unet(
     expected = files.abstract_params(UNetNetwork(config), height, width)
     files.check("params", files.shapes(expected), files.shapes(given))
     files.write(directory, options, _WEIGHTS, _export(given))
-
-
-def _find(directory):
-    for candidate in (directory, directory / "unet"):
-        if (candidate / files.CONFIG).is_file():
-            return candidate
-    raise FileNotFoundError(f"{directory} has neither {files.CONFIG} nor unet/{files.CONFIG}")
-
-
-def _read_options(path):
-    options = files.read_json(path)
-    if not isinstance(options, dict) or options.get("_class_name") != "UNet2DModel":
-        name = options.get("_class_name") if isinstance(options, dict) else None
-        raise ValueError(f"{path} is not of a UNet2DModel: _class_name={name!r}")
-    return options
 
 
 def _check_process(config, process):

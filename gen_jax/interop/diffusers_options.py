@@ -1,11 +1,14 @@
-"""Options of diffusers' `UNet2DModel` as a `UNetConfig`, and back."""
+"""Options of diffusers' `UNet2DModel` as a `UNetConfig`, and back; importing this loads no jax."""
 
 import json
+import os
+import pathlib
 
-from gen_jax.interop.files import DEEPEST, LARGEST, is_count, refusal
+from gen_jax.interop.config_json import CONFIG, DEEPEST, LARGEST, is_count, read_json, refusal
+from gen_jax.models.diffusion.config import DiffusionConfig
 from gen_jax.nn.config import UNetConfig
 
-__all__ = ["to_config", "to_options"]
+__all__ = ["read_network", "read_process", "to_config", "to_options"]
 
 # Every option of UNet2DModel with its default.
 _DEFAULTS = {
@@ -43,11 +46,8 @@ _DEFAULTS = {
 _FIXED = {
     "center_input_sample": (False,),
     "time_embedding_type": ("positional",),
-    "freq_shift": (1,),
-    "flip_sin_to_cos": (False,),
     "mid_block_type": ("UNetMidBlock2D",),
     "mid_block_scale_factor": (1,),
-    "downsample_padding": (0,),
     "downsample_type": ("conv",),
     "upsample_type": ("conv",),
     "act_fn": ("silu", "swish"),
@@ -60,9 +60,9 @@ _FIXED = {
 _DOWN_BLOCKS = {"DownBlock2D": False, "AttnDownBlock2D": True}
 _UP_BLOCKS = {"UpBlock2D": False, "AttnUpBlock2D": True}
 
-# Set in config.json when the last class means "no class", as in our networks; diffusers skips
-# names with an underscore.
-_NULL_CLASS = "_last_class_is_none"
+# Set in config.json when the last class means "no class", and when squares of pixels are folded
+# into channels before the network; diffusers skips names with an underscore.
+_NULL_CLASS, _PATCH = "_last_class_is_none", "_patch"
 
 # What the moving average in training with diffusers writes beside the options.
 _MOVING_AVERAGE = {
@@ -76,16 +76,118 @@ _MOVING_AVERAGE = {
 }
 
 
+# The options of a scheduler that say which process a network was trained for, with the defaults of
+# DDPMScheduler. Those of DDIMScheduler and others say nothing of the variance.
+_SCHEDULER = "scheduler_config.json"
+_PROCESS = {
+    "num_train_timesteps": 1000,
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "trained_betas": None,
+    "prediction_type": "epsilon",
+    "variance_type": "fixed_small",
+    "rescale_betas_zero_snr": False,
+}
+_PROCESS_VALUES = {
+    "beta_schedule": {"linear": "linear", "squaredcos_cap_v2": "cosine"},
+    "trained_betas": {None: None},
+    "prediction_type": {"epsilon": "epsilon", "sample": "x0", "v_prediction": "v"},
+    "variance_type": {
+        "fixed_small": "fixed_small",
+        "fixed_large": "fixed_large",
+        "learned_range": "learned",
+    },
+    "rescale_betas_zero_snr": {False: False},
+}
+
+
+def read_network(
+    directory: str | os.PathLike,
+) -> tuple[pathlib.Path, UNetConfig, tuple[int, int]]:
+    """The network in a folder that diffusers' `UNet2DModel` wrote, or a pipeline of one.
+
+    Returns:
+      The folder of its config.json, its sizes, and height and width of its images.
+
+    Raises:
+      FileNotFoundError: there is no config.json.
+      ValueError: it is damaged, or of another model, or names options that cannot be expressed.
+    """
+    given = pathlib.Path(directory).expanduser()
+    for folder in (given, given / "unet"):
+        if (folder / CONFIG).is_file():
+            break
+    else:
+        raise FileNotFoundError(f"{given} has neither {CONFIG} nor unet/{CONFIG}")
+    path = folder / CONFIG
+    options = read_json(path)
+    if not isinstance(options, dict) or options.get("_class_name") != "UNet2DModel":
+        name = options.get("_class_name") if isinstance(options, dict) else None
+        raise ValueError(f"{path} is not of a UNet2DModel: _class_name={name!r}")
+    return folder, *to_config(options)
+
+
+def read_process(directory: str | os.PathLike) -> DiffusionConfig | None:
+    """The process that the scheduler beside a network describes; None where there is no scheduler.
+
+    Args:
+      directory: has scheduler_config.json, or the folder "scheduler" with it (a pipeline).
+
+    Raises:
+      ValueError: the file is damaged, or it describes a process that cannot be expressed.
+    """
+    given = pathlib.Path(directory).expanduser()
+    paths = (given / _SCHEDULER, given / "scheduler" / _SCHEDULER)
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        return None
+    stored = read_json(path)
+    if not isinstance(stored, dict):
+        raise ValueError(f"{path} is damaged: it holds no options")
+    options = _PROCESS | stored
+    problems = [
+        refusal(options, key, " or ".join(map(json.dumps, values)))
+        for key, values in _PROCESS_VALUES.items()
+        if not isinstance(options[key], (str, bool, type(None))) or options[key] not in values
+    ]
+    if not is_count(options["num_train_timesteps"]):
+        problems.append(refusal(options, "num_train_timesteps", f"1 to {LARGEST}"))
+    for key in ("beta_start", "beta_end"):
+        if type(options[key]) not in (int, float) or not 0 < options[key] < 1:
+            problems.append(refusal(options, key, "a number between 0 and 1"))
+    if problems:
+        raise ValueError(f"the process of {path} cannot be expressed: {'; '.join(problems)}")
+    values = {key: table[options[key]] for key, table in _PROCESS_VALUES.items()}
+    return DiffusionConfig(
+        timesteps=options["num_train_timesteps"],
+        schedule=values["beta_schedule"],
+        beta_start=float(options["beta_start"]),
+        beta_end=float(options["beta_end"]),
+        prediction=values["prediction_type"],
+        variance=values["variance_type"],
+    )
+
+
 def to_options(config: UNetConfig, height: int, width: int) -> dict:
-    """The options in config.json of a network for images of this size."""
+    """The options in config.json of a network for images of this size.
+
+    A network with patches is one of the folded images: it has p x p times the channels, and its
+    images are p times smaller.
+    """
+    square = config.patch**2
+    height, width = height // config.patch, width // config.patch
     attended = [height >> level in config.attention for level in range(len(config.widths))]
     down, up = ({has: name for name, has in kinds.items()} for kinds in (_DOWN_BLOCKS, _UP_BLOCKS))
     options = _DEFAULTS | {key: allowed[0] for key, allowed in _FIXED.items()}
     options |= {
         "_class_name": "UNet2DModel",
         "sample_size": height if height == width else [height, width],
-        "in_channels": config.channels,
-        "out_channels": config.out_channels,
+        "in_channels": square * config.channels,
+        "out_channels": square * config.out_channels,
+        "freq_shift": _whole(config.time_shift),
+        "flip_sin_to_cos": config.time_order == "cos_sin",
+        "downsample_padding": int(config.downsampling == "both"),
         "down_block_types": [down[has] for has in attended],
         "up_block_types": [up[has] for has in reversed(attended)],
         "block_out_channels": list(config.widths),
@@ -96,8 +198,14 @@ def to_options(config: UNetConfig, height: int, width: int) -> dict:
         "norm_eps": config.norm_epsilon,
     }
     if config.classes:
-        options |= {"num_class_embeds": config.classes + 1, _NULL_CLASS: True}
-    return options
+        options |= {"num_class_embeds": config.classes + config.null_class}
+        options |= {_NULL_CLASS: True} if config.null_class else {}
+    return options | ({_PATCH: config.patch} if config.patch > 1 else {})
+
+
+def _whole(number):
+    """A number of JSON as diffusers writes it."""
+    return int(number) if number == int(number) else number
 
 
 def to_config(stored: dict) -> tuple[UNetConfig, tuple[int, int]]:
@@ -125,6 +233,8 @@ def to_config(stored: dict) -> tuple[UNetConfig, tuple[int, int]]:
     attended = [_DOWN_BLOCKS[_plain(name)] for name in options["down_block_types"]]
     stride = 2 ** (len(widths) - 1)
     height, width = _sizes(options["sample_size"]) or (stride, stride)
+    patch, known = options.get(_PATCH, 1), options["num_class_embeds"] or 0
+    null_class = options.get(_NULL_CLASS) is True
     config = UNetConfig(
         widths=widths,
         blocks=options["layers_per_block"],
@@ -133,11 +243,16 @@ def to_config(stored: dict) -> tuple[UNetConfig, tuple[int, int]]:
         groups=options["norm_num_groups"],
         norm_epsilon=options["norm_eps"],
         dropout=options["dropout"],
-        channels=options["in_channels"],
-        out_channels=options["out_channels"],
-        classes=(options["num_class_embeds"] or 1) - 1,
+        patch=patch,
+        channels=options["in_channels"] // patch**2,
+        out_channels=options["out_channels"] // patch**2,
+        classes=known - null_class if known else 0,
+        null_class=null_class or not known,
+        time_shift=float(options["freq_shift"]),
+        time_order="cos_sin" if options["flip_sin_to_cos"] else "sin_cos",
+        downsampling="both" if options["downsample_padding"] else "end",
     )
-    return config, (height, width)
+    return config, (patch * height, patch * width)
 
 
 def _wrong_values(options):
@@ -177,6 +292,9 @@ def _wrong_values(options):
             ),
             f"a list of {' and '.join(kinds)}",
         )
+    require("flip_sin_to_cos", lambda value: type(value) is bool, "true or false")
+    require("downsample_padding", lambda value: value in (0, 1), "0 or 1")
+    require("freq_shift", number, "a number that is not negative")
     require("dropout", lambda value: number(value) and value < 1, "a number in [0, 1)")
     require("norm_eps", number, "a number that is not negative")
     require(
@@ -237,12 +355,23 @@ def _wrong_structure(options):
         "sample_size",
         f"a multiple of {stride}",
     )
-    classes = options["num_class_embeds"]
+    classes, patch = options["num_class_embeds"], options.get(_PATCH, 1)
     refuse_unless(
-        classes is None or (classes > 1 and options.get(_NULL_CLASS) is True),
+        classes is None or classes > (options.get(_NULL_CLASS) is True),
         "num_class_embeds",
-        f'null, or more than 1 with "{_NULL_CLASS}": true beside it',
+        f'null, or more than 1 where "{_NULL_CLASS}" is true',
     )
+    refuse_unless(
+        options["freq_shift"] < widths[0] // 2,
+        "freq_shift",
+        f"below half of the first width, {widths[0] // 2}",
+    )
+    for key in ("in_channels", "out_channels"):
+        refuse_unless(
+            is_count(patch, DEEPEST) and options[key] % patch**2 == 0,
+            key,
+            f'a multiple of the square of "{_PATCH}", {patch}',
+        )
     return problems
 
 

@@ -15,44 +15,25 @@ import safetensors
 import safetensors.numpy
 from flax import traverse_util
 
+from gen_jax.interop.config_json import CONFIG, read_json
+
 __all__ = [
-    "CONFIG",
-    "DEEPEST",
-    "LARGEST",
     "abstract_params",
     "check",
     "find_weights",
     "index_name",
-    "is_count",
     "listing",
-    "read_json",
     "read_tensors",
-    "refusal",
     "shapes",
     "write",
 ]
 
-CONFIG = "config.json"
-# Larger sizes are no networks: memory, or the compiler, would end the process.
-LARGEST, DEEPEST = 2**20, 2**10
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 
 def index_name(weights: str) -> str:
     """The file that lists the shards of a file of weights."""
     return f"{weights}.index.json"
-
-
-def read_json(path: pathlib.Path) -> Any:
-    """The content of a file of JSON.
-
-    Raises:
-      ValueError: the file is damaged.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def find_weights(directory: pathlib.Path, weights: str) -> pathlib.Path:
@@ -166,16 +147,6 @@ def listing(names: Iterable[str], shown: int = 8) -> str:
     names = list(names)
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
     return ", ".join(names[:shown]) + more
-
-
-def is_count(value: Any, most: int = LARGEST) -> bool:
-    """Whether a value of config.json is a size, or a number of layers, that a network may have."""
-    return type(value) is int and 1 <= value <= most
-
-
-def refusal(options: Mapping, key: str, supported: str) -> str:
-    """What is said of an option whose value is not supported."""
-    return f"{key}={json.dumps(options[key])} (supported: {supported})"
 
 
 @functools.lru_cache(maxsize=16)

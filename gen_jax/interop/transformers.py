@@ -18,12 +18,12 @@ import numpy as np
 from flax import traverse_util
 
 from gen_jax.interop import files
-from gen_jax.interop.transformers_options import to_gpt2_config, to_gpt2_options, to_llama_config
+from gen_jax.interop.transformers_options import read_network, to_gpt2_options
 from gen_jax.models.autoregressive.losses import AutoregressiveModel
 from gen_jax.nn.config import TransformerConfig
 from gen_jax.nn.transformer import TokenNetwork
 
-__all__ = ["load_gpt2", "load_llama", "save_gpt2"]
+__all__ = ["load_gpt2", "load_llama", "load_transformers", "save_gpt2"]
 
 _WEIGHTS = "model.safetensors"
 _HEAD = "lm_head.weight"
@@ -84,52 +84,51 @@ _LLAMA = _Layout(
 )
 
 
-def load_gpt2(directory: str | os.PathLike) -> tuple[AutoregressiveModel, dict]:
-    """The model in a folder that `GPT2LMHeadModel` of transformers wrote.
+def load_transformers(directory: str | os.PathLike) -> tuple[AutoregressiveModel, dict]:
+    """The language model in a folder that transformers wrote.
+
+    It loads a `GPT2LMHeadModel`, a `LlamaForCausalLM`, a Mistral, with a sliding window or without,
+    and a Qwen2 without one. Where only some matrices have a bias (Qwen2), the others get zeros.
 
     Args:
       directory: holds config.json and model.safetensors, or shards with their index; the names of
-        the tensors may lack "transformer.". Weights in float16 or bfloat16 become float32.
+        the tensors may lack "transformer." or "model.". Weights in float16 or bfloat16 become
+        float32.
 
     Returns:
       The model and its float32 parameters; `model.network(params, tokens)` gives logits. Its
-      dropout, which only training reads, is 0 whatever the file says.
-
-    Raises:
-      FileNotFoundError: the folder, config.json or weights are missing.
-      ValueError: the options cannot be expressed (each is named), the weights are pickled or
-        damaged, or tensors are missing, unknown or of another shape.
-    """
-    directory = _folder(directory)
-    config = to_gpt2_config(_read_options(directory))
-    model = AutoregressiveModel(TokenNetwork(config))
-    return model, _load(directory, config, _GPT2, lambda name: True)
-
-
-def load_llama(directory: str | os.PathLike) -> tuple[AutoregressiveModel, dict]:
-    """The model in a folder that `LlamaForCausalLM` of transformers wrote.
-
-    It also loads Mistral, with a sliding window or without, and Qwen2 without one. Where only some
-    matrices have a bias (Qwen2), the others get zeros.
-
-    Args:
-      directory: as in `load_gpt2`; the names of the tensors may lack "model.".
-
-    Returns:
-      The model and its parameters, as `load_gpt2` does. The context of the network is
+      dropout, which only training reads, is 0 whatever the file says. The context of a Llama is
       max_position_embeddings.
 
     Raises:
-      FileNotFoundError, ValueError: as `load_gpt2` does; scaled rotary positions are refused.
+      FileNotFoundError: the folder, config.json or weights are missing.
+      ValueError: the options cannot be expressed (each is named; scaled rotary positions are among
+        them), the weights are pickled or damaged, or tensors are missing, unknown or of another
+        shape.
     """
-    directory = _folder(directory)
-    config, biased = to_llama_config(_read_options(directory))
+    return _load_family(directory, ("gpt2", "llama"))
+
+
+def load_gpt2(directory: str | os.PathLike) -> tuple[AutoregressiveModel, dict]:
+    """As `load_transformers`, of a folder that must be a GPT-2's."""
+    return _load_family(directory, ("gpt2",))
+
+
+def load_llama(directory: str | os.PathLike) -> tuple[AutoregressiveModel, dict]:
+    """As `load_transformers`, of a folder that must be of the family of Llama."""
+    return _load_family(directory, ("llama",))
+
+
+def _load_family(directory, families):
+    family, config, biased = read_network(directory, families)
+    layout = {"gpt2": _GPT2, "llama": _LLAMA}[family]
 
     def stored(name):
-        return not name.endswith(".bias") or name.split(".")[-2] in biased
+        bias = family == "llama" and name.endswith(".bias")
+        return not bias or name.split(".")[-2] in biased
 
     model = AutoregressiveModel(TokenNetwork(config))
-    return model, _load(directory, config, _LLAMA, stored)
+    return model, _load(pathlib.Path(directory).expanduser(), config, layout, stored)
 
 
 def save_gpt2(
@@ -161,23 +160,6 @@ def save_gpt2(
     biased = TokenNetwork(dataclasses.replace(config, bias=True))
     whole = files.abstract_params(biased) | given
     files.write(directory, options, _WEIGHTS, _export(whole, config, _GPT2))
-
-
-def _folder(directory):
-    directory = pathlib.Path(directory).expanduser()
-    if not directory.is_dir():
-        raise FileNotFoundError(f"{directory} is not a folder (nothing is downloaded here)")
-    return directory
-
-
-def _read_options(directory):
-    path = directory / files.CONFIG
-    if not path.is_file():
-        raise FileNotFoundError(f"{directory} has no {files.CONFIG}")
-    options = files.read_json(path)
-    if not isinstance(options, dict):
-        raise ValueError(f"{path} is damaged: it holds no options")
-    return options
 
 
 def _load(directory, config, layout, stored):

@@ -1,17 +1,20 @@
 """Options of GPT-2 and of the family of Llama in transformers as a `TransformerConfig`, and back.
 
-An option that config.json leaves out has the default of transformers. Every option is either read,
-or has one supported value, or is known to have no effect on the logits; all others are refused.
+Importing this loads no jax. An option that config.json leaves out has the default of transformers.
+Every option is either read, or has one supported value, or is known to have no effect on the
+logits; all others are refused.
 """
 
 import dataclasses
 import json
 import math
+import os
+import pathlib
 
-from gen_jax.interop.files import DEEPEST, LARGEST, is_count, refusal
+from gen_jax.interop.config_json import CONFIG, DEEPEST, LARGEST, is_count, read_json, refusal
 from gen_jax.nn.config import TransformerConfig
 
-__all__ = ["to_gpt2_config", "to_gpt2_options", "to_llama_config"]
+__all__ = ["read_network", "to_gpt2_config", "to_gpt2_options", "to_llama_config"]
 
 # Every option of GPT2Config that is read here or has to have one value, with its default.
 GPT2_DEFAULTS = {
@@ -109,6 +112,45 @@ _WITHOUT_EFFECT_NAMES = """
     torchscript transformers_version typical_p use_bfloat16 use_cache
 """
 _WITHOUT_EFFECT = frozenset(_WITHOUT_EFFECT_NAMES.split())
+
+
+def read_network(
+    directory: str | os.PathLike, families: tuple[str, ...] = ("gpt2", "llama")
+) -> tuple[str, TransformerConfig, frozenset[str]]:
+    """The network in a folder that transformers wrote.
+
+    Args:
+      directory: of config.json.
+      families: those that are accepted; "llama" has Mistral and Qwen2 too.
+
+    Returns:
+      Its family, its sizes, and for a Llama names of the matrices that have a bias; see
+      `to_llama_config`.
+
+    Raises:
+      FileNotFoundError: the folder or its config.json is missing.
+      ValueError: config.json is damaged, or of another model, or names options that cannot be
+        expressed.
+    """
+    folder = pathlib.Path(directory).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder (nothing is downloaded here)")
+    path = folder / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no {CONFIG}")
+    options = read_json(path)
+    if not isinstance(options, dict):
+        raise ValueError(f"{path} is damaged: it holds no options")
+    accepted = {"gpt2": ("gpt2",), "llama": tuple(_LLAMA_FAMILY)}
+    kinds = {kind: family for family in families for kind in accepted[family]}
+    kind = options.get("model_type")
+    if not isinstance(kind, str) or kind not in kinds:
+        raise ValueError(
+            f"model_type={json.dumps(kind)} cannot be expressed (supported: {' or '.join(kinds)})"
+        )
+    if kinds[kind] == "llama":
+        return "llama", *to_llama_config(options)
+    return "gpt2", to_gpt2_config(options), frozenset()
 
 
 def to_gpt2_options(config: TransformerConfig) -> dict:

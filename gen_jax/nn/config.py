@@ -33,6 +33,14 @@ class UNetConfig:
     """Channels predicted; twice the image's when the variance is learned."""
     classes: int = 0
     """Number of classes; 0 for an unconditional network."""
+    null_class: bool = True
+    """A network with classes also knows "no class", which guidance needs."""
+    time_shift: float = 1.0
+    """The embedding of time has frequencies 1e4 ** (-i / (D / 2 - time_shift)), D the width."""
+    time_order: Literal["sin_cos", "cos_sin"] = "sin_cos"
+    """Whether the sines or the cosines come first in that embedding."""
+    downsampling: Literal["end", "both"] = "end"
+    """Where strided convolutions pad: at the end of each axis, or at both sides."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of convolutions and matrix products; parameters and statistics stay float32."""
 
@@ -50,6 +58,11 @@ class UNetConfig:
         for name in ("head_width", "classes", "norm_epsilon"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not 0 <= self.time_shift < self.widths[0] // 2:
+            raise ValueError(
+                f"time_shift must be in [0, {self.widths[0] // 2}), half of the first width, got "
+                f"{self.time_shift}"
+            )
         if min(self.attention, default=1) < 1:
             raise ValueError(f"attention is at heights of at least 1, got {self.attention}")
         for width in self.widths:

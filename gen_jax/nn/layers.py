@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Callable
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -25,25 +26,36 @@ uniform_init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
 zeros_init = nn.initializers.zeros_init()
 
 
-def sinusoidal_embedding(t: Num[Array | np.ndarray, " B"], width: int) -> Float32[Array, "B D"]:
-    """Sines and cosines of t at geometric frequencies from 1 to 1e-4 (Vaswani et al. 2017).
+def sinusoidal_embedding(
+    t: Num[Array | np.ndarray, " B"],
+    width: int,
+    *,
+    shift: float = 1.0,
+    order: Literal["sin_cos", "cos_sin"] = "sin_cos",
+) -> Float32[Array, "B D"]:
+    """Sines and cosines of t at geometric frequencies 1e4 ** (-i / (D / 2 - shift)), i < D / 2.
+
+    With a shift of 1 they go from 1 to 1e-4 (Ho et al. 2020); with 0 the last one is a step above
+    1e-4 (Vaswani et al. 2017).
 
     Args:
       t: positions or time steps.
       width: the size D of the embedding.
-
-    Returns:
-      All sines first, then all cosines.
+      shift: below D / 2.
+      order: whether all sines or all cosines come first.
 
     Raises:
-      ValueError: the width is odd or below 4.
+      ValueError: the width is odd or below 4, or the shift is not below its half.
     """
     if width < 4 or width % 2:
         raise ValueError(f"the width of an embedding must be even and at least 4, got {width}")
     half = width // 2
-    frequencies = jnp.exp(-jnp.log(1e4) * jnp.arange(half, dtype=jnp.float32) / (half - 1))
+    if shift >= half:
+        raise ValueError(f"the shift must be below half of the width, {half}, got {shift}")
+    frequencies = jnp.exp(-jnp.log(1e4) * jnp.arange(half, dtype=jnp.float32) / (half - shift))
     angles = jnp.asarray(t, jnp.float32)[:, None] * frequencies[None]
-    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+    parts = [jnp.sin(angles), jnp.cos(angles)]
+    return jnp.concatenate(parts if order == "sin_cos" else parts[::-1], axis=-1)
 
 
 class Conv3x3(nn.Module):

@@ -118,7 +118,7 @@ class UNet(nn.Module):
                     width,
                     (3, 3),
                     strides=2,
-                    padding=((0, 1), (0, 1)),
+                    padding=[(int(config.downsampling == "both"), 1)] * 2,
                     dtype=dtype,
                     kernel_init=uniform_init,
                     name=f"down_{level}_conv",
@@ -149,12 +149,15 @@ class UNet(nn.Module):
         def dense(name):
             return nn.Dense(4 * width, dtype=dtype, kernel_init=uniform_init, name=name)
 
-        embedding = dense("time_0")(sinusoidal_embedding(t, width))
+        time = sinusoidal_embedding(t, width, shift=config.time_shift, order=config.time_order)
+        embedding = dense("time_0")(time)
         embedding = dense("time_1")(nn.silu(embedding))
         if config.classes:
-            label = jnp.full(t.shape, -1) if label is None else label
-            label = jnp.where(label < 0, config.classes, label)
-            table = nn.Embed(config.classes + 1, 4 * width, dtype=dtype, name="class")
+            if config.null_class:
+                label = jnp.full(t.shape, -1) if label is None else label
+                label = jnp.where(label < 0, config.classes, label)
+            entries = config.classes + config.null_class
+            table = nn.Embed(entries, 4 * width, dtype=dtype, name="class")
             embedding = embedding + table(label)
         return nn.silu(embedding)
 
@@ -169,6 +172,8 @@ def _check_input(config, x, label):
         )
     if label is not None and not config.classes:
         raise ValueError("a label was given to a network without classes")
+    if label is None and config.classes and not config.null_class:
+        raise ValueError("a network without null_class needs a label for each image")
 
 
 @no_type_check  # jax also makes trees of this class whose leaves are no arrays
@@ -194,7 +199,8 @@ class UNetNetwork:
     def init(self, key: Key[Array, ""], height: int, width: int) -> dict:
         """Fresh float32 parameters for images of this size."""
         x = jnp.zeros((1, height, width, self.config.channels))
-        return jax.jit(UNet(self.config).init)(key, x, jnp.zeros((1,)))["params"]
+        label = jnp.zeros(1, jnp.int32) if self.config.classes else None
+        return jax.jit(UNet(self.config).init)(key, x, jnp.zeros((1,)), label)["params"]
 
     def prepare(self, params: Any) -> PreparedParams:
         """What depends only on the parameters, computed once before many evaluations.
@@ -228,14 +234,16 @@ class UNetNetwork:
           params: of `init`, or of `prepare`.
           x: images; C is `config.channels`, height and width are multiples of `config.stride`.
           t: the time step of each image.
-          label: in [0, classes), or -1 for no class; None for no class anywhere.
+          label: in [0, classes), or -1 for no class; None for no class anywhere. A network without
+            `null_class` takes classes alone.
           keys: for dropout; None for none.
 
         Returns:
           Of `config.out_channels` channels.
 
         Raises:
-          ValueError: the image does not fit the network, or a label was given without classes.
+          ValueError: the image does not fit the network, a label was given without classes, or none
+            where one is needed.
         """
         variables = {"params": params}
         if isinstance(params, PreparedParams):

@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from einops import rearrange
 
 from gen_jax.interop import load_diffusers_unet, save_diffusers_unet
+from gen_jax.interop.diffusers_options import read_network
 from gen_jax.models.diffusion.config import DiffusionConfig
 from gen_jax.models.diffusion.losses import DiffusionModel
 from gen_jax.nn.config import UNetConfig
@@ -122,6 +124,19 @@ def edit_tensors(directory, edit):
         (UNetConfig(widths=(8,), blocks=2, attention=(), groups=2), 4),
         (UNetConfig(widths=(4, 8, 8), blocks=1, attention=(8, 4), groups=2), (16, 8)),
         (UNetConfig(widths=(8, 8), blocks=1, attention=(8,), groups=8, classes=3), 8),
+        (UNetConfig(widths=(8,), attention=(), groups=8, classes=3, null_class=False), 8),
+        (
+            UNetConfig(
+                widths=(8, 8),
+                attention=(4,),
+                groups=8,
+                patch=2,
+                time_shift=0.0,
+                time_order="cos_sin",
+                downsampling="both",
+            ),
+            16,
+        ),
     ],
 )
 def test_loading_what_was_saved_gives_the_same_bits(tmp_path, config, sample_size):
@@ -129,6 +144,8 @@ def test_loading_what_was_saved_gives_the_same_bits(tmp_path, config, sample_siz
     save_diffusers_unet(tmp_path, config, params, sample_size=sample_size)
     process = LEARNED if config is TINY else DiffusionConfig(schedule="cosine")
     model, loaded = load_diffusers_unet(tmp_path, process)
+    if not config.null_class:
+        process = dataclasses.replace(process, label_dropout=0.0)
     network, sides = model.network, np.broadcast_to(sample_size, 2)
     assert sorted(network.config.attention) == sorted(config.attention)
     assert network.config == dataclasses.replace(config, attention=network.config.attention)
@@ -217,9 +234,10 @@ def test_an_attention_layer_under_both_names_is_refused(saved):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("downsample_padding", 1),
-        ("flip_sin_to_cos", True),
-        ("freq_shift", 0),
+        ("downsample_padding", 2),
+        ("flip_sin_to_cos", 1),
+        ("freq_shift", 4),
+        ("freq_shift", -1),
         ("time_embedding_type", "fourier"),
         ("time_embedding_type", "learned"),
         ("time_embedding_dim", 64),
@@ -229,7 +247,7 @@ def test_an_attention_layer_under_both_names_is_refused(saved):
         ("mid_block_type", None),
         ("class_embed_type", "timestep"),
         ("class_embed_type", "identity"),
-        ("num_class_embeds", 10),
+        ("num_class_embeds", 0),
         ("resnet_time_scale_shift", "scale_shift"),
         ("attn_norm_num_groups", 2),
         ("add_attention", False),
@@ -271,16 +289,26 @@ def test_an_option_that_the_network_lacks_is_refused_by_name(tmp_path, key, valu
 
 
 def test_all_refused_options_are_listed_together(tmp_path):
-    write_config(tmp_path, two_levels(downsample_padding=1, freq_shift=0, add_attention=False))
-    with pytest.raises(ValueError, match=r"freq_shift=0 .*downsample_padding=1 .*add_attention="):
+    write_config(tmp_path, two_levels(act_fn="gelu", downsample_type="resnet", add_attention=False))
+    with pytest.raises(ValueError, match=r"downsample_type=.* act_fn=.*add_attention="):
         load_diffusers_unet(tmp_path)
 
 
-@pytest.mark.parametrize("key", ["downsample_padding", "flip_sin_to_cos", "freq_shift"])
-def test_an_option_left_out_has_the_default_of_diffusers(tmp_path, key):
+@pytest.mark.parametrize(
+    ("key", "field", "value"),
+    [
+        ("downsample_padding", "downsampling", "both"),
+        ("flip_sin_to_cos", "time_order", "cos_sin"),
+        ("freq_shift", "time_shift", 0.0),
+    ],
+)
+def test_an_option_left_out_has_the_default_of_diffusers(tmp_path, key, field, value):
     write_config(tmp_path, {name: value for name, value in SMALL.items() if name != key})
-    with pytest.raises(ValueError, match=f"{key}="):
-        load_diffusers_unet(tmp_path)
+    _, config, _ = read_network(tmp_path)
+    assert getattr(config, field) == value
+    write_config(tmp_path, SMALL)
+    _, config, _ = read_network(tmp_path)
+    assert getattr(config, field) == getattr(UNetConfig(), field)
 
 
 @pytest.mark.parametrize(
@@ -378,8 +406,6 @@ def test_tensors_that_do_not_fit_are_named(saved, edit, message):
 
 def test_what_diffusers_cannot_express_is_not_saved(tmp_path):
     params = random_params(TINY, 8)
-    with pytest.raises(ValueError, match="patch=2"):
-        save_diffusers_unet(tmp_path, dataclasses.replace(TINY, patch=2), params, sample_size=8)
     for size in (7, (8, 9), 0):
         with pytest.raises(ValueError, match=r"sample_size=.* multiples of 2"):
             save_diffusers_unet(tmp_path, TINY, params, sample_size=size)
@@ -526,6 +552,67 @@ def test_a_network_saved_here_gives_the_same_outputs_in_diffusers(peer, tmp_path
     assert not any(report.values())
     shape = (3, size, size, config.channels)
     assert largest_difference(model.eval(), UNetNetwork(config), params, shape) < 1e-4
+
+
+@pytest.mark.oracle
+def test_the_defaults_of_diffusers_agree(peer, tmp_path):
+    """All that a user does not name, of the smallest sizes that they allow."""
+    model = randomise(peer(sample_size=16, block_out_channels=(32, 32, 32, 32)))
+    model.save_pretrained(tmp_path)
+    ours, params = load_diffusers_unet(tmp_path)
+    assert ours.network.config.attention == (8, 4, 2)
+    assert largest_difference(model, ours.network, params, (2, 16, 16, 3)) < 1e-4
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("freq_shift", [0, 1, 2])
+@pytest.mark.parametrize("flip", [True, False])
+@pytest.mark.parametrize("padding", [0, 1])
+def test_embeddings_of_time_and_strides_agree(peer, tmp_path, freq_shift, flip, padding):
+    options = two_levels(
+        freq_shift=freq_shift,
+        flip_sin_to_cos=flip,
+        downsample_padding=padding,
+        layers_per_block=1,
+        sample_size=12,
+    )
+    options.pop("_class_name")
+    model = randomise(peer(**options))
+    model.save_pretrained(tmp_path)
+    ours, params = load_diffusers_unet(tmp_path)
+    assert largest_difference(model, ours.network, params, (2, 12, 12, 3)) < 1e-4
+
+
+@pytest.mark.oracle
+def test_classes_of_diffusers_agree(peer, tmp_path):
+    """As diffusers trains them: all are classes, and a label is always needed."""
+    options = two_levels(num_class_embeds=5, layers_per_block=1)
+    options.pop("_class_name")
+    model = randomise(peer(**options))
+    model.save_pretrained(tmp_path)
+    ours, params = load_diffusers_unet(tmp_path)
+    assert (ours.classes, ours.null_class, ours.process.label_dropout) == (5, False, 0)
+    labels = np.array([4, 0, 2])
+    shape = (3, 8, 8, 3)
+    assert largest_difference(model, ours.network, params, shape, labels=(labels, labels)) < 1e-4
+
+
+@pytest.mark.oracle
+def test_a_network_with_patches_is_one_of_folded_images(peer, tmp_path):
+    import torch
+
+    config = dataclasses.replace(TINY, patch=2)
+    params = random_params(config, 16)
+    save_diffusers_unet(tmp_path, config, params, sample_size=16)
+    model = peer.from_pretrained(tmp_path).eval()
+    x = np.random.default_rng(0).normal(size=(2, 16, 16, 2)).astype(np.float32)
+    folded = rearrange(x, "b (h p) (w q) c -> b (p q c) h w", p=2, q=2)
+    t = np.array([3, 700])
+    with torch.no_grad():
+        theirs = model(torch.from_numpy(folded), torch.from_numpy(t)).sample.numpy()
+    theirs = rearrange(theirs, "b (p q c) h w -> b (h p) (w q) c", p=2, q=2)
+    ours = outputs_of(UNetNetwork(config), params, x, t)
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
 @pytest.mark.oracle

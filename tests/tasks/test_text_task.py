@@ -5,6 +5,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from flax import traverse_util
 
 import gen_jax
 from experiments.gpt_text import EXPERIMENT
@@ -12,8 +13,10 @@ from gen_jax import cli, interop
 from gen_jax.config import TrainConfig
 from gen_jax.data import TextConfig, load_text, tokenizers
 from gen_jax.nn.config import TransformerConfig
+from gen_jax.nn.transformer import TokenNetwork
 from gen_jax.tasks.text.config import EvaluateConfig, TextRunConfig, TextSampleConfig
 from gen_jax.tasks.text_files import score
+from random_networks import random_params
 from refusals import refused_in
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -204,6 +207,7 @@ def test_weights_travel_through_transformers_format(finished, copy, tmp_path, ca
     drawn = tmp_path / "published"
     assert main("sample", "--workdir", drawn, *options) == 0
     assert samples(drawn) == samples(finished)
+    assert json.loads((drawn / "config.json").read_text())["model"]["width"] == 16
     assert main("train", "--workdir", drawn, *options, "--train.learning-rate", 0) == 0
     for left, right in zip(
         jax.tree.leaves(expected), jax.tree.leaves(model_of(drawn)[1]), strict=True
@@ -211,6 +215,61 @@ def test_weights_travel_through_transformers_format(finished, copy, tmp_path, ca
         np.testing.assert_allclose(left, right, atol=1e-7)
     assert main("sample", "--workdir", tmp_path, *options, "--model.width", 32) == 2
     assert "is another network than model (" in capsys.readouterr().err
+
+
+def test_a_folder_gives_its_sizes_and_its_tokenizer(tmp_path, capsys):
+    """Of a Llama: neither the preset's sizes nor its tokenizer count."""
+    llama = TransformerConfig(
+        vocabulary=64,
+        context=32,
+        layers=1,
+        width=8,
+        heads=2,
+        kv_heads=1,
+        mlp_dim=12,
+        position="rotary",
+        norm="rms",
+        norm_epsilon=1e-6,
+        activation="swiglu",
+        bias=False,
+        tied=False,
+    )
+    folder = tmp_path / "a llama"
+    params = write_llama(folder, llama)
+    run = tmp_path / "run"
+    assert main("sample", "--pretrained", folder, "--workdir", run) == 2
+    assert "has no tokenizer.json: give --tokenizer the path" in capsys.readouterr().err
+    tokenizers.Chars("".join(map(chr, range(32, 96)))).save(folder / "tokenizer.json")
+    options = ("--sample.prompt", "HELLO", "--sample.tokens", 9)
+    assert main("sample", "--pretrained", folder, "--workdir", run, *options) == 0
+    loaded = gen_jax.load(run)
+    assert loaded.model == interop.load_llama(folder)[0]
+    assert loaded.model.network.config == dataclasses.replace(llama, head_width=4)
+    for left, right in zip(jax.tree.leaves(params), jax.tree.leaves(loaded.params), strict=True):
+        np.testing.assert_array_equal(left, right)
+    assert all(sample.startswith("HELLO") for sample in samples(run))
+    capsys.readouterr()
+
+
+def write_llama(folder, config):
+    """Random weights in the layout of transformers."""
+    from gen_jax.interop import files
+    from gen_jax.interop.transformers import _LLAMA, _export
+
+    params = random_params(TokenNetwork(config))
+    options = {
+        "model_type": "llama",
+        "vocab_size": config.vocabulary,
+        "hidden_size": config.width,
+        "intermediate_size": config.mlp_dim,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "max_position_embeddings": config.context,
+    }
+    tensors = _export(traverse_util.flatten_dict(params), config, _LLAMA)
+    files.write(folder, options, "model.safetensors", tensors)
+    return params
 
 
 @pytest.mark.parametrize(
@@ -248,8 +307,7 @@ REFUSED = [
     ("--evaluate.tokens 1", "evaluate.tokens must be 0 or at least 2"),
     ("--tokenizer nowhere.json", "nowhere.json is no file; choose bytes, chars or the path"),
     ("--tokenizer=", "tokenizer is empty"),
-    ("--pretrained there", "give --tokenizer its path"),
-    ("--pretrained there --tokenizer t.json", "t.json is no file"),
+    ("--pretrained there", "there is not a folder (nothing is downloaded here)"),
     ("--model.vocabulary 5", "model.vocabulary is 5, the tokenizer has"),
     ("--model.no-causal", "a model of text is causal"),
     ("--model.context 5000", "tokens are too few for a window of 5001"),

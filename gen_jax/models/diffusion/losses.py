@@ -89,6 +89,11 @@ class DiffusionModel:
         """Number of labels that the network takes; 0 for an unconditional one."""
         return getattr(getattr(self.network, "config", None), "classes", 0)
 
+    @property
+    def null_class(self) -> bool:
+        """Whether the network also predicts without a label."""
+        return getattr(getattr(self.network, "config", None), "null_class", True)
+
     def init(self, key: Key[Array, ""]) -> Any:
         """Fresh float32 parameters."""
         return self.network.init(key, *self.shape[:2])
@@ -107,13 +112,20 @@ class DiffusionModel:
         Returns:
           (scalar, metrics): the mean loss over the batch. Where the variance is learned, metrics
           has its parts "simple" and "vlb" (in bits per dimension); else it is empty.
+
+        Raises:
+          ValueError: labels are to be hidden from a network that always needs one.
         """
         x0 = to_signal(batch["image"])
         t_keys, noise_keys, label_keys, dropout_keys = split_each(keys, 4)
         t = jax.vmap(lambda key: jax.random.randint(key, (), 0, self.process.timesteps))(t_keys)
         noise = normal_each(noise_keys, x0.shape[1:])
         label = _label(batch)
-        if label is not None:
+        if label is not None and self.process.label_dropout:
+            if not self.null_class:
+                raise ValueError(
+                    "label_dropout hides labels, but the network has no class for none: set it to 0"
+                )
             label = _hide_labels(label, self.process.label_dropout, label_keys)
 
         x = diffuse(self.schedule, x0, t, noise)

@@ -95,10 +95,12 @@ class DiffusionSampler:
 
         Raises:
           ValueError: the parameters are those of another network, a label is no class of the
-            model, or there is guidance without labels.
+            model, or there are none where guidance or the network needs them.
         """
         check_params(self.model, params)
         check_label(cond, self.model.classes)
+        if self.model.classes and not self.model.null_class and cond.label is None:
+            raise ValueError("the network needs a label for each sample: give Condition(label=...)")
         if self.solver.guidance != 1.0 and cond.label is None:
             raise ValueError(
                 f"guidance {self.solver.guidance} needs a label for each sample: give "

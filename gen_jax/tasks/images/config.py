@@ -1,10 +1,13 @@
 """The configuration of diffusion models of images, and their data; importing this loads no jax."""
 
+import dataclasses
 import pathlib
+from typing import Any
 
 from gen_jax import data as image_data
 from gen_jax.config import RunConfig, SampleConfig, frozen
 from gen_jax.data import DataConfig, Images
+from gen_jax.interop.diffusers_options import read_network, read_process
 from gen_jax.models.diffusion.config import DiffusionConfig
 from gen_jax.models.diffusion.solvers import Ancestral, Solver
 from gen_jax.nn.config import UNetConfig
@@ -67,7 +70,8 @@ class ImagesConfig(RunConfig):
     """Condition on the labels of the data; their number is model.classes, or the data's where that
     is 0."""
     pretrained: str = ""
-    """Folder of a UNet2DModel of diffusers: train starts from it, sample draws from it."""
+    """Folder of a UNet2DModel of diffusers, which gives the network's sizes and the process: train
+    starts from it, sample draws from it."""
 
     task = "images"
     make_task = "gen_jax.tasks.images.task:make"
@@ -91,6 +95,21 @@ class ImagesConfig(RunConfig):
         check_label(self.sample.label, self.conditional, self.model.classes)
         if self.data.palette:
             raise ValueError("a diffusion model takes RGB images: leave data.palette off")
+
+    def published(self, folder: str) -> dict[str, Any]:
+        """The network of the folder, and the process of the scheduler beside it or DDPM's.
+
+        The type that is computed with, and dropout, which training alone reads, stay.
+        """
+        _, network, _ = read_network(folder)
+        process = read_process(folder) or DiffusionConfig()
+        if network.out_channels == 2 * network.channels:
+            process = dataclasses.replace(process, variance="learned")
+        if not network.null_class:
+            process = dataclasses.replace(process, label_dropout=0.0)
+        kept = {"dtype": self.model.dtype, "dropout": self.model.dropout}
+        model = dataclasses.replace(network, **kept)
+        return {"model": model, "diffusion": process, "conditional": network.classes > 0}
 
     def load(self, workdir: pathlib.Path, phases: tuple[str, ...]) -> dict[str, Images]:
         """The images of the splits that the phases need; refuses those that do not fit."""

@@ -3,15 +3,17 @@
 import dataclasses
 import functools
 import pathlib
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
 from gen_jax.config import RunConfig, SampleConfig, frozen
 from gen_jax.data import TextConfig
+from gen_jax.interop.transformers_options import read_network
 from gen_jax.models.autoregressive.config import DecodingOptions, SamplingOptions
 from gen_jax.nn.config import TransformerConfig
-from gen_jax.tasks.text_source import TextSource
+from gen_jax.tasks.text_source import TOKENIZER, TextSource
 
 __all__ = ["EvaluateConfig", "TextData", "TextRunConfig", "TextSampleConfig"]
 
@@ -64,7 +66,8 @@ class TextRunConfig(RunConfig):
     """How tokens are chosen: drawn, or searched for."""
     evaluate: EvaluateConfig = EvaluateConfig()
     pretrained: str = ""
-    """Folder of a GPT2LMHeadModel of transformers: train starts from it, sample draws from it."""
+    """Folder of a GPT-2, Llama, Mistral or Qwen2 of transformers, which gives the network's sizes
+    and the tokenizer: train starts from it, sample draws from it."""
 
     task = "text"
     make_task = "gen_jax.tasks.text.task:make"
@@ -76,8 +79,8 @@ class TextRunConfig(RunConfig):
             raise ValueError("tokenizer is empty; choose bytes, chars or a tokenizer.json")
         if self.pretrained and self.tokenizer in ("bytes", "chars"):
             raise ValueError(
-                "pretrained goes with the tokenizer.json of its vocabulary: give --tokenizer its "
-                "path"
+                f"{self.pretrained} has no {TOKENIZER}: give --tokenizer the path of that of its "
+                "vocabulary"
             )
         model = self.model
         if not model.causal or model.memory or model.extra_inputs:
@@ -92,6 +95,17 @@ class TextRunConfig(RunConfig):
                 f"beam search stays within the context: sample.tokens ({self.sample.tokens}) "
                 f"must be less than model.context ({model.context})"
             )
+
+    def published(self, folder: str) -> dict[str, Any]:
+        """The network of the folder, and its tokenizer.json where there is one.
+
+        The type that is computed with, and dropout, which training alone reads, stay.
+        """
+        _, network, _ = read_network(folder)
+        kept = {"dtype": self.model.dtype, "dropout": self.model.dropout}
+        fields, path = {"model": dataclasses.replace(network, **kept)}, pathlib.Path(folder)
+        tokenizer = path.expanduser() / TOKENIZER
+        return fields | ({"tokenizer": str(tokenizer)} if tokenizer.is_file() else {})
 
     @property
     def searches(self) -> bool:

@@ -79,8 +79,8 @@ def _prompts(model, data, number) -> Condition:
 
 
 def _load_pretrained(config, data) -> Any:
-    """The weights of a GPT2LMHeadModel of transformers, which must be our network."""
-    model, params = interop.load_gpt2(config.pretrained)
+    """The weights of a folder of transformers, which must be of our network."""
+    model, params = interop.load_transformers(config.pretrained)
     ours, theirs = (config_lib.to_dict(_sizes(c)) for c in (data.model, model.network.config))
     differing = config_lib.differences(ours, theirs, ("dropout", "dtype"))
     if differing:
