@@ -38,6 +38,7 @@ setuptools.setup(
     extras_require={
         "text": ["tokenizers>=0.20"],  # pretrained vocabularies; bytes and characters need nothing
         "translation": ["tokenizers>=0.20", "sacrebleu>=2.4"],  # byte-pair vocabularies and BLEU
+        "tensorboard": ["tensorboardX>=2.6"],  # event files without TensorFlow
         "test": [
             "pytest>=8",
             "pytest-xdist",
@@ -47,6 +48,7 @@ setuptools.setup(
             "ruff",
             "tokenizers>=0.20",
             "sacrebleu>=2.4",
+            "tensorboardX>=2.6",
         ],
         # The peers that parity tests and benchmarks compare with.
         "oracles": ["torch==2.13.0", "diffusers>=0.35", "transformers>=4.55"],

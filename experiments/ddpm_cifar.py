@@ -65,6 +65,7 @@ CPU = ImagesConfig(
         ema_warmup=True,
         checkpoint_every=1000,
         evaluate_every=1000,
+        preview_every=1000,
     ),
     sampler=Ancestral(steps=250, spacing="trailing"),
     evaluate=EvaluateConfig(images=256, draws=16),
@@ -82,6 +83,7 @@ SMALL = ImagesConfig(
         ema=0.999,
         ema_warmup=True,
         checkpoint_every=5000,
+        preview_every=5000,
     ),
     sample=LabelledSampleConfig(number=1024, micro_batch=512),
     sampler=DDIM(steps=50, spacing="trailing"),
@@ -91,6 +93,7 @@ SMALL = ImagesConfig(
 PAPER = ImagesConfig(
     workdir="runs/ddpm_cifar_paper",
     data=DataConfig(name="cifar10", flip=True),
+    train=TrainConfig(preview_every=10_000),
     sample=LabelledSampleConfig(number=50_000, micro_batch=512),
     evaluate=EvaluateConfig(images=10_000, draws=0, batch=512),
 )

@@ -70,6 +70,8 @@ _NANO = TrainConfig(
     log_every=50,
     checkpoint_every=1000,
     evaluate_every=1000,
+    preview_every=1000,
+    preview=4,
 )
 
 SHAKESPEARE_CHAR = TextRunConfig(
@@ -111,6 +113,8 @@ GPT2_SMALL = TextRunConfig(
         log_every=100,
         checkpoint_every=5000,
         evaluate_every=5000,
+        preview_every=5000,
+        preview=4,
     ),
     sample=TextSampleConfig(number=16, tokens=500, micro_batch=16),
     sampler=SamplingOptions(temperature=0.8, top_k=200),

@@ -81,6 +81,8 @@ MULTI30K = TranslationRunConfig(
         log_every=100,
         checkpoint_every=1000,
         evaluate_every=1000,
+        preview_every=1000,
+        preview=8,
     ),
 )
 
@@ -104,6 +106,8 @@ WMT16 = TranslationRunConfig(
         log_every=100,
         checkpoint_every=10_000,
         evaluate_every=10_000,
+        preview_every=10_000,
+        preview=8,
     ),
 )
 

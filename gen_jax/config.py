@@ -169,16 +169,31 @@ class TrainConfig:
     """Steps from one checkpoint to the next."""
     evaluate_every: int = 0
     """Steps from one evaluation during training to the next; 0 for none."""
+    preview_every: int = 0
+    """Steps from one picture or text of samples, in the folder previews, to the next; 0: none."""
+    preview: int = 16
+    """Samples in each."""
+    tensorboard: bool = False
+    """Also write records and previews for TensorBoard (install gen_jax[tensorboard])."""
     keep: int = 3
     """Checkpoints kept, the newest ones."""
     max_skipped: int = 3
     """Updates in a row that may be skipped for a loss or gradient that is not finite."""
 
     def __post_init__(self):
-        for name in ("steps", "batch", "accumulate", "log_every", "checkpoint_every", "keep"):
+        counts = (
+            "steps",
+            "batch",
+            "accumulate",
+            "log_every",
+            "checkpoint_every",
+            "keep",
+            "preview",
+        )
+        for name in counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        counts = ("warmup", "evaluate_every", "max_skipped")
+        counts = ("warmup", "evaluate_every", "preview_every", "max_skipped")
         for name in (*counts, "clip_norm", "learning_rate", "weight_decay"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
@@ -274,6 +289,9 @@ class RunConfig:
         "train.log_every",
         "train.checkpoint_every",
         "train.evaluate_every",
+        "train.preview_every",
+        "train.preview",
+        "train.tensorboard",
         "train.keep",
         "train.max_skipped",
     )

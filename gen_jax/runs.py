@@ -1,13 +1,15 @@
 """The phases of a run as functions of its task: train, sample, evaluate, and a task's own."""
 
 import contextlib
+import functools
 import sys
 import time
 from typing import Any
 
 import jax
+import numpy as np
 
-from gen_jax import checkpoint, cli, hosts, parallel, training
+from gen_jax import checkpoint, cli, hosts, parallel, pictures, sampling, training
 from gen_jax import config as config_lib
 from gen_jax.config import RunConfig
 from gen_jax.task import Context, Run, Stage, Task
@@ -90,6 +92,8 @@ def _begin(run):
     Returns:
       What each stage starts from, by name; None for fresh parameters.
     """
+    if run.config.train.preview_every and (run.task.show is None or len(run.task.stages) > 1):
+        raise ValueError("this experiment shows no samples while it trains: leave preview_every")
     initial = {stage.name: _initial(run, stage) for stage in run.task.stages}
     for stage in run.task.stages:
         given = initial[stage.name] is not None
@@ -130,12 +134,37 @@ def _train_stage(run, stage, earlier, initial):
             mesh=parallel.data_mesh(),
             record={"config": cli.stored_form(run.config)} | dict(stage.record),
             evaluate=stage.evaluate,
+            preview=functools.partial(_preview, run) if run.config.train.preview_every else None,
             initial=initial,
         )
     except training.Interrupted as stop:
         command = cli.resume_command(run.name, run.config)
         print(f"{stop}; saved. Resume with:\n  {command}", file=sys.stderr)
         raise SystemExit(128 + stop.signum) from None
+
+
+def _preview(run, step, averaged):
+    """Draws samples with these parameters, and leaves them in the folder previews."""
+    config, task = run.config, run.task
+    number = min(config.train.preview, task.number or config.train.preview)
+    chunks = sampling.generate_many(
+        task.sampler,
+        jax.device_put(jax.device_get(averaged)),
+        config.sample.seed,
+        number,
+        cond=task.condition(number) if task.condition else None,
+        micro_batch=task.micro_batch or config.sample.micro_batch,
+        progress=False,
+    )
+    shown = task.show(np.concatenate([chunk.samples for chunk in chunks]))
+    name = f"{step:08d}.{'txt' if isinstance(shown, str) else 'png'}"
+    path = run.workdir.path / "previews"
+    path.mkdir(exist_ok=True)
+    if isinstance(shown, str):
+        run.keep_text(f"previews/{name}", shown)
+    else:
+        pictures.save_png(path / name, shown)
+    return shown
 
 
 def _figures(stage, trained):

@@ -93,6 +93,8 @@ class Task:
       draw: draws the samples, in place of `Run.draw`: say text that is shown while it is drawn.
       write: write(run, samples, report) leaves samples in the work directory, and returns further
         figures; `report` has those of the drawing.
+      show: show(samples) is one picture or text of samples, for the previews of training; None
+        where there is none.
       evaluate: figures of the trained model, and of the samples drawn last.
       commands: further commands by name; what they return joins the summary.
       sizes: of the data, by name, for `--dry-run`.
@@ -109,6 +111,7 @@ class Task:
     micro_batch: int | None = None
     draw: Callable[["Run"], tuple[Any, dict]] | None = None
     write: Callable[["Run", Any, dict], dict] | None = None
+    show: Callable[[Any], str | np.ndarray] | None = None
     evaluate: Callable[["Run"], dict] | None = None
     commands: Mapping[str, Callable[["Run"], dict]] = dataclasses.field(default_factory=dict)
     sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
@@ -195,6 +198,7 @@ class Run:
 
     def keep_text(self, name: str, content: str) -> None:
         """Writes a UTF-8 file of the work directory whole."""
-        temporary = self.workdir.path / f".{name}"
+        path = self.workdir.path / name
+        temporary = path.with_name(f".{path.name}")
         temporary.write_text(content, encoding="utf-8", newline="")
-        temporary.replace(self.workdir.path / name)
+        temporary.replace(path)

@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from gen_jax import checkpoint, hosts, parallel
+from gen_jax import checkpoint, event_log, hosts, parallel
 from gen_jax.config import TrainConfig
 from gen_jax.training_step import Trainable, TrainState, init_state, make_step
 from gen_jax.workdir import MetricsLog, Workdir
@@ -94,6 +94,7 @@ def fit(
     mesh: Mesh,
     record: dict | None = None,
     evaluate: Callable[[Any], dict[str, float]] | None = None,
+    preview: Callable[[int, Any], Any] | None = None,
     initial: Any | None = None,
     progress: bool | None = None,
 ) -> Trained:
@@ -112,6 +113,8 @@ def fit(
       record: JSON values to keep in each checkpoint.
       evaluate: metrics of the moving average, logged every `config.evaluate_every` steps under
         "eval/".
+      preview: preview(step, moving average) shows samples on the first host, every
+        `config.preview_every` steps; what it returns, a text or a picture, TensorBoard gets too.
       initial: what to start from in the place of `trainable.averaged`, say pretrained weights; it
         is not read where there is a checkpoint.
       progress: True shows a bar with rate and time left, False nothing; None shows the bar on a
@@ -139,7 +142,7 @@ def fit(
     if not config.ema:
         state = state.replace(ema=None)
     state = parallel.replicate(mesh, state)
-    loop = _Loop(config, trainable, workdir, record or {}, evaluate)
+    loop = _Loop(config, trainable, workdir, record or {}, evaluate, preview)
     with loop.open(start, progress), StopSignal() as stop:
         return loop.run(make_step(trainable, config, mesh), state, start, batch, mesh, stop)
 
@@ -154,8 +157,8 @@ def check_start(config: TrainConfig, trainable: Trainable, mesh: Mesh, given: bo
       given: whether training starts from given values.
 
     Raises:
-      ValueError: the batch does not divide over devices and slices, or the trainable cannot start
-        from given values.
+      ValueError: the batch does not divide over devices and slices, the trainable cannot start
+        from given values, or a package is missing.
     """
     slices = getattr(trainable, "accumulate", 1)
     if slices != config.accumulate:
@@ -168,6 +171,8 @@ def check_start(config: TrainConfig, trainable: Trainable, mesh: Mesh, given: bo
             f"a batch of {config.batch} does not divide over {mesh.size} devices and "
             f"{slices} slices; choose a multiple of {mesh.size * slices}"
         )
+    if config.tensorboard:
+        event_log.check()
     if given and not hasattr(trainable, "replace_averaged"):
         raise ValueError(
             f"{type(trainable).__name__} cannot start from given values: it has no method "
@@ -198,9 +203,9 @@ def _restore(workdir, abstract):
 class _Loop:
     """The part of `fit` that has side effects: records, checkpoints, the progress bar."""
 
-    def __init__(self, config, trainable, workdir, record, evaluate):
+    def __init__(self, config, trainable, workdir, record, evaluate, preview):
         self.config, self.workdir, self.record = config, workdir, record
-        self.trainable, self.evaluate = trainable, evaluate
+        self.trainable, self.evaluate, self.preview = trainable, evaluate, preview
         self.main = jax.process_index() == 0
 
     @contextlib.contextmanager
@@ -211,14 +216,19 @@ class _Loop:
         self.lines = self.main and progress is None and not on_terminal
         self.last_line = time.perf_counter()
         total = self.config.steps
-        self.log = MetricsLog(self.workdir.path / "metrics.jsonl", start) if self.main else None
+        path, self.logs, self.events = self.workdir.path, [], None
+        if self.main:
+            self.logs = [MetricsLog(path / "metrics.jsonl", start)]
+        if self.main and self.config.tensorboard:
+            self.events = event_log.EventLog(path / "tensorboard", start)
+            self.logs.append(self.events)
         with tqdm(total=total, initial=start, desc="training", unit="step", disable=hidden) as bar:
             self.bar = bar
             try:
                 yield
             finally:
-                if self.log is not None:
-                    self.log.close()
+                for log in self.logs:
+                    log.close()
 
     def run(self, step_fn, state, start, batch, mesh, stop):
         """Takes the steps from `start` to the last."""
@@ -246,11 +256,13 @@ class _Loop:
                     self._save(state, done)
             if signum:
                 raise Interrupted(signum, done)
-            every = self.config.evaluate_every
-            if self.evaluate and every and done % every == 0:
+            if self.evaluate and _is_due(done, self.config.evaluate_every):
                 with self._apart():
                     report = self.evaluate(self._whole(state).ema)
                     self._write({"step": done} | _prefixed("eval/", report))
+            if self.main and self.preview and _is_due(done, self.config.preview_every):
+                with self._apart():
+                    self._preview(state, done)
         seconds = time.perf_counter() - began - self.aside
         rate = (self.config.steps - start) * self.config.batch / seconds
         return Trained(self._whole(state), start, self.compile_seconds, seconds, rate)
@@ -330,8 +342,13 @@ class _Loop:
         )
 
     def _write(self, record):
-        if self.log is not None:
-            self.log.write(record)
+        for log in self.logs:
+            log.write(record)
+
+    def _preview(self, state, step):
+        shown = self.preview(step, self._whole(state).ema)
+        if self.events is not None:
+            self.events.show(step, shown)
 
     def _whole(self, state):
         """With an average, which is the tree itself where none is kept."""
@@ -347,6 +364,10 @@ class _Loop:
             "loop": {"step": state.step, "skipped": state.skipped},
         }
         checkpoint.save(self.workdir.checkpoints, step, trees, self.record, keep=self.config.keep)
+
+
+def _is_due(step, every):
+    return every > 0 and step % every == 0
 
 
 def _prefixed(prefix, metrics):

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import re
+import struct
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -100,6 +102,64 @@ def gradient(params, step):
 
 
 X = jnp.stack([batch(step)["x"] for step in range(12)])
+
+
+def test_previews_come_when_they_are_due(tmp_path):
+    config = dataclasses.replace(CONFIG, preview_every=5)
+    seen = {}
+
+    def preview(step, averaged):
+        seen[step] = jax.device_get(averaged)
+        return "text"
+
+    trained = fit(tmp_path, config, devices=2, preview=preview)
+    assert list(seen) == [5, 10]
+    shorter = fit(tmp_path / "5", dataclasses.replace(config, steps=5), devices=2)
+    same(seen[5], shorter.averaged)
+    same(trained.averaged, fit(tmp_path / "none", devices=2).averaged)
+
+
+def events(path):
+    """What a folder of event files holds: {(tag, step): value}."""
+    event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2")
+    found = {}
+    for file in sorted(path.iterdir()):
+        content = file.read_bytes()
+        while content:  # length, its checksum, the event, its checksum
+            (length,) = struct.unpack("<Q", content[:8])
+            event = event_pb2.Event.FromString(content[12 : 12 + length])
+            content = content[16 + length :]
+            for value in event.summary.value:
+                found[value.tag, event.step] = value
+    return found
+
+
+def test_tensorboard_has_the_records_and_the_previews(tmp_path):
+    config = dataclasses.replace(CONFIG, preview_every=6, log_every=3, tensorboard=True, steps=6)
+    picture = np.zeros((4, 6, 3), np.uint8)
+    shown = {6: picture, 12: "two\nlines"}
+
+    def preview(step, averaged):
+        return shown[step]
+
+    fit(tmp_path, config, preview=preview)
+    fit(tmp_path, dataclasses.replace(config, steps=12), preview=preview)
+    found = events(tmp_path / "tensorboard")
+    losses = {line["step"]: line["loss"] for line in records(tmp_path) if "loss" in line}
+    assert {step for tag, step in found if tag == "loss"} == set(losses) == {3, 6, 9, 12}
+    for step, loss in losses.items():
+        assert found["loss", step].simple_value == pytest.approx(loss)
+    image = found["samples", 6].image
+    assert (image.height, image.width) == (4, 6)
+    (text,) = found["samples/text_summary", 12].tensor.string_val
+    assert text.decode() == "    two\n    lines\n"
+
+
+def test_tensorboard_without_its_package_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(ValueError, match=r"install gen_jax\[tensorboard\]"):
+        fit(tmp_path / "run", dataclasses.replace(CONFIG, tensorboard=True))
+    assert not (tmp_path / "run").exists()
 
 
 def test_average_with_warm_up_starts_at_the_parameters(tmp_path):

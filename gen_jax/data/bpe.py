@@ -5,9 +5,9 @@ The pieces are of bytes, as in GPT-2, so that every text has tokens and comes ba
 
 from collections.abc import Iterable
 
-from gen_jax.data.extras import require
 from gen_jax.data.tokenizer_base import EOS_NAME, PAD_NAME
 from gen_jax.data.tokenizers import Pretrained
+from gen_jax.extras import require
 
 __all__ = ["MIN_VOCABULARY", "train_bpe"]
 

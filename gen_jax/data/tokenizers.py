@@ -13,9 +13,9 @@ import numpy as np
 from jaxtyping import Int32
 
 from gen_jax.config import frozen
-from gen_jax.data.extras import require
 from gen_jax.data.tokenizer_base import EOS_NAMES, Ids, StoredTokenizer, TextStream, Tokenizer
 from gen_jax.data.words import Words
+from gen_jax.extras import require
 
 __all__ = ["Bytes", "Chars", "Pretrained", "TextStream", "Tokenizer", "Words", "load", "make"]
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Integer
 
-from gen_jax.data.extras import require
+from gen_jax.extras import require
 
 __all__ = [
     "bleu",

@@ -20,11 +20,15 @@ def save_samples(path: Path, images: np.ndarray) -> None:
       path: the work directory.
       images: uint8 [B, H, W, C].
     """
-    sheet = pictures.grid(images[:SHEET], scale=scale(images.shape[1]))
-    pictures.save_png(path / "samples.png", sheet)
+    pictures.save_png(path / "samples.png", sheet(images))
     for old in (path / "samples").glob("[0-9]" * 6 + ".png"):
         old.unlink()
     pictures.save_images(path / "samples", images)
+
+
+def sheet(images: np.ndarray) -> np.ndarray:
+    """The first images uint8 [B, H, W, C] as one picture."""
+    return pictures.grid(images[:SHEET], scale=scale(images.shape[1]))
 
 
 def scale(height: int) -> int:

@@ -16,6 +16,7 @@ __all__ = [
     "decode",
     "decode_with_masks",
     "from_first_word",
+    "listing",
     "pieces",
     "score",
     "show",
@@ -103,6 +104,11 @@ def from_first_word(text: str) -> str:
 def title(number: int) -> str:
     """The line above a sample."""
     return f"{'-' * 32} sample {number}"
+
+
+def listing(texts: Iterable[str]) -> str:
+    """Samples below each other, each with its line above."""
+    return "".join(f"{title(number)}\n{text}\n" for number, text in enumerate(texts))
 
 
 def show(piece: str) -> None:

@@ -35,6 +35,8 @@ MINUTE = MaskedPixelsConfig(
         log_every=1,
         checkpoint_every=2,
         evaluate_every=2,
+        preview_every=2,
+        preview=5,
         ema=0.5,
     ),
     sample=LabelledSampleConfig(number=5, micro_batch=8),
@@ -76,6 +78,7 @@ def test_the_command_all_leaves_everything(finished):
     assert names == {
         "config.json",
         "model",
+        "previews",
         "samples",
         "samples.npz",
         "samples.png",
@@ -94,6 +97,11 @@ def test_the_command_all_leaves_everything(finished):
     grey = (first == 64).all(-1)  # the first round reveals few pixels
     assert 0.5 < grey.mean() < 1
     assert list(EXPERIMENT.commands) == ["all", "train", "sample", "evaluate", "complete"]
+
+
+def test_the_last_preview_is_what_is_sampled(finished):
+    preview = finished / "previews" / "00000002.png"
+    assert preview.read_bytes() == (finished / "samples.png").read_bytes()
 
 
 @pytest.mark.parametrize("name", list(IterativeOptions.kinds))

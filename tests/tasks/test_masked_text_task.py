@@ -34,6 +34,8 @@ MINUTE = MaskedTextConfig(
         log_every=1,
         checkpoint_every=2,
         evaluate_every=2,
+        preview_every=2,
+        preview=3,
         ema=0.5,
     ),
     sample=MaskedTextSampleConfig(number=3, micro_batch=4),
@@ -70,6 +72,7 @@ def test_the_command_all_leaves_everything(finished):
     assert names == {
         "config.json",
         "model",
+        "previews",
         "samples.npz",
         "samples.txt",
         "summary.json",
@@ -82,6 +85,11 @@ def test_the_command_all_leaves_everything(finished):
     wanted = {"nats_per_token", "perplexity", "bits_per_character", "known_words", "distinct_2"}
     assert wanted <= report.keys()
     assert list(EXPERIMENT.commands) == ["all", "train", "sample", "evaluate", "complete"]
+
+
+def test_the_last_preview_is_what_is_sampled(finished):
+    preview = finished / "previews" / "00000002.txt"
+    assert preview.read_bytes() == (finished / "samples.txt").read_bytes()
 
 
 def test_the_samples_are_written_as_text_and_as_tokens(finished):

@@ -33,6 +33,8 @@ MINUTE = PixelsConfig(
         log_every=1,
         checkpoint_every=2,
         evaluate_every=2,
+        preview_every=2,
+        preview=5,
         ema=0.5,
     ),
     sample=LabelledSampleConfig(number=5, micro_batch=8),
@@ -78,6 +80,7 @@ def test_the_command_all_leaves_everything(finished):
     assert names == {
         "config.json",
         "model",
+        "previews",
         "samples",
         "samples.npz",
         "samples.png",
@@ -104,6 +107,15 @@ def test_the_command_all_leaves_everything(finished):
     ]
     assert [line["step"] for line in lines if "eval/bits_per_dim" in line] == [2, 4]
     assert list(EXPERIMENT.commands) == ["all", "train", "sample", "evaluate"]
+
+
+def test_the_last_preview_is_what_is_sampled(finished):
+    assert [path.name for path in sorted((finished / "previews").iterdir())] == [
+        "00000002.png",
+        "00000004.png",
+    ]
+    preview = finished / "previews" / "00000004.png"
+    assert preview.read_bytes() == (finished / "samples.png").read_bytes()
 
 
 def test_the_samples_are_written_by_their_colours(finished):

@@ -34,6 +34,8 @@ MINUTE = TextRunConfig(
         log_every=1,
         checkpoint_every=2,
         evaluate_every=2,
+        preview_every=2,
+        preview=3,
         ema=0.5,
     ),
     sample=TextSampleConfig(prompt="The ", number=3, tokens=24, micro_batch=8),
@@ -87,6 +89,7 @@ def test_the_command_all_leaves_everything(finished):
     assert names == {
         "config.json",
         "model",
+        "previews",
         "samples.npz",
         "samples.txt",
         "summary.json",
@@ -111,6 +114,15 @@ def test_the_command_all_leaves_everything(finished):
         json.loads(line) for line in (finished / "model" / "metrics.jsonl").read_text().splitlines()
     ]
     assert [line["step"] for line in lines if "eval/nats_per_token" in line] == [2, 4]
+
+
+def test_the_last_preview_is_what_is_sampled(finished):
+    assert [path.name for path in sorted((finished / "previews").iterdir())] == [
+        "00000002.txt",
+        "00000004.txt",
+    ]
+    preview = finished / "previews" / "00000004.txt"
+    assert preview.read_bytes() == (finished / "samples.txt").read_bytes()
 
 
 def test_the_samples_are_written_as_text_and_as_tokens(finished):

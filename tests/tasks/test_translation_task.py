@@ -37,6 +37,8 @@ MINUTE = TranslationRunConfig(
         log_every=1,
         checkpoint_every=2,
         evaluate_every=2,
+        preview_every=2,
+        preview=5,
         ema=0.5,
     ),
     sample=TranslationSampleConfig(number=5, micro_batch=8, lengths=2),
@@ -70,6 +72,7 @@ def test_the_command_all_leaves_everything(runs):
     assert names == {
         "config.json",
         "model",
+        "previews",
         "samples.npz",
         "summary.json",
         "tokenizer.json",
@@ -92,6 +95,11 @@ def test_the_command_all_leaves_everything(runs):
     assert summary(runs / "masked")["nfe"] == 2
     commands = ["all", "train", "sample", "evaluate", "distill", "complete"]
     assert list(EXPERIMENT.commands) == commands
+
+
+def test_the_last_preview_is_what_is_sampled(runs):
+    preview = runs / "masked" / "previews" / "00000002.txt"
+    assert preview.read_bytes() == (runs / "masked" / "translations.txt").read_bytes()
 
 
 @pytest.mark.parametrize("name", ["masked", "ar"])

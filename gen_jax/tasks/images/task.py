@@ -49,6 +49,7 @@ def make(config: ImagesConfig, context: Context) -> Task:
         sampler=DiffusionSampler(model, config.sampler),
         condition=functools.partial(image_files.condition, config.sample.label, classes),
         write=_write,
+        show=lambda samples: image_files.sheet(pictures.to_uint8(samples)),
         evaluate=functools.partial(_evaluate, config, validate, splits.get("test")),
         commands={"export": _export},
         sizes={f"{split}_images": len(images) for split, images in splits.items()},

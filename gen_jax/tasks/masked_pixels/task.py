@@ -42,6 +42,7 @@ def make(config: MaskedPixelsConfig, context: Context) -> Task:
         sampler=build(config.sampler, model, config.model.context),
         condition=functools.partial(image_files.condition, config.sample.label, classes),
         write=functools.partial(_write, shape),
+        show=functools.partial(pixels.show, shape),
         evaluate=functools.partial(pixels.evaluate, config, validate, splits.get("test")),
         commands={"complete": functools.partial(_complete, shape, splits.get("test"))},
         sizes={f"{split}_images": len(images) for split, images in splits.items()},

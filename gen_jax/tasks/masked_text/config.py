@@ -128,7 +128,7 @@ class MaskedTextConfig(RunConfig):
             data.train_stream.batch(0, 0, 1, length=self.model.context - 1)
         if "test" in self.splits(phases):
             _ = data.test_windows
-        if "sample" in phases:
+        if "sample" in phases or ("train" in phases and self.train.preview_every):
             _ = data.prompt
         if "complete" in phases:
             _ = data.template

@@ -45,6 +45,7 @@ def make(config: MaskedTextConfig, context: Context) -> Task:
         begin=data.keep_tokenizer if record is None else None,
         condition=functools.partial(_condition, config, data, model),
         write=functools.partial(_write, data),
+        show=functools.partial(_listing, data),
         evaluate=functools.partial(_evaluate, config, data, model),
         commands={"complete": functools.partial(_complete, data)},
         sizes=data.sizes(config.splits(context.phases)),
@@ -99,12 +100,16 @@ def _text(data, tokens):
     return text_files.decode(data.tokenizer, None, tokens[:0], tokens)
 
 
+def _listing(data, tokens):
+    """Samples int32 [B, L] as one text."""
+    return text_files.listing(_text(data, row) for row in tokens)
+
+
 def _write(data: MaskedTextData, run: Run, tokens: np.ndarray, report: dict) -> dict:
     """Leaves the samples as text and arrays, and the way to the first one; shows some of them."""
     sampler = run.task.sampler
     run.keep_samples(tokens=tokens, nfe=sampler.nfe)
-    texts = [f"{text_files.title(n)}\n{_text(data, row)}\n" for n, row in enumerate(tokens)]
-    run.keep_text("samples.txt", "".join(texts))
+    run.keep_text("samples.txt", _listing(data, tokens))
     ours = sampling.sample_keys(run.config.sample.seed, 0, 1)
     _, rounds = sampling.generate(
         sampler, run.params, ours, run.task.condition(1), trajectory=_tokens_of
@@ -115,8 +120,7 @@ def _write(data: MaskedTextData, run: Run, tokens: np.ndarray, report: dict) -> 
         shown = text_files.decode_with_masks(data.tokenizer, np.asarray(rounds)[moment, 0], mask)
         lines.append(f"{'-' * 32} after round {moment + 1} of {sampler.steps}\n{shown}\n")
     run.keep_text("trajectory.txt", "".join(lines))
-    for text in texts[:_SHOWN]:
-        text_files.show(text)
+    text_files.show(_listing(data, tokens[:_SHOWN]))
     return {"sampled_tokens_per_second": report["samples_per_second"] * tokens.shape[1]}
 
 

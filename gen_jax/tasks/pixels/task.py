@@ -27,6 +27,7 @@ __all__ = [
     "make",
     "rows_to_evaluate",
     "shape_and_classes",
+    "show",
     "to_rgb",
 ]
 
@@ -52,6 +53,7 @@ def make(config: PixelsConfig, context: Context) -> Task:
         sampler=AutoregressiveSampler(model, 0, config.model.context, config.sampler),
         condition=functools.partial(image_files.condition, config.sample.label, classes),
         write=functools.partial(_write, shape),
+        show=functools.partial(show, shape),
         evaluate=functools.partial(evaluate, config, validate, splits.get("test")),
         sizes={f"{split}_images": len(images) for split, images in splits.items()},
         results=("samples.png", "samples.npz", "samples", "trajectory.png"),
@@ -136,6 +138,11 @@ def evaluate(
     if not config.data.palette:
         images = images / np.float32(127.5) - 1
     return validate(run.params) | image_files.score(images, config.data, sequences.images)
+
+
+def show(shape: tuple[int, ...], tokens: np.ndarray) -> np.ndarray:
+    """Samples int32 [B, L] as one picture."""
+    return image_files.sheet(to_rgb(tokens.reshape(-1, *shape).astype(np.uint8)))
 
 
 def keep(shape: tuple[int, ...], run: Run, tokens: np.ndarray) -> np.ndarray:

@@ -120,7 +120,7 @@ class TextRunConfig(RunConfig):
             data.train_stream.batch(0, 0, 1, length=self.model.context)
         if "test" in self.splits(phases):
             data.test_stream.windows(self.model.context)
-        if "sample" in phases:
+        if "sample" in phases or ("train" in phases and self.train.preview_every):
             _ = data.prompt, data.eos
         return data
 

@@ -45,7 +45,7 @@ def make(config: TextRunConfig, context: Context) -> Task:
         units_per_example=config.model.context,
     )
     sampler = None
-    if "sample" in context.phases:
+    if "sample" in context.phases or config.train.preview_every:
         build = config_lib.resolve(config.sampler.make)
         sizes = len(data.prompt), config.sample.tokens
         sampler = build(config.sampler, model, *sizes, data.eos)
@@ -59,6 +59,7 @@ def make(config: TextRunConfig, context: Context) -> Task:
         micro_batch=1 if config.searches else None,  # a search finds one text
         draw=functools.partial(_stream, data) if streamed else None,
         write=functools.partial(_write, data, streamed),
+        show=functools.partial(_listing, data),
         evaluate=functools.partial(_evaluate, config, data, model),
         commands={"export": functools.partial(_export, data)},
         sizes=data.sizes(config.splits(context.phases)),
@@ -136,13 +137,21 @@ def _write(data: TextData, streamed: bool, run: Run, tokens: np.ndarray, report:
     new = sum(len(text_files.cut(row, eos)) for row in tokens)
     known = {} if eos is None else {"eos": eos}
     run.keep_samples(tokens=tokens, prompt=data.prompt, nfe=run.task.sampler.nfe, **known)
-    texts = [text_files.decode(data.tokenizer, eos, data.prompt, row) for row in tokens]
-    whole = "".join(f"{text_files.title(number)}\n{text}\n" for number, text in enumerate(texts))
-    run.keep_text("samples.txt", whole)
+    run.keep_text("samples.txt", _listing(data, tokens))
+    texts = _texts(data, tokens)
     for number, sample in enumerate([] if streamed else texts[:_SHOWN]):
         cut = "..." if len(sample) > _SHOWN_CHARACTERS else ""
         text_files.show(f"{text_files.title(number)}\n{sample[:_SHOWN_CHARACTERS]}{cut}\n")
     return {"sampled_tokens_per_second": new * report["samples_per_second"] / len(tokens)}
+
+
+def _texts(data, tokens):
+    return [text_files.decode(data.tokenizer, data.eos, data.prompt, row) for row in tokens]
+
+
+def _listing(data, tokens):
+    """Samples int32 [B, N] as one text."""
+    return text_files.listing(_texts(data, tokens))
 
 
 def _stream(data: TextData, run: Run) -> tuple[np.ndarray, dict]:

@@ -175,7 +175,8 @@ class TranslationRunConfig(RunConfig):
             data.pairs("train").batch(0, 0, 1)
         if "test" in splits:
             _ = data.pairs("validation")
-        if {"sample", "evaluate"} & set(phases):
+        previewed = "train" in phases and self.train.preview_every
+        if {"sample", "evaluate"} & set(phases) or previewed:
             _ = data.pairs(self.sample.split)
         if "complete" in phases:
             if self.strategy != "masked":

@@ -50,7 +50,7 @@ def make(config: TranslationRunConfig, context: Context) -> Task:
         evaluate=functools.partial(_validate, config, data),
         unit="pairs",
     )
-    sampled = "sample" in context.phases
+    sampled = "sample" in context.phases or config.train.preview_every > 0
     return Task(
         stages=(stage,),
         model=model,
@@ -59,6 +59,7 @@ def make(config: TranslationRunConfig, context: Context) -> Task:
         condition=functools.partial(_condition, config, data) if sampled else None,
         number=len(data.pairs(config.sample.split)) if sampled else None,
         write=functools.partial(_write, config, data),
+        show=functools.partial(_listing, config, data),
         evaluate=functools.partial(_evaluate, config, data),
         sizes={"train_pairs": len(data.pairs("train"))} if training else {},
         commands={
@@ -219,14 +220,19 @@ def _write(config, data, run: Run, tokens: np.ndarray, report: dict) -> dict:
     del report
     split = config.sample.split
     run.keep_samples(tokens=tokens, split=split, nfe=run.task.sampler.nfe)
-    sources, targets = (side[: len(tokens)] for side in data.texts(split))
-    lines = [
-        f"source      {source}\nreference   {target}\ntranslation {hypothesis}\n"
-        for source, target, hypothesis in zip(sources, targets, data.texts_of(tokens), strict=True)
-    ]
-    run.keep_text("translations.txt", "\n".join(lines))
-    print("\n".join(lines[:_SHOWN]))
+    run.keep_text("translations.txt", _listing(config, data, tokens))
+    print(_listing(config, data, tokens[:_SHOWN]))
     return {}
+
+
+def _listing(config, data, tokens):
+    """Translations int32 [B, L] of the first sources as one text."""
+    sources, targets = (side[: len(tokens)] for side in data.texts(config.sample.split))
+    rows = zip(sources, targets, data.texts_of(tokens), strict=True)
+    return "\n".join(
+        f"source      {source}\nreference   {target}\ntranslation {hypothesis}\n"
+        for source, target, hypothesis in rows
+    )
 
 
 def _evaluate(config, data, run: Run) -> dict[str, Any]:
