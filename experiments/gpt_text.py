@@ -19,6 +19,11 @@ was measured, with hardware and time, is in docs/results.md.
 
     python -m experiments.gpt_text sample --sample.number 1 --sample.prompt "The "
         Shows the text while it is drawn.
+
+    python -m experiments.gpt_text train --preset tiny_draft
+    python -m experiments.gpt_text sample --sampler speculative \\
+            --sampler.draft runs/gpt_text_tiny_draft --sample.tokens 100
+        Speculative decoding: a model of one block drafts, the tiny preset's checks.
 """
 
 import dataclasses
@@ -54,6 +59,12 @@ TINY = TextRunConfig(
     ),
     sample=TextSampleConfig(number=8, tokens=500),
     sampler=SamplingOptions(temperature=0.8),
+)
+
+TINY_DRAFT = dataclasses.replace(
+    TINY,
+    workdir="runs/gpt_text_tiny_draft",
+    model=dataclasses.replace(TINY.model, layers=1, width=64, heads=2),
 )
 
 _NANO = TrainConfig(
@@ -126,6 +137,7 @@ EXPERIMENT = cli.Experiment(
     about="GPT on text; by default on the English that comes with Python.",
     presets={
         "tiny": TINY,
+        "tiny_draft": TINY_DRAFT,
         "shakespeare_char": SHAKESPEARE_CHAR,
         "shakespeare_char_gpu": SHAKESPEARE_CHAR_GPU,
         "gpt2_small": GPT2_SMALL,

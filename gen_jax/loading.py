@@ -22,7 +22,8 @@ class Loaded:
 
     Attributes:
       model: what was trained; a dict by stage where a run trains several.
-      params: its averaged parameters, on the device.
+      params: what the sampler reads: its averaged parameters, on the device; with speculative
+        decoding {"target": those, "draft": the draft's}.
       sampler: the strategy that the run's configuration describes, or None.
       condition: condition(n) is what the run conditions its first n samples on.
       tokenizer: of text, or None.
@@ -61,6 +62,7 @@ def load(workdir: str | os.PathLike, **changes: Any) -> Loaded:
     made = runs.make_task(config, opened, phases, data)
     params, step = runs.restore(Run(config.task, config, opened, phases, made))
     condition = made.condition or (lambda number: Condition())
+    params = made.sampler_params(params)
     return Loaded(made.model, params, made.sampler, condition, made.tokenizer, config, step)
 
 

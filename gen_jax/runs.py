@@ -149,7 +149,7 @@ def _preview(run, step, averaged):
     number = min(config.train.preview, task.number or config.train.preview)
     chunks = sampling.generate_many(
         task.sampler,
-        jax.device_put(jax.device_get(averaged)),
+        task.sampler_params(jax.device_put(jax.device_get(averaged))),
         config.sample.seed,
         number,
         cond=task.condition(number) if task.condition else None,

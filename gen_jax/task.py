@@ -85,6 +85,8 @@ class Task:
       stages: what is trained, in order.
       model: what the sampler draws from, for users of `gen_jax.load`.
       sampler: the strategy that `sample` runs.
+      sampler_params: sampler_params(averaged parameters) is what the sampler reads, where it reads
+        more than those, such as the parameters of another model.
       begin: begin(run) leaves in the work directory what the run is read with later, say a
         tokenizer; it is called when everything was checked, before training, on the first host.
       condition: condition(n) conditions the first n samples; None for no condition.
@@ -105,6 +107,7 @@ class Task:
     stages: tuple[Stage, ...]
     model: Any = None
     sampler: Sampler | None = None
+    sampler_params: Callable[[Any], Any] = lambda params: params
     begin: Callable[["Run"], None] | None = None
     condition: Callable[[int], Condition] | None = None
     number: int | None = None
@@ -147,7 +150,8 @@ class Run:
         config, task, mesh = self.config.sample, self.task, parallel.local_mesh()
         number = min(config.number, task.number or config.number)
         condition = task.condition or (lambda number: None)
-        generate = functools.partial(sampling.generate_many, task.sampler, self.params, config.seed)
+        params = task.sampler_params(self.params)
+        generate = functools.partial(sampling.generate_many, task.sampler, params, config.seed)
         chunks = list(
             generate(
                 number,

@@ -12,6 +12,7 @@ from experiments.gpt_text import EXPERIMENT
 from gen_jax import cli, interop
 from gen_jax.config import TrainConfig
 from gen_jax.data import TextConfig, load_text, tokenizers
+from gen_jax.models.autoregressive import SpeculativeOptions
 from gen_jax.nn.config import TransformerConfig
 from gen_jax.nn.transformer import TokenNetwork
 from gen_jax.tasks.text.config import EvaluateConfig, TextRunConfig, TextSampleConfig
@@ -227,6 +228,58 @@ def test_weights_travel_through_transformers_format(finished, copy, tmp_path, ca
         np.testing.assert_allclose(left, right, atol=1e-7)
     assert main("sample", "--workdir", tmp_path, *options, "--model.width", 32) == 2
     assert "is another network than model (" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def draft(tmp_path_factory, one_device):
+    """The run of a smaller model."""
+    path = tmp_path_factory.mktemp("text") / "a draft"
+    assert main("train", "--workdir", path, "--model.width", 8, "--train.preview-every", 0) == 0
+    return path
+
+
+SHORT = ("--sample.tokens", 6, "--sampler", "speculative")
+
+
+def test_a_smaller_run_drafts(copy, draft, capsys):
+    assert main("sample", "--workdir", copy, *SHORT, "--sampler.draft", draft) == 0
+    report = summary(copy)
+    assert 0 <= report["accepted_share_of_drafted"] <= 1
+    assert 6 / 5 <= report["evaluations_of_the_large_model"] <= 6  # four are drafted, one is drawn
+    rates = report["tokens_per_second_alone"], report["tokens_per_second_alone_plain"]
+    assert report["times_plain_decoding"] == pytest.approx(rates[0] / rates[1])
+    assert all(len(sample) == 10 for sample in samples(copy))
+    assert main("evaluate", "--workdir", copy) == 0
+    short = dataclasses.replace(MINUTE.sample, tokens=6)
+    loaded = gen_jax.load(copy, sampler=SpeculativeOptions(draft=str(draft)), sample=short)
+    assert set(loaded.params) == {"target", "draft"}
+    keys = gen_jax.sample_keys(0, 0, 3)
+    drawn = gen_jax.generate(loaded.sampler, loaded.params, keys, loaded.condition(3))
+    expected = [sample[4:] for sample in samples(copy)]
+    assert [loaded.tokenizer.decode(row) for row in np.asarray(drawn)] == expected
+    capsys.readouterr()
+
+
+def test_a_run_that_drafts_for_itself_is_always_right(copy, finished, capsys):
+    greedy = (*SHORT, "--sampler.temperature", 0)
+    assert main("sample", "--workdir", copy, *greedy, "--sampler.draft", finished) == 0
+    assert summary(copy)["evaluations_of_the_large_model"] == 2
+    assert summary(copy)["accepted_share_of_drafted"] == 1
+    capsys.readouterr()
+
+
+def test_drafts_that_do_not_fit(copy, draft, tmp_path, capsys):
+    tokens = tmp_path / "other tokens"
+    assert main("train", "--workdir", tokens, "--tokenizer", "bytes", "--train.steps", 1) == 0
+    capsys.readouterr()
+    for options, message in (
+        (SHORT, "give the run of a smaller model as --sampler.draft"),
+        ((*SHORT, "--sampler.draft", tmp_path), f"no run in {tmp_path}"),
+        ((*SHORT, "--sampler.draft", tokens), "has another tokenizer"),
+        (("--sampler", "speculative", "--sampler.draft", draft), "draw at most 8"),
+    ):
+        assert main("sample", "--workdir", copy, *options) == 2
+        assert message in refused_in(capsys)
 
 
 def test_a_folder_gives_its_sizes_and_its_tokenizer(tmp_path, capsys):

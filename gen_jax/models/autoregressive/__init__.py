@@ -19,7 +19,7 @@ is not kept is replaced by a draw from max(p - q, 0), normalised.
     AutoregressiveModel                     parameters, loss, exact likelihood
     AutoregressiveSampler, SamplingOptions  one token at a time
     BeamSearchSampler, BeamSearchOptions    the most probable continuation
-    SpeculativeSampler                      the same distribution, with a small model that drafts
+    SpeculativeSampler, SpeculativeOptions  the same distribution, with a small model that drafts
     make_prompts                            prompts of different lengths as a `Condition`
 """
 
@@ -29,7 +29,12 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "beam_search": ["BeamSearchSampler", "BeamSearchState"],
-        "config": ["BeamSearchOptions", "DecodingOptions", "SamplingOptions"],
+        "config": [
+            "BeamSearchOptions",
+            "DecodingOptions",
+            "SamplingOptions",
+            "SpeculativeOptions",
+        ],
         "losses": ["AutoregressiveModel"],
         "prompts": ["make_prompts", "prefill"],
         "samplers": ["AutoregressiveSampler", "DecodingState"],

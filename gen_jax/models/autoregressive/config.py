@@ -5,7 +5,7 @@ from typing import ClassVar
 from gen_jax.config import Choice, frozen
 from gen_jax.models.options import check_temperature
 
-__all__ = ["BeamSearchOptions", "DecodingOptions", "SamplingOptions"]
+__all__ = ["BeamSearchOptions", "DecodingOptions", "SamplingOptions", "SpeculativeOptions"]
 
 
 class DecodingOptions(Choice):
@@ -52,6 +52,27 @@ class SamplingOptions(DecodingOptions):
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}; 1 keeps all tokens")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p must be in [0, 1], got {self.min_p}; 0 keeps all tokens")
+
+
+@frozen
+class SpeculativeOptions(SamplingOptions):
+    """Speculative decoding (Leviathan et al. 2023, 2211.17192): a smaller model drafts tokens,
+    which are kept or replaced so that the distribution is the larger one's."""
+
+    draft: str = ""
+    """Work directory of the run of the smaller model, of the same tokens."""
+    drafted: int = 4
+    """Tokens drafted in one round."""
+
+    name: ClassVar[str] = "speculative"
+    make: ClassVar[str] = (
+        "gen_jax.models.autoregressive.speculative:SpeculativeSampler.from_options"
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.drafted < 1:
+            raise ValueError(f"drafted must be at least 1, got {self.drafted}")
 
 
 @frozen

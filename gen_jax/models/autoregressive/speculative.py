@@ -19,13 +19,19 @@ from gen_jax import keys as key_streams
 from gen_jax.condition import Condition
 from gen_jax.config import frozen
 from gen_jax.models.autoregressive import prompts
-from gen_jax.models.autoregressive.config import SamplingOptions
+from gen_jax.models.autoregressive.config import SamplingOptions, SpeculativeOptions
 from gen_jax.models.autoregressive.losses import AutoregressiveModel
 from gen_jax.models.contract import check_params
 from gen_jax.nn.transformer import TokenNetwork
 from kernels import KVCache
 
-__all__ = ["SpeculativeSampler", "SpeculativeState"]
+__all__ = ["SpeculativeSampler", "SpeculativeState", "plain"]
+
+
+def plain(options: SpeculativeOptions) -> SamplingOptions:
+    """How each token is drawn, without the draft."""
+    fields = (field.name for field in dataclasses.fields(SamplingOptions))
+    return SamplingOptions(**{name: getattr(options, name) for name in fields})
 
 
 @no_type_check  # jax also makes trees of this class whose leaves are no arrays
@@ -44,6 +50,7 @@ class SpeculativeState:
       draft_caches: of the draft.
       first: int32, the column of the first input of each sample; None where all rows are full.
       rounds: int32, rounds that each sample took.
+      kept: int32, drafted tokens kept in them, also those that the last round has no room for.
     """
 
     keys: Key[Array, "N G+1 B"]
@@ -55,6 +62,7 @@ class SpeculativeState:
     draft_caches: tuple[KVCache, ...]
     first: Int[Array, " B"] | None
     rounds: Int[Array, " B"]
+    kept: Int[Array, " B"]
 
 
 @frozen
@@ -105,11 +113,25 @@ class SpeculativeSampler:
                 f"tokens and drafted must be at least 1, got {self.tokens} and {self.drafted}"
             )
         if self.cache_length > min(large.context, small.context):
+            most = min(large.context, small.context) - self._width - self.drafted
             raise ValueError(
                 f"{self._width} + {self.tokens} tokens and {self.drafted} drafted ones do not fit "
-                f"into the context of {min(large.context, small.context)}"
+                f"into the context of {min(large.context, small.context)}: draw at most {most}"
             )
         prompts.check_eos(self.model, self.eos)
+
+    @classmethod
+    def from_options(
+        cls,
+        options: SpeculativeOptions,
+        model: AutoregressiveModel,
+        draft: AutoregressiveModel,
+        prompt_length: int,
+        tokens: int,
+        eos: int | None = None,
+    ) -> "SpeculativeSampler":
+        """The sampler that the command line chose; `draft` is the model of `options.draft`."""
+        return cls(model, draft, prompt_length, tokens, options.drafted, plain(options), eos)
 
     @property
     def conditions(self) -> tuple[str, ...]:
@@ -172,6 +194,7 @@ class SpeculativeSampler:
             draft_caches=prompts.prefill(self.draft.network, draft, inputs, cache_length, first),
             first=first,
             rounds=jnp.zeros(batch, jnp.int32),
+            kept=jnp.zeros(batch, jnp.int32),
         )
 
     def step(
@@ -202,6 +225,7 @@ class SpeculativeSampler:
             caches=caches,
             draft_caches=draft_caches,
             rounds=state.rounds + ~state.done,
+            kept=state.kept + jnp.where(state.done, 0, kept),
         )
 
     def stopped(self, state: SpeculativeState) -> Bool[Array, ""]:
@@ -211,6 +235,10 @@ class SpeculativeSampler:
     def new_tokens(self, state: SpeculativeState) -> Int[Array, "B N"]:
         """The new tokens so far; those after the first `known` of a sample may still change."""
         return state.tokens[:, self._width : self._width + self.tokens]
+
+    def accepted(self, state: SpeculativeState) -> Float[Array, ""]:
+        """The share of drafted tokens that were kept, of all samples."""
+        return state.kept.sum() / (state.rounds.sum() * self.drafted)
 
     def finish(self, params: Any, state: SpeculativeState) -> Int[Array, "B N"]:
         """The new tokens, int32."""

@@ -11,7 +11,11 @@ from jaxtyping import Int
 from gen_jax.config import RunConfig, SampleConfig, frozen
 from gen_jax.data import TextConfig
 from gen_jax.interop.transformers_options import read_network
-from gen_jax.models.autoregressive.config import DecodingOptions, SamplingOptions
+from gen_jax.models.autoregressive.config import (
+    DecodingOptions,
+    SamplingOptions,
+    SpeculativeOptions,
+)
 from gen_jax.nn.config import TransformerConfig
 from gen_jax.tasks.text_source import TOKENIZER, TextSource
 
@@ -88,6 +92,8 @@ class TextRunConfig(RunConfig):
                 "a model of text is causal, without memory and extra inputs: leave model.causal, "
                 "model.memory and model.extra_inputs as they are"
             )
+        if isinstance(self.sampler, SpeculativeOptions) and not self.sampler.draft:
+            raise ValueError("give the run of a smaller model as --sampler.draft")
         if self.searches and self.sample.number > 1:
             raise ValueError("beam search finds one text, always the same: set sample.number to 1")
         if self.searches and self.sample.tokens >= model.context:

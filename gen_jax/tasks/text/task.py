@@ -11,10 +11,11 @@ import numpy as np
 from gen_jax import config as config_lib
 from gen_jax import evaluation, interop, sampling
 from gen_jax.condition import Condition
-from gen_jax.models.autoregressive import AutoregressiveModel, make_prompts
+from gen_jax.models.autoregressive import AutoregressiveModel, SpeculativeOptions, make_prompts
 from gen_jax.nn.transformer import TokenNetwork
 from gen_jax.task import Context, Run, Stage, Task
 from gen_jax.tasks import text_files
+from gen_jax.tasks.text import speculation
 from gen_jax.tasks.text.config import TextData, TextRunConfig
 from gen_jax.tasks.text_source import TOKENIZER
 from gen_jax.trainables import ModelTrainable
@@ -44,20 +45,22 @@ def make(config: TextRunConfig, context: Context) -> Task:
         unit="tokens",
         units_per_example=config.model.context,
     )
-    sampler = None
+    sampler, draft = None, None
     if "sample" in context.phases or config.train.preview_every:
-        build = config_lib.resolve(config.sampler.make)
-        sizes = len(data.prompt), config.sample.tokens
-        sampler = build(config.sampler, model, *sizes, data.eos)
-    streamed = config.sample.number == 1 and not config.searches
+        sampler, draft = _make_sampler(config, data, model)
+    streamed = config.sample.number == 1 and not config.searches and draft is None
+    draw = functools.partial(_stream, data) if streamed else None
+    if draft is not None:
+        draw = speculation.draw
     return Task(
         stages=(stage,),
         model=model,
         sampler=sampler,
+        sampler_params=functools.partial(_with_draft, draft),
         begin=data.keep_tokenizer if record is None else None,
         condition=functools.partial(_prompts, model, data),
         micro_batch=1 if config.searches else None,  # a search finds one text
-        draw=functools.partial(_stream, data) if streamed else None,
+        draw=draw,
         write=functools.partial(_write, data, streamed),
         show=functools.partial(_listing, data),
         evaluate=functools.partial(_evaluate, config, data, model),
@@ -66,6 +69,20 @@ def make(config: TextRunConfig, context: Context) -> Task:
         results=(TOKENIZER, "samples.txt", "samples.npz", "gpt2"),
         tokenizer=data.tokenizer,
     )
+
+
+def _make_sampler(config, data, model):
+    """The sampler, and the parameters of the draft that it reads, or None."""
+    build, options = config_lib.resolve(config.sampler.make), config.sampler
+    sizes = len(data.prompt), config.sample.tokens, data.eos
+    if not isinstance(options, SpeculativeOptions):
+        return build(options, model, *sizes), None
+    draft = speculation.load_draft(options.draft, data.tokenizer)
+    return build(options, model, draft.model, *sizes), draft.params
+
+
+def _with_draft(draft, params):
+    return params if draft is None else {"target": params, "draft": draft}
 
 
 def _batch(config, data, step, shard, earlier):
