@@ -446,9 +446,16 @@ def _check_options(argv, config):
         option = item.split("=", 1)[0].replace("_", "-")
         if not item.startswith("--") or option == "--help" or option in names:
             continue
-        close = [name for name in names if _acronym(name) == option]
-        close += difflib.get_close_matches(option, names, n=1, cutoff=0.0)
+        asked = _negated_where_it_counts(option.lower())
+        close = [name for name in names if name == asked or _acronym(name) == asked]
+        close += difflib.get_close_matches(asked, names, n=1, cutoff=0.0)
         raise ValueError(f"unknown option {item}; did you mean {close[0]}? (--help lists all)")
+
+
+def _negated_where_it_counts(option):
+    """--no-group.field as --group.no-field."""
+    group, dot, field = option.removeprefix("--no-").rpartition(".")
+    return f"--{group}.no-{field}" if dot and option.startswith("--no-") else option
 
 
 def _acronym(name):
