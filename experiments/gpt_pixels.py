@@ -6,6 +6,13 @@ al. 2019, 1904.10509) do.
         Preset tiny: 16-pixel shapes of 7 colours, two CPU cores, no network. The likelihood is
         exact, and so is its floor, ln 648 = 6.474 nats per image.
 
+    python -m experiments.gpt_pixels --preset patches
+        The same images as 16 squares of 4 x 4 pixels, which experiments.masked_pixels draws in
+        rounds.
+
+    python -m experiments.gpt_pixels --preset folder --data.dir FOLDER
+        One's own images at 16 pixels.
+
     python -m experiments.gpt_pixels --preset cifar --data.dir DIR
         CIFAR-10, 3072 tokens of 256 values, for as long as a CPU can be spared.
 
@@ -16,6 +23,7 @@ al. 2019, 1904.10509) do.
 DIR holds cifar-10-batches-bin. What was measured, with hardware and time, is in docs/results.md.
 """
 
+import dataclasses
 import sys
 
 from gen_jax import cli
@@ -53,6 +61,26 @@ TINY = PixelsConfig(
         checkpoint_every=1000,
     ),
     sample=LabelledSampleConfig(number=256, micro_batch=128),
+)
+
+# One token is a square of 4 x 4 pixels, of which the set has 595: the data of masked_pixels.
+PATCHES = PixelsConfig(
+    workdir="runs/gpt_pixels_patches",
+    data=TINY.data,
+    patch=4,
+    model=dataclasses.replace(TINY.model, vocabulary=0, context=16, layers=2, width=128, heads=4),
+    train=dataclasses.replace(TINY.train, steps=3500, batch=64, learning_rate=2e-3),
+    sample=TINY.sample,
+)
+
+# One's own images: --data.dir FOLDER.
+FOLDER = PixelsConfig(
+    workdir="runs/gpt_pixels_folder",
+    data=DataConfig(name="folder", dir="images", size=16, flip=True),
+    model=dataclasses.replace(TINY.model, vocabulary=0, context=768),
+    train=TINY.train,
+    sample=LabelledSampleConfig(number=64, micro_batch=64),
+    evaluate=EvaluateConfig(images=64, batch=16),
 )
 
 CIFAR = PixelsConfig(
@@ -125,7 +153,13 @@ CIFAR_GPU = PixelsConfig(
 EXPERIMENT = cli.Experiment(
     name="gpt_pixels",
     about="Images pixel by pixel: the embedded shapes set (the default), or CIFAR-10.",
-    presets={"tiny": TINY, "cifar": CIFAR, "cifar_gpu": CIFAR_GPU},
+    presets={
+        "tiny": TINY,
+        "patches": PATCHES,
+        "folder": FOLDER,
+        "cifar": CIFAR,
+        "cifar_gpu": CIFAR_GPU,
+    },
 )
 
 if __name__ == "__main__":

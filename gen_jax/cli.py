@@ -5,11 +5,9 @@ refused in well under a second; then the phases of the run, in `gen_jax.runs`, a
 """
 
 import contextlib
-import copy
 import dataclasses
 import difflib
 import errno
-import io
 import os
 import pathlib
 import shlex
@@ -18,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import tyro
 
+from gen_jax import arguments
 from gen_jax import config as config_lib
 from gen_jax.config import RunConfig
 from gen_jax.tasks import config_class
@@ -32,7 +31,6 @@ __all__ = [
     "parse",
     "phases_of",
     "print_summary",
-    "refusals_in_one_line",
     "resume_command",
     "store",
     "stored_form",
@@ -78,9 +76,9 @@ def main(experiment: Experiment, argv: list[str] | None = None) -> int:
     """Runs the command that the arguments ask for; the exit code of `guarded`."""
 
     def run():
-        arguments = sys.argv[1:] if argv is None else argv
-        dry = "--dry-run" in arguments
-        command, config = parse(experiment, [item for item in arguments if item != "--dry-run"])
+        given = sys.argv[1:] if argv is None else argv
+        dry = "--dry-run" in given
+        command, config = parse(experiment, [item for item in given if item != "--dry-run"])
         try:
             execute(experiment, config, phases_of(config, command), dry)
         except OSError as error:  # a failed write does not name its file
@@ -295,16 +293,20 @@ def parse(experiment: Experiment, argv: list[str]) -> tuple[str, RunConfig]:
     if command not in commands:
         close = difflib.get_close_matches(command, commands, n=1, cutoff=0.0)
         raise ValueError(f"unknown command {command!r}; did you mean {close[0]}?")
-    preset, rest = _take(rest, "--preset")
-    workdir, _ = _take(rest, "--workdir")
-    initial, _ = _take(rest, "--init-from")
-    chosen, rest = _take_choices(rest, type(experiment.default))
+    preset, rest = arguments.take(rest, "--preset")
+    workdir, _ = arguments.take(rest, "--workdir")
+    initial, _ = arguments.take(rest, "--init-from")
+    chosen, rest = arguments.take_choices(rest, type(experiment.default))
     if preset is not None and preset not in experiment.presets:
         raise ValueError(
             f"unknown preset {preset!r}; choose one of {', '.join(experiment.presets)}"
         )
     default = experiment.presets[preset] if preset is not None else experiment.default
-    folder = _take(rest, "--pretrained")[0] if _has_field(default, "pretrained") else None
+    folder = (
+        arguments.take(rest, "--pretrained")[0]
+        if arguments.has_field(default, "pretrained")
+        else None
+    )
     if folder:
         name = f"{experiment.name}_{pathlib.Path(folder).expanduser().resolve().name}"
         place = str(pathlib.Path(default.workdir).parent / name)
@@ -318,37 +320,14 @@ def parse(experiment: Experiment, argv: list[str]) -> tuple[str, RunConfig]:
     if stored is not None:
         default = stored
     elif folder:
-        default = _unchecked(default, default.published(folder))
-    default = _with_choices(default, chosen)
-    _check_options(rest, default)
+        default = arguments.unchecked(default, default.published(folder))
+    default = arguments.with_choices(default, chosen)
+    arguments.check_options(rest, default)
     prog = f"python -m experiments.{experiment.name} [{'|'.join(commands)}] [--preset NAME]"
     about = _description(experiment, default)
-    with refusals_in_one_line():
+    with arguments.refusals_in_one_line():
         config = tyro.cli(type(default), prog=prog, description=about, default=default, args=rest)
     return command, config
-
-
-@contextlib.contextmanager
-def refusals_in_one_line() -> Iterator[None]:
-    """Turns the box that tyro draws around what it refuses into the message of a ValueError."""
-    drawn = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(drawn):
-            yield
-    except SystemExit as end:
-        if end.code in (0, None):
-            raise
-        message = _inside_of_box(drawn.getvalue()).removeprefix("Error parsing ")
-        raise ValueError(f"{message} (see --help)") from None
-    sys.stderr.write(drawn.getvalue())
-
-
-def _inside_of_box(text):
-    """What stands between the title of a box and its first rule; the whole text of no box."""
-    if not text.startswith("╭"):
-        return " ".join(text.split())
-    lines = [line.strip("│╰╯─ ") for line in text.splitlines()[1:]]
-    return " ".join(lines[: lines.index("")])
 
 
 def _description(experiment, default):
@@ -368,44 +347,6 @@ def _description(experiment, default):
     return "\n".join(lines)
 
 
-def _has_field(config, name):
-    return any(field.name == name for field in dataclasses.fields(config))
-
-
-def _take_choices(argv, kind):
-    """The options chosen by name, as classes by field, and the arguments without them."""
-    chosen = {}
-    for field, kinds in config_lib.choices_of(kind).items():
-        name, argv = _take(argv, f"--{field}")
-        if name is None:
-            continue
-        if ":" in name:  # importing it makes it known
-            name = getattr(config_lib.resolve(name), "name", name)
-            kinds = config_lib.choices_of(kind)[field]
-        if name not in kinds:
-            close = difflib.get_close_matches(name, kinds, n=1, cutoff=0.0)
-            raise ValueError(
-                f"unknown --{field} {name!r}; did you mean {close[0]}? It is one of "
-                f"{', '.join(kinds)}, or MODULE:CLASS"
-            )
-        chosen[field] = kinds[name]
-    return chosen, argv
-
-
-def _with_choices(config, chosen):
-    """The configuration with these options, each at its defaults where it is another than now."""
-    changed = {f: kind() for f, kind in chosen.items() if type(getattr(config, f)) is not kind}
-    return _unchecked(config, changed)
-
-
-def _unchecked(config, fields):
-    """The configuration with these fields, which may need others that the arguments give."""
-    changed = copy.copy(config)
-    for field, value in fields.items():
-        object.__setattr__(changed, field, value)
-    return changed
-
-
 def resume_command(experiment: str, config: RunConfig) -> str:
     """The command line that goes on with a run."""
     return f"python -m experiments.{experiment} train --workdir {shlex.quote(str(config.workdir))}"
@@ -418,49 +359,6 @@ def print_summary(title: str, rows: Mapping[str, object]) -> None:
     for name, value in rows.items():
         text = f"{value:.4g}" if isinstance(value, float) else str(value)
         print(f"  {name.replace('_', ' '):<{width}}  {text}")
-
-
-def _take(argv, option):
-    """The value of an option, and the arguments without it."""
-    rest, value, items = [], None, iter(argv)
-    for item in items:
-        if item == option:
-            value = next(items, None)
-            if value is None:
-                raise ValueError(f"{option} needs a value")
-        elif item.startswith(f"{option}="):
-            value = item.split("=", 1)[1]
-        else:
-            rest.append(item)
-    return value, rest
-
-
-def _check_options(argv, config):
-    """Refuses an option that is no field of the configuration, and says which is closest."""
-    names = []
-    for key, value in config_lib.flatten(config_lib.to_dict(config)).items():
-        prefix, _, field = key.replace("_", "-").rpartition(".")
-        prefix = f"--{prefix}." if prefix else "--"
-        names += [prefix + field] + ([f"{prefix}no-{field}"] if isinstance(value, bool) else [])
-    for item in argv:
-        option = item.split("=", 1)[0].replace("_", "-")
-        if not item.startswith("--") or option == "--help" or option in names:
-            continue
-        asked = _negated_where_it_counts(option.lower())
-        close = [name for name in names if name == asked or _acronym(name) == asked]
-        close += difflib.get_close_matches(asked, names, n=1, cutoff=0.0)
-        raise ValueError(f"unknown option {item}; did you mean {close[0]}? (--help lists all)")
-
-
-def _negated_where_it_counts(option):
-    """--no-group.field as --group.no-field."""
-    group, dot, field = option.removeprefix("--no-").rpartition(".")
-    return f"--{group}.no-{field}" if dot and option.startswith("--no-") else option
-
-
-def _acronym(name):
-    prefix, dot, field = name.rpartition(".")
-    return prefix + dot + "".join(word[0] for word in field.split("-") if word)
 
 
 def _is_ours(error):

@@ -15,7 +15,7 @@ from experiments import (
     multimodality,
     nar_translation,
 )
-from gen_jax import cli
+from gen_jax import arguments, cli
 from gen_jax import config as config_lib
 from gen_jax.config import TrainConfig
 
@@ -210,13 +210,13 @@ def test_a_good_command_line_reaches_jax(refused, experiment):
 
 
 def test_what_the_parser_writes_is_passed_on_where_it_accepts(capsys):
-    with cli.refusals_in_one_line():
+    with arguments.refusals_in_one_line():
         print("a remark", file=sys.stderr)
     assert capsys.readouterr().err == "a remark\n"
 
 
 def test_what_it_refuses_without_a_box_is_one_line_too():
-    @cli.refusals_in_one_line()
+    @arguments.refusals_in_one_line()
     def refuse():
         print("two\nlines", file=sys.stderr)
         raise SystemExit(2)

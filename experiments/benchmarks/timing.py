@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import tyro
 
-from gen_jax import cli
+from gen_jax import arguments, cli
 
 __all__ = ["Peer", "alternate", "machine", "main", "require", "torch_device"]
 
@@ -44,7 +44,7 @@ def main(kind: type, benchmark: Callable[[Any], Any], about: str) -> int:
     """
 
     def run():
-        with cli.refusals_in_one_line():
+        with arguments.refusals_in_one_line():
             config = tyro.cli(kind, description=about)
         print(json.dumps(benchmark(config)))
 

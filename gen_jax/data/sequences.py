@@ -1,4 +1,7 @@
-"""Images as sequences of tokens in raster order: rows, then columns, then channels."""
+"""Images as sequences of tokens in raster order: rows, then columns, then channels.
+
+A token is a value, or a square of pixels from a dictionary.
+"""
 
 import math
 from dataclasses import dataclass
@@ -6,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+from einops import rearrange
 from jaxtyping import Int32, Integer, UInt8
 
 from gen_jax.data.images import Images
@@ -19,13 +23,30 @@ class PixelSequences:
     """A set of images as sequences of L tokens.
 
     Images [height, width, C] give L = height x width x C tokens of 256 values, the channels of a
-    pixel side by side; palette indices [height, width] give L = height x width.
+    pixel side by side; palette indices [height, width] give L = height x width. With a patch above
+    1, palette indices give one token for each square of patch x patch pixels: its place in the
+    dictionary of all squares of the set.
 
     Attributes:
       images: the set.
+      patch: side of the squares; 1 for single pixels.
+
+    Raises:
+      ValueError: the patch is of images that are no palette indices, or does not divide their
+        sides.
     """
 
     images: Images
+    patch: int = 1
+
+    def __post_init__(self):
+        if self.patch == 1:
+            return
+        if len(self.shape) != 2 or self.patch < 1 or any(side % self.patch for side in self.shape):
+            raise ValueError(
+                f"a patch of {self.patch} does not fit images of "
+                f"{' x '.join(map(str, self.shape))}: it divides the sides of palette images"
+            )
 
     def __len__(self) -> int:
         return len(self.images)
@@ -38,11 +59,19 @@ class PixelSequences:
     @property
     def length(self) -> int:
         """L, the number of tokens of an image."""
-        return math.prod(self.shape)
+        return math.prod(self.shape) // self.patch**2
+
+    @cached_property
+    def dictionary(self) -> UInt8[np.ndarray, "vocabulary values"]:
+        """The squares that the tokens stand for, row by row, in lexicographic order."""
+        return np.unique(_squares(self.images.images, self.patch), axis=0)
 
     @cached_property
     def vocabulary(self) -> int:
-        """256, or one more than the largest index of the set: `len(shapes.PALETTE)` for shapes."""
+        """256; or one more than the largest index of the set, `len(shapes.PALETTE)` for shapes; or
+        the size of the dictionary."""
+        if self.patch > 1:
+            return len(self.dictionary)
         return 256 if len(self.shape) == 3 else int(self.images.images.max()) + 1
 
     def batch(
@@ -72,10 +101,21 @@ class PixelSequences:
           Tokens, each in [0, vocabulary).
 
         Raises:
-          ValueError: another shape or dtype, or a value out of range.
+          ValueError: another shape or dtype, a value out of range, or a square that is not in the
+            dictionary.
         """
-        images = self._checked("images", images, self.shape)
-        return images.reshape(len(images), self.length).astype(np.int32)
+        if self.patch == 1:
+            images = self._checked("images", images, self.shape)
+            check_tokens(images, self.vocabulary)
+            return images.reshape(len(images), self.length).astype(np.int32)
+        squares = _squares(self._checked("images", images, self.shape), self.patch)
+        both, places = np.unique(
+            np.concatenate([self.dictionary, squares]), axis=0, return_inverse=True
+        )
+        if len(both) > len(self.dictionary):
+            raise ValueError("an image has squares of pixels that are not in the dictionary")
+        places = places.reshape(-1)[len(self.dictionary) :]
+        return places.reshape(-1, self.length).astype(np.int32)
 
     def images_of(self, tokens: Integer[Any, "B L"]) -> UInt8[np.ndarray, "B ..."]:
         """The inverse of `tokens_of`.
@@ -90,7 +130,17 @@ class PixelSequences:
           ValueError: another length or dtype, or a token out of range.
         """
         tokens = self._checked("tokens", tokens, (self.length,))
-        return tokens.reshape(len(tokens), *self.shape).astype(np.uint8)
+        check_tokens(tokens, self.vocabulary)
+        if self.patch == 1:
+            return tokens.reshape(len(tokens), *self.shape).astype(np.uint8)
+        height, width = (side // self.patch for side in self.shape)
+        return rearrange(
+            self.dictionary[tokens],
+            "b (h w) (p q) -> b (h p) (w q)",
+            h=height,
+            w=width,
+            p=self.patch,
+        )
 
     def _checked(self, name: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         array = np.asarray(array)
@@ -103,5 +153,9 @@ class PixelSequences:
                 f"{name} must be integers [B, {', '.join(map(str, shape))}], "
                 f"not {array.dtype} {list(array.shape)}"
             )
-        check_tokens(array, self.vocabulary)
         return array
+
+
+def _squares(images, patch):
+    """Images [B, height, width] as squares [B x L, patch x patch]."""
+    return rearrange(images, "b (h p) (w q) -> (b h w) (p q)", p=patch, q=patch)

@@ -17,6 +17,7 @@ SETS = {
     "rgb": noise((4, 5, 3)),
     "grey": noise((3, 2, 1)),
     "palette": PixelSequences(ShapesSet(16).as_images(palette=True)),
+    "patches": PixelSequences(ShapesSet(16).as_images(palette=True), 4),
 }
 
 
@@ -26,8 +27,8 @@ def data(request):
 
 
 def test_the_lengths_and_vocabularies():
-    assert [SETS[name].length for name in SETS] == [60, 6, 256]
-    assert [SETS[name].vocabulary for name in SETS] == [256, 256, len(PALETTE)]
+    assert [SETS[name].length for name in SETS] == [60, 6, 256, 16]
+    assert [SETS[name].vocabulary for name in SETS] == [256, 256, len(PALETTE), 595]
     assert noise((32, 32, 3), 2).length == 3072
     assert len(SETS["palette"]) == 648
 
@@ -49,12 +50,28 @@ def test_the_order_is_rows_columns_channels():
     assert tokens[7, (2 * 5 + 3) * 3 + 1] == data.images.images[7, 2, 3, 1]
 
 
+def test_a_patch_is_a_square_of_the_dictionary():
+    data = SETS["patches"]
+    image = data.images.images[100]
+    (tokens,) = data.tokens_of(image[None])
+    for place, token in enumerate(tokens):
+        top, left = 4 * (place // 4), 4 * (place % 4)
+        square = image[top : top + 4, left : left + 4]
+        np.testing.assert_array_equal(data.dictionary[token].reshape(4, 4), square)
+    with pytest.raises(ValueError, match="squares of pixels that are not in the dictionary"):
+        data.tokens_of(np.arange(256, dtype=np.int32).reshape(1, 16, 16) % 7)
+    for images in (SETS["rgb"].images, data.images):
+        with pytest.raises(ValueError, match="a patch of 3 does not fit images of"):
+            PixelSequences(images, 3)
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     shards=st.integers(1, 4), each=st.integers(1, 5), step=st.integers(0, 99), flip=st.booleans()
 )
 def test_batches_are_those_of_the_images_in_every_shard(shards, each, step, flip):
     for data in SETS.values():
+        flip = flip and data.patch == 1
         size = shards * each
         images = data.images.batch(3, step, size, flip=flip)
         parts = [

@@ -137,13 +137,14 @@ def test_what_is_given_stays(copy, hide, capsys):
 def test_the_images_of_the_set_are_valid_completions():
     from gen_jax.tasks.masked_pixels.task import _exactly
 
-    images = ShapesSet(16).images(True).reshape(648, -1)[[3, 200]]
+    support = ShapesSet(16).images(True).reshape(648, -1)
+    images = support[[3, 200]]
     known = ~hidden_part("top", (16, 16)).reshape(-1)
-    report = _exactly(MINUTE.data, images, images, known)
+    report = _exactly(support, images, images, known)
     assert report["completed_valid"] == 1
-    assert _exactly(MINUTE.data, images[::-1], images, known)["completed_valid"] == 0
+    assert _exactly(support, images[::-1], images, known)["completed_valid"] == 0
     everything = np.zeros(256, bool)
-    assert _exactly(MINUTE.data, images[::-1], images, everything) == {
+    assert _exactly(support, images[::-1], images, everything) == {
         "completed_valid": 1.0,
         "completions_possible": 648.0,
     }
@@ -164,6 +165,21 @@ def test_hidden_parts():
     assert (colours == colours[..., :1]).all()  # whole pixels
 
 
+def test_patches_are_tokens(tmp_path, capsys):
+    """Of 4 x 4 pixels: 16 tokens an image, hidden and drawn as squares."""
+    options = ("--workdir", tmp_path, "--patch", 4, "--model.context", 16, "--model.vocabulary", 0)
+    assert main(*options, "--sampler.rounds", 16, "--sample.number", 2) == 0
+    assert samples(tmp_path)["images"].shape == (2, 16, 16)
+    report = summary(tmp_path)
+    assert report["bits_per_dim_floor"] == pytest.approx(np.log2(648) / 256)
+    assert main("complete", "--workdir", tmp_path, "--complete.hide", "random") == 0
+    with Image.open(tmp_path / "completed.png") as sheet:
+        given = np.asarray(sheet)[:64, 65:129]
+    grey = (given == 64).all(-1).reshape(4, 16, 4, 16).transpose(0, 2, 1, 3).reshape(16, -1)
+    assert sorted(grey.mean(1)) == [0.0] * 8 + [1.0] * 8
+    capsys.readouterr()
+
+
 def test_classes_come_before_the_image(tmp_path, capsys):
     assert main("--workdir", tmp_path, "--conditional", "--sample.number", 3) == 0
     np.testing.assert_array_equal(samples(tmp_path)["labels"], [0, 1, 2])
@@ -179,6 +195,9 @@ REFUSED = [
     ("--sampler.rounds 0", "rounds must be at least 1, got 0"),
     ("--model.causal", "this model of pixels has model.causal False"),
     ("--model.extra-inputs 2", "model.extra_inputs must be 1, the mask, got 2"),
+    ("--patch 3 --model.vocabulary 0", "a patch of 3 does not fit images of 16 x 16"),
+    ("--patch 4 --model.vocabulary 0", "16 x 16 in patches of 4), model.context is 256"),
+    ("--patch 2 --data.no-palette", "above 1 it is for palette images that are not flipped"),
     ("--evaluate.draws 0", "evaluate.images, .draws and .batch must be at least 1"),
     ("--complete.fills 0", "complete.images and complete.fills must be at least 1"),
     ("complete", "train one first, or give its --workdir"),

@@ -41,10 +41,10 @@ def make(config: MaskedPixelsConfig, context: Context) -> Task:
         model=model,
         sampler=build(config.sampler, model, config.model.context),
         condition=functools.partial(image_files.condition, config.sample.label, classes),
-        write=functools.partial(_write, shape),
-        show=functools.partial(pixels.show, shape),
+        write=functools.partial(_write, config, shape),
+        show=functools.partial(pixels.show, config, shape),
         evaluate=functools.partial(pixels.evaluate, config, validate, splits.get("test")),
-        commands={"complete": functools.partial(_complete, shape, splits.get("test"))},
+        commands={"complete": functools.partial(_complete, config, shape, splits.get("test"))},
         sizes={f"{split}_images": len(images) for split, images in splits.items()},
         results=("samples.png", "samples.npz", "samples", "trajectory.png", "completed.png"),
     )
@@ -65,17 +65,17 @@ def _bound(model, draws, params, rows):
     return estimate_bound(model, params, rows, ours, draws)
 
 
-def _write(shape, run: Run, tokens: np.ndarray, report: dict) -> dict:
+def _write(config, shape, run: Run, tokens: np.ndarray, report: dict) -> dict:
     """Leaves the samples as pictures and arrays, and the way to the first of them."""
-    pixels.keep(shape, run, tokens)
+    pixels.keep(config, shape, run, tokens)
     sampler, number = run.task.sampler, min(_ROWS, len(tokens))
     ours = sampling.sample_keys(run.config.sample.seed, 0, number)
     _, rounds = sampling.generate(
         sampler, run.params, ours, run.task.condition(number), trajectory=_tokens_of
     )
     moments = np.unique(np.linspace(0, sampler.steps - 1, _MOMENTS).round().astype(int))
-    frames = np.moveaxis(np.asarray(rounds)[moments], 0, 1).reshape(-1, *shape)
-    sheet = _drawn(frames, frames == run.task.model.mask)
+    frames = np.moveaxis(np.asarray(rounds)[moments], 0, 1).reshape(-1, tokens.shape[1])
+    sheet = _drawn(config, shape, frames, frames == run.task.model.mask)
     picture = pictures.grid(sheet, columns=len(moments), scale=image_files.scale(shape[0]))
     pictures.save_png(run.workdir.path / "trajectory.png", picture)
     return {"sampled_tokens_per_second": report["samples_per_second"] * tokens.shape[1]}
@@ -85,74 +85,84 @@ def _tokens_of(state):
     return state.tokens
 
 
-def _drawn(images, hidden):
-    """Images as RGB, grey where they are hidden."""
-    drawn = pixels.to_rgb(np.where(hidden, 0, images).astype(np.uint8))
-    return np.where(hidden if hidden.ndim == 4 else hidden[..., None], np.uint8(_HIDDEN), drawn)
+def _drawn(config, shape, tokens, hidden):
+    """Tokens int32 [B, L] as RGB images, grey where they are hidden."""
+    drawn = pixels.to_rgb(pixels.images_of(config, shape, np.where(hidden, 0, tokens)))
+    patch, rest = config.patch, shape[2:]
+    grey = hidden.reshape(-1, shape[0] // patch, shape[1] // patch, *rest)
+    grey = grey.repeat(patch, axis=1).repeat(patch, axis=2)
+    return np.where(grey if rest else grey[..., None], np.uint8(_HIDDEN), drawn)
 
 
 def hidden_part(hide: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Which values of an image are to be completed.
+    """Which tokens of an image are to be completed.
 
     Args:
-      hide: as of `CompleteConfig`; "random" is the same half of the pixels for all images.
-      shape: (height, width, C) or (height, width).
+      hide: as of `CompleteConfig`; "random" is the same half of the places for all images.
+      shape: (rows, columns, C) or (rows, columns) of the tokens.
 
     Returns:
       bool, of this shape.
     """
-    height, width = shape[:2]
-    row, column = np.arange(height)[:, None], np.arange(width)[None]
+    rows, columns = shape[:2]
+    row, column = np.arange(rows)[:, None], np.arange(columns)[None]
     if hide == "random":
-        pixels_hidden = np.random.default_rng(0).permutation(height * width) < height * width // 2
-        part = pixels_hidden.reshape(height, width)
+        order = np.random.default_rng(0).permutation(rows * columns)
+        part = (order < rows * columns // 2).reshape(rows, columns)
     else:
         part = {
-            "middle": (abs(row - (height - 1) / 2) < height / 4)
-            & (abs(column - (width - 1) / 2) < width / 4),
-            "top": row < height // 2,
-            "bottom": row >= height - height // 2,
-            "left": column < width // 2,
-            "right": column >= width - width // 2,
+            "middle": (abs(row - (rows - 1) / 2) < rows / 4)
+            & (abs(column - (columns - 1) / 2) < columns / 4),
+            "top": row < rows // 2,
+            "bottom": row >= rows - rows // 2,
+            "left": column < columns // 2,
+            "right": column >= columns - columns // 2,
         }[hide]
-    part = np.broadcast_to(part, (height, width))
+    part = np.broadcast_to(part, (rows, columns))
     return part if len(shape) == 2 else np.broadcast_to(part[..., None], shape)
 
 
-def _complete(shape, sequences, run: Run) -> dict:
+def _complete(config, shape, sequences, run: Run) -> dict:
     """Fills what is hidden of test images several times, and draws all side by side."""
-    choice, sampler = run.config.complete, run.task.sampler
+    choice, sampler = config.complete, run.task.sampler
     chosen = sequences.images.indices(0, 0, min(choice.images, len(sequences)))
-    tokens = np.repeat(sequences.tokens_of(sequences.images.images[chosen]), choice.fills, axis=0)
-    hidden = hidden_part(choice.hide, shape)
-    known = np.broadcast_to(~hidden.reshape(-1), tokens.shape)
-    cond = Condition(given=tokens, is_given=known)
-    if run.config.conditional:
+    wholes = sequences.tokens_of(sequences.images.images[chosen])
+    grid = (shape[0] // config.patch, shape[1] // config.patch, *shape[2:])
+    hidden = hidden_part(choice.hide, grid).reshape(-1)
+    tokens = np.repeat(wholes, choice.fills, axis=0)
+    cond = Condition(given=tokens, is_given=np.broadcast_to(~hidden, tokens.shape))
+    if config.conditional:
         labels = sequences.images.labels[chosen].astype(np.int32)
         cond = cond.replace(label=np.repeat(labels, choice.fills))
-    sample = run.config.sample
+    sample = config.sample
     chunks = sampling.generate_many(
         sampler, run.params, sample.seed, len(tokens), cond=cond, micro_batch=sample.micro_batch
     )
     filled = np.concatenate([chunk.samples for chunk in chunks])
-    whole = tokens.reshape(-1, choice.fills, *shape)[:, :1]
-    fills = filled.reshape(-1, choice.fills, *shape)
-    rows = np.concatenate([whole, whole, fills], axis=1)
+    fills = filled.reshape(len(wholes), choice.fills, -1)
+    rows = np.concatenate([wholes[:, None], wholes[:, None], fills], axis=1)
     holes = np.zeros(rows.shape, bool)
     holes[:, 1] = hidden
-    sheet = _drawn(rows.reshape(-1, *shape), holes.reshape(-1, *shape))
-    scale = image_files.scale(shape[0])
-    picture = pictures.grid(sheet, columns=rows.shape[1], scale=scale)
+    flat = rows.reshape(-1, rows.shape[-1]), holes.reshape(-1, rows.shape[-1])
+    picture = pictures.grid(
+        _drawn(config, shape, *flat), columns=rows.shape[1], scale=image_files.scale(shape[0])
+    )
     pictures.save_png(run.workdir.path / "completed.png", picture)
     report = {"nfe": sampler.nfe, "completed": len(filled)}
-    if run.config.data.name != "shapes":
+    if config.data.name != "shapes":
         return report
-    return report | _exactly(run.config.data, filled, tokens, known[0])
+    support = sequences.tokens_of(ShapesSet(config.data.size).images(config.data.palette))
+    return report | _exactly(support, filled, tokens, ~hidden)
 
 
-def _exactly(data, filled, tokens, known):
-    """How many fills are images of the set, and how many of those fit what is given."""
-    support = ShapesSet(data.size).images(data.palette).reshape(-1, tokens.shape[1])
+def _exactly(support, filled, tokens, known):
+    """How many fills are images of the set that fit what is given, and how many of those there are.
+
+    Args:
+      support: tokens [N, L] of all images.
+      filled, tokens: [B, L], what was made, and what was given where `known` is set.
+      known: bool [L].
+    """
     fits = (support[None, :, known] == tokens[:, None, known]).all(-1)
     of_set = (support[None] == filled[:, None]).all(-1)
     return {

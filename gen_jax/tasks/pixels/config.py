@@ -1,12 +1,13 @@
 """The configuration of models of pixel sequences, and their data; importing this loads no jax."""
 
 import dataclasses
+import functools
 import pathlib
 from typing import ClassVar
 
 from gen_jax import data as image_data
 from gen_jax.config import RunConfig, frozen
-from gen_jax.data import DataConfig, PixelSequences
+from gen_jax.data import DataConfig, PixelSequences, ShapesSet
 from gen_jax.data.shapes import PALETTE
 from gen_jax.models.autoregressive.config import SamplingOptions
 from gen_jax.nn.config import TransformerConfig
@@ -40,6 +41,9 @@ class PixelRunConfig(RunConfig):
     """
 
     data: DataConfig = DataConfig()
+    patch: int = 1
+    """Side of the squares of pixels that are one token each; above 1 for palette images, whose
+    squares make a dictionary."""
     model: TransformerConfig = TransformerConfig(extra_inputs=1)
     sample: LabelledSampleConfig = LabelledSampleConfig()
     conditional: bool = False
@@ -52,7 +56,13 @@ class PixelRunConfig(RunConfig):
     @property
     def vocabulary(self) -> int:
         """Values of a token."""
+        if self.patch > 1:
+            return self.palette_sequences().vocabulary
         return len(PALETTE) if self.data.palette else 256
+
+    def palette_sequences(self) -> PixelSequences:
+        """All palette images, which have the dictionary of the patches."""
+        return _palette_sequences(self.data.size, self.patch)
 
     @property
     def classes(self) -> int:
@@ -69,6 +79,11 @@ class PixelRunConfig(RunConfig):
 
     def __post_init__(self):
         model = self.model
+        if self.patch < 1 or (self.patch > 1 and (not self.data.palette or self.data.flip)):
+            raise ValueError(
+                f"patch is {self.patch}: it must be at least 1, and above 1 it is for palette "
+                "images that are not flipped"
+            )
         if model.memory or model.causal != self.causal:
             raise ValueError(
                 f"this model of pixels has model.causal {self.causal} and no memory: leave "
@@ -94,14 +109,15 @@ class PixelRunConfig(RunConfig):
     def load(self, workdir: pathlib.Path, phases: tuple[str, ...]) -> dict[str, PixelSequences]:
         """The sequences of the splits that the phases need; refuses those that do not fit."""
         splits = {
-            split: PixelSequences(image_data.load(self.data, split))
+            split: PixelSequences(image_data.load(self.data, split), self.patch)
             for split in self.splits(phases)
         }
         for sequences in splits.values():
             if sequences.length != self.model.context:
                 raise ValueError(
                     f"the images have {sequences.length} tokens "
-                    f"({' x '.join(map(str, sequences.shape))}), model.context is "
+                    f"({' x '.join(map(str, sequences.shape))}"
+                    f"{f' in patches of {self.patch}' * (self.patch > 1)}), model.context is "
                     f"{self.model.context}: set it to the same"
                 )
             classes = len(sequences.images.label_names)
@@ -111,6 +127,11 @@ class PixelRunConfig(RunConfig):
                     "with 1 their number is taken from the data"
                 )
         return splits
+
+
+@functools.cache
+def _palette_sequences(size, patch):
+    return PixelSequences(ShapesSet(size).as_images(palette=True), patch)
 
 
 @frozen

@@ -1,6 +1,7 @@
 """Autoregressive models of pixels: what they are trained on, and how samples are judged."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,7 @@ __all__ = [
     "batch",
     "evaluate",
     "filling",
+    "images_of",
     "keep",
     "likelihood",
     "make",
@@ -52,8 +54,8 @@ def make(config: PixelsConfig, context: Context) -> Task:
         model=model,
         sampler=AutoregressiveSampler(model, 0, config.model.context, config.sampler),
         condition=functools.partial(image_files.condition, config.sample.label, classes),
-        write=functools.partial(_write, shape),
-        show=functools.partial(show, shape),
+        write=functools.partial(_write, config, shape),
+        show=functools.partial(show, config, shape),
         evaluate=functools.partial(evaluate, config, validate, splits.get("test")),
         sizes={f"{split}_images": len(images) for split, images in splits.items()},
         results=("samples.png", "samples.npz", "samples", "trajectory.png"),
@@ -95,7 +97,7 @@ def likelihood(
 ) -> dict[str, float]:
     """Figures of the code lengths of test images, in nats: mean, error, and floor where known."""
     nats, number = nats.astype(np.float64), len(nats)
-    bits = 1 / np.log(2) / sequences.length
+    bits = 1 / np.log(2) / math.prod(sequences.shape)
     error = nats.std(ddof=1) / np.sqrt(number) if number > 1 else np.nan
     report = {
         "bits_per_dim": float(nats.mean() * bits),
@@ -140,14 +142,23 @@ def evaluate(
     return validate(run.params) | image_files.score(images, config.data, sequences.images)
 
 
-def show(shape: tuple[int, ...], tokens: np.ndarray) -> np.ndarray:
+def images_of(config: PixelRunConfig, shape: tuple[int, ...], tokens: np.ndarray) -> np.ndarray:
+    """Tokens int32 [B, L] as images uint8 [B, height, width, C] or [B, height, width]."""
+    if config.patch > 1:
+        return config.palette_sequences().images_of(tokens)
+    return tokens.reshape(-1, *shape).astype(np.uint8)
+
+
+def show(config: PixelRunConfig, shape: tuple[int, ...], tokens: np.ndarray) -> np.ndarray:
     """Samples int32 [B, L] as one picture."""
-    return image_files.sheet(to_rgb(tokens.reshape(-1, *shape).astype(np.uint8)))
+    return image_files.sheet(to_rgb(images_of(config, shape, tokens)))
 
 
-def keep(shape: tuple[int, ...], run: Run, tokens: np.ndarray) -> np.ndarray:
+def keep(
+    config: PixelRunConfig, shape: tuple[int, ...], run: Run, tokens: np.ndarray
+) -> np.ndarray:
     """Leaves samples int32 [B, L] as pictures and arrays, and returns them as images."""
-    images = tokens.reshape(-1, *shape).astype(np.uint8)
+    images = images_of(config, shape, tokens)
     labels = run.task.condition(len(images)).label
     known = {} if labels is None else {"labels": labels}
     run.keep_samples(images=images, nfe=run.task.sampler.nfe, **known)
@@ -155,9 +166,9 @@ def keep(shape: tuple[int, ...], run: Run, tokens: np.ndarray) -> np.ndarray:
     return images
 
 
-def _write(shape, run: Run, tokens: np.ndarray, report: dict) -> dict:
-    images = keep(shape, run, tokens)
-    picture = filling(images[:_ROWS], image_files.scale(shape[0]))
+def _write(config, shape, run: Run, tokens: np.ndarray, report: dict) -> dict:
+    images = keep(config, shape, run, tokens)
+    picture = filling(images[:_ROWS], image_files.scale(shape[0]), config.patch)
     pictures.save_png(run.workdir.path / "trajectory.png", picture)
     return {"sampled_tokens_per_second": report["samples_per_second"] * tokens.shape[1]}
 
@@ -170,21 +181,24 @@ def to_rgb(
 
 
 def filling(
-    images: UInt8[np.ndarray, "B height width *C"], scale: int
+    images: UInt8[np.ndarray, "B height width *C"], scale: int, patch: int = 1
 ) -> UInt8[np.ndarray, "rows columns 3"]:
     """A row for each image, which fills up in raster order from left to right.
 
     Args:
       images: [B, height, width, C], or palette indices [B, height, width].
       scale: pixels drawn for one of an image.
+      patch: side of the squares of pixels that come together.
 
     Returns:
       A picture; what is not drawn yet is grey.
     """
     drawn = to_rgb(images)
     height, width = drawn.shape[1:3]
-    place = np.arange(height * width).reshape(height, width, 1)
-    ends = np.linspace(0, height * width, _MOMENTS + 1).round().astype(int)[1:]
+    rows, columns = height // patch, width // patch
+    place = np.arange(rows * columns).reshape(rows, columns)
+    place = place.repeat(patch, 0).repeat(patch, 1)[..., None]
+    ends = np.linspace(0, rows * columns, _MOMENTS + 1).round().astype(int)[1:]
     frames = np.stack([np.where(place < end, drawn, _EMPTY) for end in ends], axis=1)
     frames = frames.reshape(-1, *drawn.shape[1:]).astype(np.uint8)
     return pictures.grid(frames, columns=_MOMENTS, scale=scale)
