@@ -32,7 +32,8 @@ def main(argv: list[str]) -> int:
 def _experiments() -> Iterator[tuple[str, str]]:
     for module in _modules(experiments):
         experiment = importlib.import_module(f"experiments.{module}").EXPERIMENT
-        yield module, f"{experiment.about} Presets: {', '.join(experiment.presets)}."
+        commands, presets = ", ".join(experiment.commands), ", ".join(experiment.presets)
+        yield module, f"{experiment.about} Presets: {presets}. Commands: {commands}."
 
 
 def _benchmarks() -> Iterator[tuple[str, str]]:

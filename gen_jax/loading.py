@@ -27,6 +27,8 @@ class Loaded:
       sampler: the strategy that the run's configuration describes, or None.
       condition: condition(n) is what the run conditions its first n samples on.
       tokenizer: of text, or None.
+      show: show(samples) is one picture uint8 [height, width, 3] or text of samples; None where
+        there is none.
       config: of the run.
       step: of the checkpoint.
     """
@@ -36,6 +38,7 @@ class Loaded:
     sampler: Sampler | None
     condition: Callable[[int], Condition]
     tokenizer: Any
+    show: Callable[[Any], Any] | None
     config: RunConfig
     step: int
 
@@ -63,7 +66,16 @@ def load(workdir: str | os.PathLike, **changes: Any) -> Loaded:
     params, step = runs.restore(Run(config.task, config, opened, phases, made))
     condition = made.condition or (lambda number: Condition())
     params = made.sampler_params(params)
-    return Loaded(made.model, params, made.sampler, condition, made.tokenizer, config, step)
+    return Loaded(
+        model=made.model,
+        params=params,
+        sampler=made.sampler,
+        condition=condition,
+        tokenizer=made.tokenizer,
+        show=made.show,
+        config=config,
+        step=step,
+    )
 
 
 def _changed(config, changes):

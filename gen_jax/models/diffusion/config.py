@@ -26,6 +26,9 @@ class DiffusionConfig:
     """What the network predicts: the noise, the clean image, or v = alpha eps - sigma x0."""
     variance: Variance = "fixed_large"
     """Reverse variance: beta-tilde, beta, or learned between the two in the log domain."""
+    time_shift: float = 1.0
+    """Training draws t / T = s u / (1 + (s - 1) u) with u uniform (Esser et al. 2024, 2403.03206,
+    equation 23): above 1 more of the noisy steps, where the layout of an image is decided."""
     vlb_weight: float = 0.001
     """Weight of the variational lower bound in the loss when the variance is learned."""
     label_dropout: float = 0.1
@@ -37,6 +40,12 @@ class DiffusionConfig:
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise ValueError(
                 f"need 0 < beta_start <= beta_end < 1, got {self.beta_start}, {self.beta_end}"
+            )
+        if self.time_shift <= 0:
+            raise ValueError(f"time_shift must be positive, got {self.time_shift}")
+        if self.variance == "learned" and self.time_shift != 1:
+            raise ValueError(
+                "time_shift must be 1 where the variance is learned: its bound needs uniform times"
             )
         if self.vlb_weight < 0:
             raise ValueError(f"vlb_weight must not be negative, got {self.vlb_weight}")

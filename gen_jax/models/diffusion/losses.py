@@ -118,7 +118,7 @@ class DiffusionModel:
         """
         x0 = to_signal(batch["image"])
         t_keys, noise_keys, label_keys, dropout_keys = split_each(keys, 4)
-        t = jax.vmap(lambda key: jax.random.randint(key, (), 0, self.process.timesteps))(t_keys)
+        t = self._times(t_keys)
         noise = normal_each(noise_keys, x0.shape[1:])
         label = _label(batch)
         if label is not None and self.process.label_dropout:
@@ -138,6 +138,15 @@ class DiffusionModel:
         terms = vlb_term(self.schedule, x0, x, t, output, variance_output)
         vlb = self.process.timesteps * terms.mean()
         return simple + self.process.vlb_weight * vlb, {"simple": simple, "vlb": vlb}
+
+    def _times(self, keys):
+        """A time step [B] for each example."""
+        total, shift = self.process.timesteps, self.process.time_shift
+        if shift == 1:
+            return jax.vmap(lambda key: jax.random.randint(key, (), 0, total))(keys)
+        u = jax.vmap(jax.random.uniform)(keys)
+        t = jnp.floor(total * shift * u / (1 + (shift - 1) * u))
+        return jnp.minimum(t.astype(jnp.int32), total - 1)
 
     def predict(
         self,

@@ -48,6 +48,8 @@ def test_importing_what_the_command_line_needs_loads_no_jax():
         ({"timesteps": 10.0}, "timesteps must be a whole number"),
         ({"beta_start": 0.5}, "need 0 < beta_start <= beta_end < 1"),
         ({"beta_end": float("nan")}, "beta_end must be finite"),
+        ({"time_shift": 0.0}, "time_shift must be positive"),
+        ({"time_shift": 2.0, "variance": "learned"}, "time_shift must be 1 where the variance is"),
         ({"vlb_weight": -1.0}, "vlb_weight must not be negative"),
         ({"label_dropout": 1.0}, r"label_dropout must be in \[0, 1\)"),
     ],
@@ -130,6 +132,25 @@ def test_loss_of_the_exact_predictor_is_the_floor():
         value, metrics = loss(jnp.float32(deviation))
         assert value.item() == pytest.approx(floor, abs=4 * exact.std() / np.sqrt(4096) + 1e-3)
         assert metrics == {}
+
+
+@pytest.mark.parametrize("shift", [0.5, 3.0])
+def test_shifted_times_have_their_density(shift):
+    """The loss of the exact predictor is a mean over times, of which each has a known share."""
+    process = DiffusionConfig(timesteps=20, beta_end=0.3, time_shift=shift)
+    alpha_bar = Schedule(process).alpha_bar
+    exact = alpha_bar  # what is left of the noise, for pixels of unit variance
+    ends = np.arange(21) / 20
+    share = np.diff(ends / (shift - (shift - 1) * ends))
+    assert share.sum() == pytest.approx(1)
+    model = DiffusionModel(GaussianNetwork(process), process, (8, 8, 1))
+    keys = jax.random.split(jax.random.key(2), 4096)
+    images = jnp.round((jax.random.normal(jax.random.key(1), (4096, 8, 8, 1)) + 1) * 127.5)
+    batch = {"image": images.astype(jnp.int32)}
+    value, _ = jax.jit(model.loss)({"deviation": jnp.float32(1.0)}, batch, keys)
+    expected = float((share * exact).sum())
+    assert abs(expected - exact.mean()) > 0.05
+    assert value.item() == pytest.approx(expected, abs=4 * exact.std() / np.sqrt(4096) + 1e-3)
 
 
 def test_decoder_is_a_distribution_over_the_256_levels():
