@@ -29,12 +29,14 @@ from gen_jax.tasks.images.config import EvaluateConfig, ImagesConfig, LabelledSa
 TINY = ImagesConfig(
     workdir="runs/ddpm_cifar_tiny",
     data=DataConfig(name="shapes", size=16),
-    model=UNetConfig(widths=(32, 64), blocks=1, attention=(8,), groups=8, dropout=0.0, patch=2),
-    diffusion=DiffusionConfig(schedule="cosine", prediction="v", variance="fixed_small"),
+    model=UNetConfig(widths=(32, 64), blocks=1, attention=(), groups=8, dropout=0.0, patch=2),
+    diffusion=DiffusionConfig(
+        schedule="cosine", prediction="v", variance="fixed_small", time_shift=2.0
+    ),
     train=TrainConfig(
         steps=4000,
         batch=32,
-        learning_rate=2e-3,
+        learning_rate=4e-3,
         warmup=100,
         decay="cosine",
         beta2=0.99,
