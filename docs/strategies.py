@@ -42,4 +42,7 @@ def main(runs: Path, picture: Path) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        print("error: give the folder of the runs, and the picture to write", file=sys.stderr)
+        sys.exit(2)
     main(*map(Path, sys.argv[1:]))

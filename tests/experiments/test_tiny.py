@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from experiments import ddpm_cifar, gpt_pixels, gpt_text
+from experiments import ddpm_cifar, gpt_pixels, gpt_text, masked_pixels
 from gen_jax import cli
 
 
@@ -28,6 +28,14 @@ def test_the_default_job_of_pixels_is_near_the_floor(tmp_path):
     assert 1 <= summary["nats_over_floor"] <= 1.1
     assert summary["validity"] >= 0.9
     assert summary["tv_joint"] <= summary["tv_joint_expected"] + 0.1
+
+
+@pytest.mark.slow
+def test_the_default_job_of_masked_pixels_draws_shapes(tmp_path):
+    summary = perform(masked_pixels.EXPERIMENT, tmp_path)
+    assert 1 <= summary["nats_over_floor"] <= 1.25
+    assert summary["validity"] >= 0.7
+    assert summary["tv_joint"] <= summary["tv_joint_expected"] + 0.15
 
 
 @pytest.mark.slow
