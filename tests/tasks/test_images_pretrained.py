@@ -49,6 +49,8 @@ def test_published_weights_are_sampled_and_written_back(published, tmp_path, cap
     sampler = DiffusionSampler(model, dataclasses.replace(ddpm_cifar.TINY.sampler, steps=4))
     expected = sampling.generate(sampler, params, sampling.sample_keys(0, 0, 3))
     np.testing.assert_allclose(drawn, expected, atol=1e-4)
+    said = "has no scheduler_config.json: its process is taken to be --diffusion.schedule linear"
+    assert said in capsys.readouterr().err
     # The run knows what it is from here on.
     assert main("evaluate", "--workdir", run, "--evaluate.images", 2, "--evaluate.draws", 1) == 0
     assert json.loads((run / "summary.json").read_text())["validity"] == 0

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import sys
 from typing import Any
 
 from gen_jax import data as image_data
@@ -113,6 +114,15 @@ class ImagesConfig(RunConfig):
 
     def load(self, workdir: pathlib.Path, phases: tuple[str, ...]) -> dict[str, Images]:
         """The images of the splits that the phases need; refuses those that do not fit."""
+        started = any((workdir / "model" / "checkpoints").glob("[0-9]*"))
+        if self.pretrained and not started and read_process(self.pretrained) is None:
+            process = self.diffusion
+            print(
+                f"{self.pretrained} has no scheduler_config.json: its process is taken to be "
+                f"--diffusion.schedule {process.schedule}, --diffusion.prediction "
+                f"{process.prediction}, --diffusion.variance {process.variance}",
+                file=sys.stderr,
+            )
         splits = {split: image_data.load(self.data, split) for split in self.splits(phases)}
         for images in splits.values():
             self._check_images(images)
