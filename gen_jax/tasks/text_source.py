@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
 from gen_jax.data import TokenStream, load_text, text, tokenizers
 from gen_jax.nn.config import TransformerConfig
@@ -117,8 +118,8 @@ class TextSource:
         """Leaves the tokenizer in the work directory of a run; see `Task.begin`."""
         self.tokenizer.save(run.workdir.path / TOKENIZER)
 
-    def per_unit(self, nats: float, tokens: int) -> dict[str, float]:
-        """Figures of the code length of the test split.
+    def per_unit(self, nats: float, tokens: Int[np.ndarray, " N"]) -> dict[str, float]:
+        """Figures of the code length of tokens of the test split.
 
         Args:
           nats: in all.
@@ -127,17 +128,17 @@ class TextSource:
         Returns:
           Nats per token, perplexity, bits per character or byte, and the number of tokens.
         """
-        characters, unit, kind = tokens, "character", self.tokenizer.describe()["kind"]
+        number, unit, kind = len(tokens), "character", self.tokenizer.describe()["kind"]
+        characters = number
         if kind == "bytes":
             unit = "byte"
         elif kind != "chars":
-            whole = self.test_stream.tokens
-            characters = len(self.tokenizer.decode(whole[len(whole) - tokens :]))
+            characters = len(self.tokenizer.decode(tokens))
         return {
-            "nats_per_token": float(nats / tokens),
-            "perplexity": float(np.exp(nats / tokens)),
+            "nats_per_token": float(nats / number),
+            "perplexity": float(np.exp(nats / number)),
             f"bits_per_{unit}": float(nats / np.log(2) / max(characters, 1)),
-            "test_tokens": tokens,
+            "test_tokens": number,
         }
 
     def _stream_of(self, part):

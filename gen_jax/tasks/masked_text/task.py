@@ -78,7 +78,7 @@ def _validate(config, data, model, params) -> dict[str, float]:
     bound = functools.partial(_bound, model, config.evaluate.draws)
     nats = evaluation.map_rows(bound, params, rows, config.evaluate.batch).astype(np.float64)
     error = nats.std(ddof=1) * np.sqrt(len(nats)) / windows.size if len(nats) > 1 else np.nan
-    figures = data.per_unit(nats.sum(), windows.size)
+    figures = data.per_unit(nats.sum(), windows.reshape(-1))
     return figures | {"nats_per_token_standard_error": float(error)}
 
 

@@ -131,8 +131,8 @@ def _validate(config, data, model, params) -> dict[str, float]:
     values = evaluation.map_rows(
         functools.partial(_log_prob, model), params, rows, config.evaluate.batch
     )
-    nats, number = -values.astype(np.float64).sum(), int(counted.sum())
-    return data.per_unit(nats, number)
+    nats = -values.astype(np.float64).sum()
+    return data.per_unit(nats, data.test_stream.tokens[1:])
 
 
 @functools.partial(jax.jit, static_argnums=0)
