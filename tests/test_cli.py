@@ -158,7 +158,8 @@ CONTRADICTIONS = [
         "the images have 3 channels, model.channels is 1",
     ),
     ("--model.out-channels 6", "model.out_channels must be 3 with diffusion.variance fixed_small"),
-    ("--diffusion.variance learned", "model.out_channels must be 6"),
+    ("--diffusion.variance learned", "time_shift must be 1 where the variance is learned"),
+    ("--diffusion.variance learned --diffusion.time-shift 1", "model.out_channels must be 6"),
     ("--sampler.steps 1001", "1001 sampling steps do not fit in 1000 time steps"),
     (
         "--sampler dpm_solver_pp --sampler.steps 1000 --sampler.spacing leading",

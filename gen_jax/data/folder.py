@@ -43,7 +43,13 @@ def read(directory: str | Path, split: Split, size: int) -> Images:
         base, paths = root / split, _pictures(root / split)
     else:
         classes, base = _classes(root), root
-        paths = [path for path in _pictures(root) if (_in_test(path, root)) == (split == "test")]
+        pictures = _pictures(root)
+        paths = [path for path in pictures if _in_test(path, root) == (split == "test")]
+        if pictures and not paths:
+            raise ValueError(
+                f"none of the {len(pictures)} images in {root} falls in the {split} split (a tenth "
+                "of them, by their names, is for tests): add images, or make folders train and test"
+            )
     if not paths:
         raise ValueError(
             f"{base} holds no images for the {split} split; put {', '.join(SUFFIXES)} files there, "

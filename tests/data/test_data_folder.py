@@ -119,3 +119,18 @@ def test_no_folder_no_images_and_mixed_folders_are_clear_errors(tmp_path):
     save(tmp_path / "class" / "b.png")
     with pytest.raises(ValueError, match="mixes classes"):
         read(tmp_path)
+
+
+def test_few_images_may_all_be_of_one_split(tmp_path):
+    save(tmp_path / "a.png")
+    (found,) = (split for split in ("train", "test") if _images_of(tmp_path, split))
+    other = "test" if found == "train" else "train"
+    with pytest.raises(ValueError, match=rf"none of the 1 images in .* falls in the {other} split"):
+        read(tmp_path, other)
+
+
+def _images_of(directory, split):
+    try:
+        return len(read(directory, split))
+    except ValueError:
+        return 0
