@@ -114,8 +114,7 @@ class ImagesConfig(RunConfig):
 
     def load(self, workdir: pathlib.Path, phases: tuple[str, ...]) -> dict[str, Images]:
         """The images of the splits that the phases need; refuses those that do not fit."""
-        started = any((workdir / "model" / "checkpoints").glob("[0-9]*"))
-        if self.pretrained and not started and read_process(self.pretrained) is None:
+        if self.pretrained and read_process(self.pretrained) is None:
             process = self.diffusion
             print(
                 f"{self.pretrained} has no scheduler_config.json: its process is taken to be "
