@@ -2,10 +2,10 @@
 
     python -m experiments.benchmarks.diffusers_training
 
-Needs the extra `oracles` (PyTorch and diffusers). The networks are those of the presets tiny and
-cpu of `experiments.ddpm_cifar`, without folding images into patches. Random weights are made by
-diffusers and read through `gen_jax.interop`; before anything is timed, both sides must agree on
-the loss and on all gradients of one batch.
+Needs the extra `oracles` (PyTorch and diffusers). The networks are those of the presets tiny (with
+attention at 8 x 8 besides) and cpu of `experiments.ddpm_cifar`, without folding images into
+patches. Random weights are made by diffusers and read through `gen_jax.interop`; before anything is
+timed, both sides must agree on the loss and on all gradients of one batch.
 
 A step of PyTorch is a draw of noise and times, `add_noise`, the loss, its gradient, clipping, and
 Adam; a step of ours is that, the moving average of parameters and the guard against values that
