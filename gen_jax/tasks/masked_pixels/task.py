@@ -2,17 +2,16 @@
 
 import functools
 
-import jax
 import numpy as np
 
 from gen_jax import config as config_lib
-from gen_jax import evaluation, keys, pictures, sampling
+from gen_jax import pictures, sampling
 from gen_jax.condition import Condition
 from gen_jax.data import ShapesSet
-from gen_jax.models.masked import MaskedModel, estimate_bound
+from gen_jax.models.masked import MaskedModel
 from gen_jax.nn.transformer import TokenNetwork
 from gen_jax.task import Context, Run, Stage, Task
-from gen_jax.tasks import image_files
+from gen_jax.tasks import image_files, masked_rounds
 from gen_jax.tasks.masked_pixels.config import MaskedPixelsConfig
 from gen_jax.tasks.pixels import task as pixels
 from gen_jax.trainables import ModelTrainable
@@ -52,37 +51,20 @@ def make(config: MaskedPixelsConfig, context: Context) -> Task:
 
 def _validate(config, model, sequences, params) -> dict[str, float]:
     """A bound on the code length of test images, its standard error, and its floor where known."""
-    rows = pixels.rows_to_evaluate(config, sequences)
-    rows["index"] = np.arange(len(rows["tokens"]), dtype=np.int32)
-    bound = functools.partial(_bound, model, config.evaluate.draws)
-    values = evaluation.map_rows(bound, params, rows, config.evaluate.batch)
-    return pixels.likelihood(config, sequences, values)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _bound(model, draws, params, rows):
-    ours = keys.of_items(keys.root(0, "evaluate"), rows.pop("index"))
-    return estimate_bound(model, params, rows, ours, draws)
+    choice, rows = config.evaluate, pixels.rows_to_evaluate(config, sequences)
+    nats = masked_rounds.bound_of(model, params, rows, choice.draws, choice.batch)
+    return pixels.likelihood(config, sequences, nats)
 
 
 def _write(config, shape, run: Run, tokens: np.ndarray, report: dict) -> dict:
     """Leaves the samples as pictures and arrays, and the way to the first of them."""
     pixels.keep(config, shape, run, tokens)
-    sampler, number = run.task.sampler, min(_ROWS, len(tokens))
-    ours = sampling.sample_keys(run.config.sample.seed, 0, number)
-    _, rounds = sampling.generate(
-        sampler, run.params, ours, run.task.condition(number), trajectory=_tokens_of
-    )
-    moments = np.unique(np.linspace(0, sampler.steps - 1, _MOMENTS).round().astype(int))
-    frames = np.moveaxis(np.asarray(rounds)[moments], 0, 1).reshape(-1, tokens.shape[1])
+    moments, rounds = masked_rounds.rounds_of(run, min(_ROWS, len(tokens)), _MOMENTS)
+    frames = np.moveaxis(rounds, 0, 1).reshape(-1, tokens.shape[1])
     sheet = _drawn(config, shape, frames, frames == run.task.model.mask)
     picture = pictures.grid(sheet, columns=len(moments), scale=image_files.scale(shape[0]))
     pictures.save_png(run.workdir.path / "trajectory.png", picture)
     return {"sampled_tokens_per_second": report["samples_per_second"] * tokens.shape[1]}
-
-
-def _tokens_of(state):
-    return state.tokens
 
 
 def _drawn(config, shape, tokens, hidden):

@@ -2,16 +2,15 @@
 
 import functools
 
-import jax
 import numpy as np
 
 from gen_jax import config as config_lib
-from gen_jax import evaluation, keys, sampling
+from gen_jax import sampling
 from gen_jax.condition import Condition
-from gen_jax.models.masked import MaskedModel, estimate_bound, infill
+from gen_jax.models.masked import MaskedModel, infill
 from gen_jax.nn.transformer import TokenNetwork
 from gen_jax.task import Context, Run, Stage, Task
-from gen_jax.tasks import text_files
+from gen_jax.tasks import masked_rounds, text_files
 from gen_jax.tasks.masked_text.config import MaskedTextConfig, MaskedTextData
 from gen_jax.tasks.text_source import TOKENIZER
 from gen_jax.trainables import ModelTrainable
@@ -74,18 +73,12 @@ def _condition(config, data, model, number) -> Condition:
 def _validate(config, data, model, params) -> dict[str, float]:
     """A bound on the code length of the test split, in windows that know nothing of each other."""
     windows = data.test_windows
-    rows = {"tokens": windows, "index": np.arange(len(windows), dtype=np.int32)}
-    bound = functools.partial(_bound, model, config.evaluate.draws)
-    nats = evaluation.map_rows(bound, params, rows, config.evaluate.batch).astype(np.float64)
+    choice, rows = config.evaluate, {"tokens": windows}
+    nats = masked_rounds.bound_of(model, params, rows, choice.draws, choice.batch)
+    nats = nats.astype(np.float64)
     error = nats.std(ddof=1) * np.sqrt(len(nats)) / windows.size if len(nats) > 1 else np.nan
     figures = data.per_unit(nats.sum(), windows.reshape(-1))
     return figures | {"nats_per_token_standard_error": float(error)}
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _bound(model, draws, params, rows):
-    ours = keys.of_items(keys.root(0, "evaluate"), rows.pop("index"))
-    return estimate_bound(model, params, rows, ours, draws)
 
 
 def _evaluate(config, data, model, run: Run) -> dict[str, float]:
@@ -110,22 +103,14 @@ def _write(data: MaskedTextData, run: Run, tokens: np.ndarray, report: dict) -> 
     sampler = run.task.sampler
     run.keep_samples(tokens=tokens, nfe=sampler.nfe)
     run.keep_text("samples.txt", _listing(data, tokens))
-    ours = sampling.sample_keys(run.config.sample.seed, 0, 1)
-    _, rounds = sampling.generate(
-        sampler, run.params, ours, run.task.condition(1), trajectory=_tokens_of
-    )
-    moments = np.unique(np.linspace(0, sampler.steps - 1, _ROUNDS_SHOWN).round().astype(int))
+    moments, rounds = masked_rounds.rounds_of(run, 1, _ROUNDS_SHOWN)
     mask, lines = run.task.model.mask, []
-    for moment in moments:
-        shown = text_files.decode_with_masks(data.tokenizer, np.asarray(rounds)[moment, 0], mask)
+    for moment, (row,) in zip(moments, rounds, strict=True):
+        shown = text_files.decode_with_masks(data.tokenizer, row, mask)
         lines.append(f"{'-' * 32} after round {moment + 1} of {sampler.steps}\n{shown}\n")
     run.keep_text("trajectory.txt", "".join(lines))
     text_files.show(_listing(data, tokens[:_SHOWN]))
     return {"sampled_tokens_per_second": report["samples_per_second"] * tokens.shape[1]}
-
-
-def _tokens_of(state):
-    return state.tokens
 
 
 def _complete(data: MaskedTextData, run: Run) -> dict:
