@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gen_jax import checkpoint, cli, hosts, parallel, pictures, sampling, training
+from gen_jax import checkpoint, cli, hosts, parallel, pictures, training
 from gen_jax import config as config_lib
 from gen_jax.config import RunConfig
 from gen_jax.task import Context, Run, Stage, Task
@@ -145,18 +145,9 @@ def _train_stage(run, stage, earlier, initial):
 
 def _preview(run, step, averaged):
     """Draws samples with these parameters, and leaves them in the folder previews."""
-    config, task = run.config, run.task
-    number = min(config.train.preview, task.number or config.train.preview)
-    chunks = sampling.generate_many(
-        task.sampler,
-        task.sampler_params(jax.device_put(jax.device_get(averaged))),
-        config.sample.seed,
-        number,
-        cond=task.condition(number) if task.condition else None,
-        micro_batch=task.micro_batch or config.sample.micro_batch,
-        progress=False,
-    )
-    shown = task.show(np.concatenate([chunk.samples for chunk in chunks]))
+    params = jax.device_put(jax.device_get(averaged))
+    chunks = run.generate(params, run.config.train.preview, progress=False)
+    shown = run.task.show(np.concatenate([chunk.samples for chunk in chunks]))
     name = f"{step:08d}.{'txt' if isinstance(shown, str) else 'png'}"
     path = run.workdir.path / "previews"
     path.mkdir(exist_ok=True)

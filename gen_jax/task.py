@@ -6,7 +6,6 @@ function of a configuration (see `gen_jax.tasks`); the phases of a run are funct
 """
 
 import dataclasses
-import functools
 import time
 import zipfile
 from collections.abc import Callable, Mapping
@@ -145,26 +144,33 @@ class Run:
     params: Any = None
     began: float = dataclasses.field(default_factory=time.perf_counter)
 
+    def generate(self, params: Any, number: int, **options: Any) -> list[sampling.Chunk]:
+        """The first samples with these averaged parameters, or all where conditions are fewer.
+
+        Args:
+          params: the averaged parameters.
+          number: of samples.
+          options: further arguments of `sampling.generate_many`.
+        """
+        task, config = self.task, self.config.sample
+        number = min(number, task.number or number)
+        options = {"micro_batch": task.micro_batch or config.micro_batch} | options
+        cond = task.condition(number) if task.condition else None
+        params = task.sampler_params(params)
+        return list(
+            sampling.generate_many(task.sampler, params, config.seed, number, cond=cond, **options)
+        )
+
     def draw(self) -> tuple[Any, dict]:
         """The samples that config.sample asks for, over all devices of this host; their figures."""
-        config, task, mesh = self.config.sample, self.task, parallel.local_mesh()
-        number = min(config.number, task.number or config.number)
-        condition = task.condition or (lambda number: None)
-        params = task.sampler_params(self.params)
-        generate = functools.partial(sampling.generate_many, task.sampler, params, config.seed)
-        chunks = list(
-            generate(
-                number,
-                cond=condition(number),
-                micro_batch=task.micro_batch or config.micro_batch,
-                mesh=mesh if mesh.size > 1 else None,
-            )
-        )
-        few = min(3, task.number or 3)
-        alone = list(generate(few, cond=condition(few), micro_batch=1, progress=False))
+        mesh = parallel.local_mesh()
+        mesh = mesh if mesh.size > 1 else None
+        chunks = self.generate(self.params, self.config.sample.number, mesh=mesh)
+        alone = self.generate(self.params, 3, micro_batch=1, progress=False)
         samples = jax.tree.map(lambda *parts: np.concatenate(parts), *(c.samples for c in chunks))
+        number = sum(len(jax.tree.leaves(chunk.samples)[0]) for chunk in chunks)
         return samples, {
-            "nfe": task.sampler.nfe,
+            "nfe": self.task.sampler.nfe,
             "samples": number,
             "sample_compile_seconds": sum(chunk.compile_seconds for chunk in chunks + alone),
             "sampling_latency_seconds": float(np.median([chunk.seconds for chunk in alone])),

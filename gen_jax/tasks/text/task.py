@@ -154,8 +154,8 @@ def _write(data: TextData, streamed: bool, run: Run, tokens: np.ndarray, report:
     new = sum(len(text_files.cut(row, eos)) for row in tokens)
     known = {} if eos is None else {"eos": eos}
     run.keep_samples(tokens=tokens, prompt=data.prompt, nfe=run.task.sampler.nfe, **known)
-    run.keep_text("samples.txt", _listing(data, tokens))
     texts = _texts(data, tokens)
+    run.keep_text("samples.txt", text_files.listing(texts))
     for number, sample in enumerate([] if streamed else texts[:_SHOWN]):
         cut = "..." if len(sample) > _SHOWN_CHARACTERS else ""
         text_files.show(f"{text_files.title(number)}\n{sample[:_SHOWN_CHARACTERS]}{cut}\n")
