@@ -72,6 +72,14 @@ _LLAMA_FAMILY = {
     "qwen2": ("Qwen2", QWEN2_DEFAULTS),
 }
 
+# The classes whose files are read, by family and `model_type`.
+_KINDS = {
+    "gpt2": {"gpt2": ("GPT2LMHeadModel", "GPT2Model")},
+    "llama": {
+        kind: (f"{name}ForCausalLM", f"{name}Model") for kind, (name, _) in _LLAMA_FAMILY.items()
+    },
+}
+
 # Options that have to be one of these, where they are given.
 _FIXED = {
     "is_encoder_decoder": (False,),
@@ -141,14 +149,8 @@ def read_network(
     options = read_json(path)
     if not isinstance(options, dict):
         raise ValueError(f"{path} is damaged: it holds no options")
-    accepted = {"gpt2": ("gpt2",), "llama": tuple(_LLAMA_FAMILY)}
-    kinds = {kind: family for family in families for kind in accepted[family]}
-    kind = options.get("model_type")
-    if not isinstance(kind, str) or kind not in kinds:
-        raise ValueError(
-            f"model_type={json.dumps(kind)} cannot be expressed (supported: {' or '.join(kinds)})"
-        )
-    if kinds[kind] == "llama":
+    _check_kind(options, {kind: _KINDS[f][kind] for f in families for kind in _KINDS[f]})
+    if options["model_type"] in _KINDS["llama"]:
         return "llama", *to_llama_config(options)
     return "gpt2", to_gpt2_config(options), frozenset()
 
@@ -220,7 +222,7 @@ def to_gpt2_config(stored: dict) -> TransformerConfig:
     Raises:
       ValueError: names every option that cannot be expressed.
     """
-    _check_kind(stored, {"gpt2": ("GPT2LMHeadModel", "GPT2Model")})
+    _check_kind(stored, _KINDS["gpt2"])
     options = GPT2_DEFAULTS | stored
     problems = _unknown_and_fixed(stored, options, GPT2_DEFAULTS.keys(), _GPT2_FIXED)
     problems += _wrong_values(
@@ -259,10 +261,7 @@ def to_llama_config(stored: dict) -> tuple[TransformerConfig, frozenset[str]]:
     Raises:
       ValueError: names every option that cannot be expressed.
     """
-    _check_kind(
-        stored,
-        {kind: (f"{name}ForCausalLM", f"{name}Model") for kind, (name, _) in _LLAMA_FAMILY.items()},
-    )
+    _check_kind(stored, _KINDS["llama"])
     kind = stored["model_type"]
     defaults = _LLAMA_FAMILY[kind][1]
     options = defaults | stored
