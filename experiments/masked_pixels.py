@@ -9,7 +9,7 @@ absorbing diffusion (D3PM: Austin et al. 2021, 2107.03006) and remasking (Wang e
         cores, no network. The bound of the likelihood has a known floor, ln 648 = 6.474 nats per
         image.
 
-    python -m experiments.masked_pixels sample --sampler absorbing --sampler.rounds 128
+    python -m experiments.masked_pixels sample --sampler random_order --sampler.rounds 8
         The trained model in other rounds.
 
     python -m experiments.masked_pixels complete --complete.hide left
