@@ -1,5 +1,4 @@
 import dataclasses
-import json
 import shutil
 
 import numpy as np
@@ -9,7 +8,6 @@ from PIL import Image
 import gen_jax
 from experiments.masked_pixels import EXPERIMENT
 from gen_jax import cli
-from gen_jax.config import TrainConfig
 from gen_jax.data import DataConfig, ShapesSet
 from gen_jax.models.masked.config import IterativeOptions, MaskGITOptions
 from gen_jax.nn.config import TransformerConfig
@@ -20,6 +18,8 @@ from gen_jax.tasks.masked_pixels.config import (
     MaskedPixelsConfig,
 )
 from gen_jax.tasks.masked_pixels.task import hidden_part
+from miniature import TRAIN, summary
+from miniature import arrays as samples
 from refusals import refused_in
 
 # The least that the experiment can be asked for on eight devices.
@@ -27,18 +27,7 @@ MINUTE = MaskedPixelsConfig(
     workdir="",
     data=DataConfig(palette=True),
     model=TransformerConfig(context=256, layers=1, width=8, heads=1, extra_inputs=1, causal=False),
-    train=TrainConfig(
-        steps=2,
-        batch=8,
-        learning_rate=1e-2,
-        warmup=0,
-        log_every=1,
-        checkpoint_every=2,
-        evaluate_every=2,
-        preview_every=2,
-        preview=5,
-        ema=0.5,
-    ),
+    train=TRAIN,
     sample=LabelledSampleConfig(number=5, micro_batch=8),
     sampler=MaskGITOptions(rounds=4),
     evaluate=EvaluateConfig(images=11, draws=2, batch=8),
@@ -62,15 +51,6 @@ def finished(tmp_path_factory):
 @pytest.fixture
 def copy(finished, tmp_path):
     return shutil.copytree(finished, tmp_path / "a copy")
-
-
-def summary(workdir):
-    return json.loads((workdir / "summary.json").read_text())
-
-
-def samples(workdir):
-    with np.load(workdir / "samples.npz") as file:
-        return dict(file)
 
 
 def test_the_command_all_leaves_everything(finished):

@@ -7,7 +7,6 @@ import pytest
 
 from experiments.masked_text import EXPERIMENT
 from gen_jax import cli
-from gen_jax.config import TrainConfig
 from gen_jax.data import TextConfig, tokenizers
 from gen_jax.models.masked.config import AbsorbingDiffusionOptions, IterativeOptions
 from gen_jax.nn.config import TransformerConfig
@@ -17,6 +16,7 @@ from gen_jax.tasks.masked_text.config import (
     MaskedTextConfig,
     MaskedTextSampleConfig,
 )
+from miniature import TRAIN
 from refusals import refused_in
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -26,18 +26,7 @@ MINUTE = MaskedTextConfig(
     workdir="",
     data=TextConfig(characters=4000),
     model=TransformerConfig(context=16, layers=1, width=16, heads=2, causal=False, extra_inputs=1),
-    train=TrainConfig(
-        steps=2,
-        batch=8,
-        learning_rate=1e-2,
-        warmup=0,
-        log_every=1,
-        checkpoint_every=2,
-        evaluate_every=2,
-        preview_every=2,
-        preview=3,
-        ema=0.5,
-    ),
+    train=dataclasses.replace(TRAIN, preview=3),
     sample=MaskedTextSampleConfig(number=3, micro_batch=4),
     sampler=AbsorbingDiffusionOptions(rounds=5),
     evaluate=EvaluateConfig(tokens=100, draws=2, batch=8),

@@ -10,7 +10,6 @@ from PIL import Image
 import gen_jax
 from experiments.gpt_pixels import EXPERIMENT
 from gen_jax import cli
-from gen_jax.config import TrainConfig
 from gen_jax.data import DataConfig, PixelSequences, ShapesSet
 from gen_jax.data.shapes import PALETTE
 from gen_jax.nn.config import TransformerConfig
@@ -18,6 +17,8 @@ from gen_jax.tasks import image_files
 from gen_jax.tasks.images.config import LabelledSampleConfig
 from gen_jax.tasks.pixels import task as pixels
 from gen_jax.tasks.pixels.config import EvaluateConfig, PixelsConfig
+from miniature import TRAIN, summary
+from miniature import arrays as samples
 from refusals import refused_in
 
 # The least that the experiment can be asked for on eight devices.
@@ -25,18 +26,7 @@ MINUTE = PixelsConfig(
     workdir="",
     data=DataConfig(palette=True),
     model=TransformerConfig(context=256, layers=1, width=8, heads=1, extra_inputs=1),
-    train=TrainConfig(
-        steps=4,
-        batch=8,
-        learning_rate=1e-2,
-        warmup=0,
-        log_every=1,
-        checkpoint_every=2,
-        evaluate_every=2,
-        preview_every=2,
-        preview=5,
-        ema=0.5,
-    ),
+    train=dataclasses.replace(TRAIN, steps=4),
     sample=LabelledSampleConfig(number=5, micro_batch=8),
     evaluate=EvaluateConfig(images=11, batch=8),
 )
@@ -58,15 +48,6 @@ def finished(tmp_path_factory):
 @pytest.fixture
 def copy(finished, tmp_path):
     return shutil.copytree(finished, tmp_path / "a copy")
-
-
-def summary(workdir):
-    return json.loads((workdir / "summary.json").read_text())
-
-
-def samples(workdir):
-    with np.load(workdir / "samples.npz") as file:
-        return dict(file)
 
 
 def model_of(workdir):

@@ -10,13 +10,13 @@ from flax import traverse_util
 import gen_jax
 from experiments.gpt_text import EXPERIMENT
 from gen_jax import cli, interop
-from gen_jax.config import TrainConfig
 from gen_jax.data import TextConfig, load_text, tokenizers
 from gen_jax.models.autoregressive import SpeculativeOptions
 from gen_jax.nn.config import TransformerConfig
 from gen_jax.nn.transformer import TokenNetwork
 from gen_jax.tasks.text.config import EvaluateConfig, TextRunConfig, TextSampleConfig
 from gen_jax.tasks.text_files import score
+from miniature import TRAIN, summary
 from random_networks import random_params
 from refusals import refused_in
 
@@ -27,18 +27,7 @@ MINUTE = TextRunConfig(
     workdir="",
     data=TextConfig(characters=4000),
     model=TransformerConfig(context=16, layers=1, width=16, heads=2),
-    train=TrainConfig(
-        steps=4,
-        batch=8,
-        learning_rate=1e-2,
-        warmup=0,
-        log_every=1,
-        checkpoint_every=2,
-        evaluate_every=2,
-        preview_every=2,
-        preview=3,
-        ema=0.5,
-    ),
+    train=dataclasses.replace(TRAIN, steps=4, preview=3),
     sample=TextSampleConfig(prompt="The ", number=3, tokens=24, micro_batch=8),
     evaluate=EvaluateConfig(tokens=100, batch=8),
 )
@@ -60,10 +49,6 @@ def finished(tmp_path_factory, one_device):
 @pytest.fixture
 def copy(finished, tmp_path):
     return shutil.copytree(finished, tmp_path / "a copy")
-
-
-def summary(workdir):
-    return json.loads((workdir / "summary.json").read_text())
 
 
 def samples(workdir):

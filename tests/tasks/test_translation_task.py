@@ -1,5 +1,4 @@
 import dataclasses
-import json
 import shutil
 
 import numpy as np
@@ -8,7 +7,6 @@ import pytest
 from experiments.benchmarks import translation as benchmark
 from experiments.nar_translation import EXPERIMENT
 from gen_jax import cli
-from gen_jax.config import TrainConfig
 from gen_jax.data import tokenizers
 from gen_jax.data.config import TranslationConfig
 from gen_jax.data.synonyms import Synonyms
@@ -19,6 +17,7 @@ from gen_jax.tasks.translation.config import (
     TranslationRunConfig,
     TranslationSampleConfig,
 )
+from miniature import TRAIN, summary
 from refusals import refused_in
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -29,18 +28,7 @@ MINUTE = TranslationRunConfig(
     data=TranslationConfig(pairs=40, max_length=12, max_words=3),
     model=TransformerConfig(layers=1, width=16, heads=2, mlp_dim=16),
     encoder_layers=1,
-    train=TrainConfig(
-        steps=2,
-        batch=8,
-        learning_rate=1e-2,
-        warmup=0,
-        log_every=1,
-        checkpoint_every=2,
-        evaluate_every=2,
-        preview_every=2,
-        preview=5,
-        ema=0.5,
-    ),
+    train=TRAIN,
     sample=TranslationSampleConfig(number=5, micro_batch=8, lengths=2),
     sampler=MaskPredictOptions(rounds=2),
     evaluate=EvaluateConfig(batch=1000),
@@ -61,10 +49,6 @@ def runs(tmp_path_factory, one_device):
     assert main("--workdir", path / "masked") == 0
     assert main("--workdir", path / "ar", "--strategy", "ar", *USUAL) == 0
     return path
-
-
-def summary(workdir):
-    return json.loads((workdir / "summary.json").read_text())
 
 
 def test_the_command_all_leaves_everything(runs):
