@@ -1,5 +1,6 @@
 """Records of training for TensorBoard, beside metrics.jsonl."""
 
+import os
 import pathlib
 
 import numpy as np
@@ -32,7 +33,9 @@ class EventLog:
 
     def __init__(self, path: pathlib.Path, step: int = 0):
         package = extras.require("tensorboardX", "tensorboard", "train.tensorboard needs")
-        self._writer = package.SummaryWriter(str(path), purge_step=step + 1)
+        # The package names files by the second: one that goes on in the same must not replace it.
+        suffix = f".{os.getpid()}.{step}"
+        self._writer = package.SummaryWriter(str(path), purge_step=step + 1, filename_suffix=suffix)
 
     def write(self, record: dict) -> None:
         """Adds the numbers of a record, which has a "step"."""
