@@ -11,6 +11,7 @@ from kernels.diffusion_step import StepCoefficients, diffusion_step
 from kernels.group_norm_silu import group_norm_silu
 from kernels.mask_scores import keep_most_confident, mask_scores
 from kernels.sample_token import filter_logits, sample_logits, sample_token
+from kernels.upsample_conv_3x3 import upsample_conv_3x3
 
 __all__ = [
     "KVCache",
@@ -26,6 +27,7 @@ __all__ = [
     "prepare_conv_3x3",
     "sample_logits",
     "sample_token",
+    "upsample_conv_3x3",
 ]
 
 _HUGGING_FACE = {

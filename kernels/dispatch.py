@@ -162,15 +162,15 @@ class Operation:
         _OPERATIONS[name] = self
 
     def implementations(self) -> Mapping[str, Implementation]:
-        """All registered implementations by name, the reference first."""
+        """All registered implementations by name: the reference, then in the order of files."""
         if not self._loaded:
             package = importlib.import_module(self._package)
             for module in pkgutil.iter_modules(package.__path__):
                 if module.name != "cases":
                     importlib.import_module(f"{self._package}.{module.name}")
             self._loaded = True
-        entries = _REGISTRY[self.name]
-        return {"reference": entries["reference"], **entries}
+        entries = sorted(_REGISTRY[self.name].items(), key=lambda item: item[1].run.__module__)
+        return {"reference": _REGISTRY[self.name]["reference"], **dict(entries)}
 
     def __call__(self, implementation: str | None, *arguments: Any, **options: Any) -> Any:
         """Runs the implementation of this name, or the default of the platform for None.

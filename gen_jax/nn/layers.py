@@ -59,7 +59,7 @@ def sinusoidal_embedding(
 
 
 class Conv3x3(nn.Module):
-    """A 3 x 3 convolution that keeps the size of the feature map.
+    """A 3 x 3 convolution that keeps the size of the feature map, or doubles it.
 
     Where the collection "prepared" holds its transformed weights, they may be read instead.
 
@@ -67,21 +67,24 @@ class Conv3x3(nn.Module):
       features: the number of channels of the output.
       dtype: of the product.
       kernel_init: of the weights; the bias is zero at first.
+      upsample: whether the map is first enlarged by two, by its nearest neighbours.
     """
 
     features: int
     dtype: np.dtype
     kernel_init: Callable = uniform_init
+    upsample: bool = False
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "B height width C"]
-    ) -> Float[Array, "B height width features"]:
+    def __call__(self, x: Float[Array, "B height width C"]) -> Float[Array, "B _ _ features"]:
         kernel = self.param("kernel", self.kernel_init, (3, 3, x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
-        prepared = self.get_variable("prepared", "kernel")
         x, kernel, bias = x.astype(self.dtype), kernel.astype(self.dtype), bias.astype(self.dtype)
-        return kernels.conv_3x3(x, kernel, prepared) + bias[None, None, None]
+        if self.upsample:
+            y = kernels.upsample_conv_3x3(x, kernel)
+        else:
+            y = kernels.conv_3x3(x, kernel, self.get_variable("prepared", "kernel"))
+        return y + bias[None, None, None]
 
 
 class GroupNorm(nn.Module):

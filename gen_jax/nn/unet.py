@@ -138,8 +138,7 @@ class UNet(nn.Module):
                 if h.shape[1] in config.attention:
                     h = AttentionBlock(config, name=f"up_{level}_attention_{i}")(h)
             if level != 0:
-                h = jnp.repeat(jnp.repeat(h, 2, axis=1), 2, axis=2)
-                h = Conv3x3(width, dtype, name=f"up_{level}_conv")(h)
+                h = Conv3x3(width, dtype, upsample=True, name=f"up_{level}_conv")(h)
         return h
 
     def _embed(self, t, label):  # [B], [B] -> [B, 4 x the first width], after SiLU
@@ -213,7 +212,7 @@ class UNetNetwork:
         for path, leaf in flat.items():
             if not path[-2].startswith("norm"):  # normalisation stays in float32
                 flat[path] = leaf.astype(dtype)
-            if leaf.ndim == 4 and not path[-2].startswith("down"):  # those have strides
+            if path[-2].startswith("conv_") and path[-1] == "kernel":
                 transformed = kernels.prepare_conv_3x3(flat[path])
                 if transformed is not None:
                     prepared[path] = transformed

@@ -40,9 +40,10 @@ def conv_3x3(
       x: [B, height, width, C] float32 or bfloat16.
       kernel: [3, 3, C, Cout], the same dtype.
       prepared: of `prepare_conv_3x3(kernel)`, or None.
-      implementation: "reference", or "winograd" (float32, even height and width). None takes
-        Winograd on a CPU where it was measured to pay and the weights are prepared, else the
-        reference.
+      implementation: "reference", "dense" (maps of at most 2 x 2), "sliced" (float32) or "winograd"
+        (float32, even height and width). None takes on a CPU what was measured to be fastest of
+        those that can take the arguments, Winograd only where the weights are prepared; elsewhere
+        it takes the reference.
 
     Returns:
       [B, height, width, Cout].

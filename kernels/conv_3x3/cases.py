@@ -9,7 +9,7 @@ from kernels.conv_3x3 import conv_3x3
 from kernels.conv_3x3.winograd import transform_kernel
 from kernels.testing import Case, Suite
 
-__all__ = ["SUITES", "example"]
+__all__ = ["SUITES", "convolution_by_shifts", "example"]
 
 
 def example(
@@ -32,14 +32,18 @@ def example(
     return jnp.asarray(x, dtype), jnp.asarray(kernel, dtype)
 
 
-def _definition(x, kernel, prepared=None):
-    """The sum over nine shifts."""
+def convolution_by_shifts(x, kernel):
+    """The definition in float64: a sum over nine shifts of the padded features."""
     x, kernel = np.asarray(x, np.float64), np.asarray(kernel, np.float64)
     padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     height, width = x.shape[1:3]
     return sum(
         padded[:, i : i + height, j : j + width] @ kernel[i, j] for i in range(3) for j in range(3)
     )
+
+
+def _definition(x, kernel, prepared=None):
+    return convolution_by_shifts(x, kernel)
 
 
 def _case(name, *shape, atol=2e-5, dtype="float32", read=False, gradient=()):
@@ -54,6 +58,7 @@ _TIMED = (
     (16, 512, 256),
     (8, 512, 256),
     (4, 512, 256),
+    (2, 256, 256),
 )  # height = width, C, Cout
 
 SUITES = (
@@ -69,6 +74,9 @@ SUITES = (
             _case("gradient, odd sizes", 3, 5, 7, 2, 4, gradient=(0, 1)),
             _case("prepared", 2, 8, 8, 6, 4, read=True),
             _case("odd sizes", 2, 5, 4, 3, 3),
+            _case("2 x 2", 3, 2, 2, 5, 4, gradient=(0, 1)),
+            _case("1 x 2", 2, 1, 2, 3, 4, gradient=(0, 1)),
+            _case("one position", 1, 1, 1, 3, 4, gradient=(0, 1)),
             _case("bfloat16", 2, 4, 4, 6, 4, dtype="bfloat16", atol=0.03),
         ),
         timed=tuple(

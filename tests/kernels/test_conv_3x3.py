@@ -94,7 +94,9 @@ def test_what_it_refuses():
     run = functools.partial(kernels.conv_3x3, implementation="winograd")
     with pytest.raises(NotImplementedError, match="even height and width, not 5 x 4; available: r"):
         run(*example(1, 5, 4, 2, 2))
+    with pytest.raises(NotImplementedError, match="dense needs maps of at most 2 x 2, not 1 x 4"):
+        kernels.conv_3x3(*example(1, 1, 4, 2, 2), implementation="dense")
     with pytest.raises(NotImplementedError, match="needs float32, not bfloat16"):
         run(*example(1, 4, 4, 2, 2, dtype="bfloat16"))
-    with pytest.raises(NotImplementedError, match="known: reference, winograd, sliced"):
+    with pytest.raises(NotImplementedError, match="known: reference, dense, sliced, winograd"):
         kernels.conv_3x3(*example(1, 4, 4, 2, 2), implementation="mosaic")

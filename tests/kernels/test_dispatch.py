@@ -156,6 +156,16 @@ def test_what_the_operations_choose_today():
     with_weights = {"default": "reference", "cpu": "winograd"}
     assert defaults("conv_3x3", x, kernel, prepared) == with_weights
     assert defaults("conv_3x3", x[:, 1:], kernel, prepared) == {"default": "reference"}
+    for shape, name in (
+        ((2, 2, 2, 2), "dense"),
+        ((1, 2, 2, 512), "sliced"),
+        ((1, 1, 1, 512), "dense"),
+        ((2, 2, 3, 2), "sliced"),
+    ):
+        features, weights = jnp.zeros(shape), jnp.zeros((3, 3, shape[-1], 512))
+        assert defaults("conv_3x3", features, weights, None)["cpu"] == name, shape
+    assert defaults("conv_3x3", x[:, :2, :2], kernel, prepared) == with_weights
+    assert defaults("upsample_conv_3x3", x, kernel) == {"default": "reference", "cpu": "phases"}
     logits, hidden, head = jnp.zeros((2, 9)), jnp.zeros((2, 4)), jnp.zeros((4, 9))
     for temperature, top_k, name in (
         (1.0, 3, "indices"),
