@@ -10,6 +10,7 @@ from kernels.decode_attention import KVCache, decode_attention, make_kv_cache
 from kernels.diffusion_step import StepCoefficients, diffusion_step
 from kernels.group_norm_silu import group_norm_silu
 from kernels.mask_scores import keep_most_confident, mask_scores
+from kernels.nearest_code import nearest_code
 from kernels.sample_token import filter_logits, sample_logits, sample_token
 from kernels.upsample_conv_3x3 import upsample_conv_3x3
 
@@ -24,6 +25,7 @@ __all__ = [
     "keep_most_confident",
     "make_kv_cache",
     "mask_scores",
+    "nearest_code",
     "prepare_conv_3x3",
     "sample_logits",
     "sample_token",

@@ -178,6 +178,9 @@ def test_what_the_operations_choose_today():
         assert defaults("sample_token", hidden, head, None, **choice) == {"default": name}
     for shape, name in (((1, 64), "reference"), ((1, 65), "threshold"), ((64, 8), "threshold")):
         assert defaults("keep_most_confident", jnp.zeros(shape), None) == {"default": name}
+    for number, name in ((512, "reference"), (513, "blocks")):
+        codes = jnp.zeros((number, 2)), jnp.zeros((1024, 2))
+        assert defaults("nearest_code", *codes) == {"default": name}
     assert defaults("decode_attention", *[None] * 6, window=0) == {"default": "buckets"}
     for op in ("diffusion_step", "group_norm_silu", "mask_scores"):
         assert defaults(op) == {"default": "reference"}

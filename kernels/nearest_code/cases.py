@@ -1,0 +1,75 @@
+"""Cases of nearest_code: ties, blocks with a rest, and the sizes of published codebooks."""
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+
+from kernels.nearest_code import nearest_code
+from kernels.testing import Case, Suite
+
+__all__ = ["SUITES", "example"]
+
+
+def example(
+    number: int, codes: int, width: int, seed: int = 0, dtype: str = "float32", copies: int = 1
+) -> tuple:
+    """Vectors, and a codebook whose every entry is there `copies` times, so that all are ties.
+
+    Entries are small multiples of 1/4 and vectors are near one of them, so that all scores are
+    exact and the nearest entry is known beyond rounding.
+    """
+    generator = np.random.default_rng(seed)
+    distinct = _distinct(generator, codes // copies, width)
+    codebook = np.tile(distinct, (copies, 1))
+    x = distinct[generator.integers(0, len(distinct), number)]
+    x = x + generator.choice([-0.0625, 0.0625], x.shape)
+    return jnp.asarray(x, dtype), jnp.asarray(codebook, dtype)
+
+
+def _distinct(generator, number, width):
+    """Different rows of multiples of 1/4."""
+    digits = np.arange(number)[:, None] // 16.0 ** np.arange(width)[None] % 16
+    return generator.permutation(digits, axis=1) / 4 - 2
+
+
+def _definition(x, codebook):
+    x, codebook = np.asarray(x, np.float64), np.asarray(codebook, np.float64)
+    squares, found = (codebook**2).sum(1), []
+    for rows in np.array_split(x, -(-len(x) // 512)):
+        distances = (rows**2).sum(1)[:, None] + squares - 2 * rows @ codebook.T
+        found.append((distances.argmin(1), distances.min(1)))
+    return tuple(np.concatenate(parts) for parts in zip(*found, strict=True))
+
+
+def _naive(x, codebook):
+    """The formula as it is usually written, with all distances in memory."""
+    squares = jnp.square(x).sum(1)[:, None] + jnp.square(codebook).sum(1)[None]
+    distances = squares - 2 * x @ codebook.T
+    return jnp.argmin(distances, axis=1).astype(jnp.int32), distances.min(axis=1)
+
+
+def _case(name, *shape, **options):
+    return Case(name, functools.partial(example, *shape, **options), atol=(0.0, 1e-4))
+
+
+SUITES = (
+    Suite(
+        "nearest_code",
+        nearest_code,
+        cases=(
+            _case("one of one", 1, 1, 3),
+            _case("every entry twice", 37, 24, 5, copies=2),
+            _case("ties across blocks", 700, 2 * 1100, 6, copies=2),
+            _case("a rest of both", 1030, 1500, 4),
+            _case("bfloat16", 64, 32, 4, dtype="bfloat16"),
+        ),
+        timed=(
+            _case("16,384 vectors, 8,192 codes of 64", 16_384, 8192, 64),
+            _case("16,384 vectors, 512 codes of 64", 16_384, 512, 64),
+            _case("4,096 vectors, 1,024 codes of 256", 4096, 1024, 256),
+        ),
+        definition=_definition,
+        peers={"naive": _naive},
+    ),
+)
