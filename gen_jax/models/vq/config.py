@@ -1,0 +1,96 @@
+"""Choices of quantisers and how an autoencoder is trained; importing this loads nothing heavy."""
+
+import math
+from typing import ClassVar, Literal
+
+from gen_jax.config import Choice, frozen
+from gen_jax.models.options import check_not_negative
+
+__all__ = ["CodebookOptions", "FSQOptions", "GaussianOptions", "QuantiserOptions"]
+
+
+@frozen
+class QuantiserOptions(Choice):
+    """What stands between encoder and decoder.
+
+    The class attribute `name` is the choice on the command line, and `make` names the class of
+    `models.vq` whose only field is these options.
+    """
+
+    make: ClassVar[str]
+
+
+@frozen
+class CodebookOptions(QuantiserOptions):
+    """A table of K vectors, the nearest of which stands for the encoder's (VQ-VAE); or several."""
+
+    name: ClassVar[str] = "codebook"
+    make: ClassVar[str] = "gen_jax.models.vq.codebook:Codebook"
+
+    codes: int = 512
+    """Entries K of each table."""
+    width: int = 64
+    """Width D of the vectors."""
+    depth: int = 1
+    """Tables R; each after the first quantises what the ones before have left."""
+    commitment: float = 0.25
+    """Weight beta of the term that draws the encoder's vectors to their entries."""
+    update: Literal["moving_average", "gradient"] = "moving_average"
+    """Whether an entry is the moving average of the vectors that it stood for, or is trained by the
+    gradient of its distance to them."""
+    decay: float = 0.99
+    """Of the moving averages."""
+    epsilon: float = 1e-5
+    """Laplace smoothing of the counts that the averages are divided by."""
+    restart_every: int = 100
+    """Steps after which entries that stood for no vector are put on vectors of the batch, first
+    before step 0; 0 for never."""
+
+    def __post_init__(self):
+        for name in ("codes", "width", "depth"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.codes < 2:
+            raise ValueError("a codebook of one entry tells nothing: codes must be at least 2")
+        for name in ("commitment", "restart_every"):
+            check_not_negative(name, getattr(self, name))
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"decay must be in [0, 1), got {self.decay}")
+        if self.epsilon <= 0:
+            raise ValueError(f"epsilon must be positive, got {self.epsilon}")
+
+
+@frozen
+class FSQOptions(QuantiserOptions):
+    """Finite scalar quantisation: each of a few channels is rounded, and there is no table."""
+
+    name: ClassVar[str] = "fsq"
+    make: ClassVar[str] = "gen_jax.models.vq.fsq:FSQ"
+
+    levels: tuple[int, ...] = (8, 8, 8)
+    """Values of each channel, at least 2; K is their product, and D their number."""
+
+    def __post_init__(self):
+        if not self.levels or min(self.levels) < 2:
+            raise ValueError(f"levels must be at least 2 each, and not none, got {self.levels}")
+        if math.prod(self.levels) >= 2**31:
+            raise ValueError(f"the codes of levels {self.levels} do not fit in 32 bits")
+
+
+@frozen
+class GaussianOptions(QuantiserOptions):
+    """A continuous latent: the encoder gives mean and variance (the VAE of latent diffusion)."""
+
+    name: ClassVar[str] = "kl"
+    make: ClassVar[str] = "gen_jax.models.vq.gaussian:Gaussian"
+
+    width: int = 4
+    """Channels D of the latent."""
+    weight: float = 1e-6
+    """Of the divergence from the standard normal, summed over the latent, in a loss that is summed
+    over the values of the image."""
+
+    def __post_init__(self):
+        if self.width < 1:
+            raise ValueError(f"width must be at least 1, got {self.width}")
+        check_not_negative("weight", self.weight)
