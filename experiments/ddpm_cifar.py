@@ -31,7 +31,7 @@ TINY = ImagesConfig(
     data=DataConfig(name="shapes", size=16),
     model=UNetConfig(widths=(32, 64), blocks=1, attention=(), groups=8, dropout=0.0, patch=2),
     diffusion=DiffusionConfig(
-        schedule="cosine", prediction="v", variance="fixed_small", time_shift=2.0
+        schedule="cosine", prediction="v", variance="fixed_small", time_shift=2.0, reference=640
     ),
     train=TrainConfig(
         steps=4000,

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -16,6 +17,7 @@ __all__ = [
     "AXIS",
     "data_mesh",
     "device_banner",
+    "gather",
     "is_varying",
     "local_mesh",
     "map_devices",
@@ -83,6 +85,21 @@ def sum(tree: Any) -> Any:
     A leaf that is equal on every device is counted once for each of them.
     """
     return jax.lax.psum(tree, AXIS)
+
+
+def gather(tree: Any) -> Any:
+    """The shares [n, ...] of all devices one after the other, [devices x n, ...], on every device.
+
+    Only inside a program of `map_devices`.
+    """
+    index, devices = jax.lax.axis_index(AXIS), jax.lax.axis_size(AXIS)
+
+    def one(leaf):
+        whole = jnp.zeros((devices, *leaf.shape), leaf.dtype)
+        whole = sum(varying(whole).at[index].set(leaf))
+        return whole.reshape(-1, *leaf.shape[1:])
+
+    return jax.tree.map(one, tree)
 
 
 def varying(tree: Any) -> Any:

@@ -60,7 +60,9 @@ def mean_gradients(
     batch: dict[str, Array],
     keys: Key[Array, " B"],
     slices: int = 1,
-) -> tuple[Any, dict[str, Array]]:
+    *,
+    outputs: bool = False,
+) -> tuple[Any, ...]:
     """The gradient of a loss by `params` and its metrics, averaged over the whole batch.
 
     It is for the `update` of a Trainable: `batch` and `keys` are one device's share, and the result
@@ -72,32 +74,45 @@ def mean_gradients(
       batch: arrays [B, ...].
       keys: one per example.
       slices: parts that the share is cut into, one after the other, to save memory; they divide B.
+      outputs: whether the loss returns (scalar, (metrics, outputs)), where the outputs are a tree
+        of arrays [B, ...].
 
     Returns:
-      The gradients, a tree as `params`, and the metrics, with the scalar itself as "loss".
+      The gradients, a tree as `params`, and the metrics, with the scalar itself as "loss". With
+      `outputs` those follow, of all of this device's examples.
     """
     # Varying over devices from here, so that gradients are summed once, at the end.
     params = parallel.varying(params)
 
     def one(batch, keys):
-        (value, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(params, batch, keys)
-        return gradients, metrics | {"loss": value}
+        (value, rest), gradients = jax.value_and_grad(loss, has_aux=True)(params, batch, keys)
+        metrics, given = rest if outputs else (rest, None)
+        return (gradients, metrics | {"loss": value}), given
 
     if slices == 1:
-        return parallel.mean(one(batch, keys))
+        total, given = one(batch, keys)
+        return (*parallel.mean(total), given) if outputs else parallel.mean(total)
 
     def cut(leaf):
         return leaf.reshape(slices, -1, *leaf.shape[1:])
 
     batch, keys = jax.tree.map(cut, batch), cut(keys)
-    total = one(jax.tree.map(lambda leaf: leaf[0], batch), keys[0])
+    total, first = one(jax.tree.map(lambda leaf: leaf[0], batch), keys[0])
 
     def add(total, some):
-        return jax.tree.map(jnp.add, total, one(*some)), None
+        more, given = one(*some)
+        return jax.tree.map(jnp.add, total, more), given
 
     rest = jax.tree.map(lambda leaf: leaf[1:], batch), keys[1:]
-    total, _ = jax.lax.scan(add, total, rest)
-    return parallel.mean(jax.tree.map(lambda leaf: leaf / slices, total))
+    total, given = jax.lax.scan(add, total, rest)
+    total = parallel.mean(jax.tree.map(lambda leaf: leaf / slices, total))
+    if not outputs:
+        return total
+
+    def join(first, later):
+        return jnp.concatenate([first, later.reshape(-1, *first.shape[1:])])
+
+    return *total, jax.tree.map(join, first, given)
 
 
 @frozen
@@ -122,6 +137,11 @@ class ModelTrainable:
         """Slices that a device's share of the batch is cut into."""
         return self.config.accumulate
 
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """Entries of the batch that the loss reads whole, on every device and in every slice."""
+        return getattr(self.model, "shared", ())
+
     def init(self, key: Key[Array, ""]) -> dict[str, Any]:
         """Fresh parameters and the state of the optimiser for them."""
         return self._begin(self.model.init(key))
@@ -130,9 +150,13 @@ class ModelTrainable:
         self, state: dict[str, Any], batch: dict[str, Array], keys: Key[Array, " B"]
     ) -> tuple[dict[str, Any], dict[str, Array]]:
         """One step down the gradient of the loss, averaged over the batch."""
-        gradients, metrics = mean_gradients(
-            self.model.loss, state["params"], batch, keys, self.accumulate
-        )
+        shared = parallel.gather({name: batch[name] for name in self.shared})
+        batch = {name: value for name, value in batch.items() if name not in shared}
+
+        def loss(params, batch, keys):
+            return self.model.loss(params, batch | shared, keys)
+
+        gradients, metrics = mean_gradients(loss, state["params"], batch, keys, self.accumulate)
         norm = optax.tree.norm(gradients)
         state = _descend(make_optimizer(self.config), gradients, state)
         return state, metrics | {"gradient_norm": norm}

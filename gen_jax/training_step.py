@@ -30,8 +30,9 @@ class Trainable(Protocol):
     """What `fit` trains: a state, and how one batch changes it.
 
     It may also have `replace_averaged(state, tree) -> state`, the state at the start with another
-    tree in the place of `averaged`, for training from given values (see `fit`), and an attribute
-    `accumulate`, the number of slices that it cuts its share of the batch into (1 without it).
+    tree in the place of `averaged`, for training from given values (see `fit`), an attribute
+    `accumulate`, the number of slices that it cuts its share of the batch into (1 without it), and
+    an attribute `shared`, names of entries of the batch that are not one for each example.
 
     Attributes:
       rules: how devices agree on the entries of the state that an update changes on each device by
@@ -132,7 +133,8 @@ def make_step(trainable: Trainable, config: TrainConfig, mesh: Mesh) -> Callable
 
 
 def _device_step(trainable, config, state, batch, stop):
-    size = jax.tree.leaves(batch)[0].shape[0]
+    shared = getattr(trainable, "shared", ())
+    size = next(len(value) for name, value in batch.items() if name not in shared)
     first = jax.lax.axis_index(parallel.AXIS) * size
     step_key = jax.random.fold_in(keys.root(config.seed, "train"), state.step)
     examples = keys.of_items(step_key, first + jnp.arange(size))

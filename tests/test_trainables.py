@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from gen_jax import checkpoint, parallel, training
 from gen_jax.config import TrainConfig
-from gen_jax.trainables import Alternating, Player, mean_gradients
+from gen_jax.trainables import Alternating, ModelTrainable, Player, mean_gradients
 from gen_jax.workdir import Workdir
 
 pytestmark = pytest.mark.usefixtures("optimised")
@@ -185,6 +185,35 @@ def test_a_batch_that_is_not_finite_leaves_no_trace(tmp_path, capsys, devices):
     assert_is(trained.state.state, expected)
     assert capsys.readouterr().err.count("loss not finite, update skipped") == 2
     assert [record["skipped"] for record in records(tmp_path)] == [0, 1, 2, 0, 0, 0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Compared:
+    """Every example is compared with the same further vectors of the batch."""
+
+    shared = ("others",)
+
+    def init(self, key):
+        return {"scale": jnp.float32(2)}
+
+    def loss(self, params, batch, keys):
+        distance = jnp.square(params["scale"] * batch["z"][:, None] - batch["others"][None])
+        return distance.mean(), {"number": jnp.float32(len(batch["others"]))}
+
+
+@pytest.mark.parametrize(("devices", "accumulate"), [(1, 1), (1, 4), (8, 1), (2, 2)])
+def test_what_all_examples_share_is_whole_on_every_device(tmp_path, devices, accumulate):
+    def batch(step):
+        return vectors(step) | {"others": vectors(step + 100)["z"][:8]}
+
+    config = dataclasses.replace(CONFIG, steps=1, accumulate=accumulate, learning_rate=0.5)
+    run(tmp_path, ModelTrainable(Compared(), config), batch, config, devices)
+    (line,) = records(tmp_path)
+    z, others = vectors(0)["z"].astype(np.float64), vectors(100)["z"][:8].astype(np.float64)
+    assert line["number"] == 8
+    assert line["loss"] == pytest.approx(np.square(2 * z[:, None] - others).mean(), rel=1e-6)
+    slope = (2 * (2 * z[:, None] - others) * z[:, None]).mean()
+    assert line["gradient_norm"] == pytest.approx(abs(slope), rel=1e-5)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,9 @@ __all__ = ["Model", "abstract_params", "check_label", "check_params"]
 class Model(Protocol):
     """A model: frozen and hashable, so that it is static under `jit`.
 
-    Models whose likelihood is exact also have `log_prob(params, batch) -> float32 [B]`, in nats.
+    Models whose likelihood is exact also have `log_prob(params, batch) -> float32 [B]`, in nats. A
+    model whose loss compares every example with the same further arrays of the batch names those in
+    an attribute `shared`.
     """
 
     def init(self, key: Key[Array, ""]) -> Any:

@@ -13,8 +13,9 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
+        "autoencoder": ["AutoencoderNetwork"],
         "attention": ["attend", "dot_product_attention", "local_attention", "rotate"],
-        "config": ["TransformerConfig", "UNetConfig"],
+        "config": ["AutoencoderConfig", "TransformerConfig", "UNetConfig"],
         "encoder_decoder": ["EncoderDecoder"],
         "layers": ["Conv3x3", "Dropout", "GroupNorm", "sinusoidal_embedding"],
         "transformer": ["TokenNetwork"],

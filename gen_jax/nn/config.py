@@ -4,7 +4,7 @@ from typing import Literal
 
 from gen_jax.config import frozen
 
-__all__ = ["TransformerConfig", "UNetConfig"]
+__all__ = ["AutoencoderConfig", "TransformerConfig", "UNetConfig"]
 
 
 @frozen
@@ -45,19 +45,14 @@ class UNetConfig:
     """Type of convolutions and matrix products; parameters and statistics stay float32."""
 
     def __post_init__(self):
-        if not self.widths or min(self.widths) < 1:
-            raise ValueError(f"widths must be positive and not empty, got {self.widths}")
+        _check_convolutional(self, ("blocks", "groups", "patch", "channels", "out_channels"))
         if self.widths[0] < 4 or self.widths[0] % 2:
             raise ValueError(
                 f"the first width, that of the time embedding, must be even and at least 4, "
                 f"got {self.widths}"
             )
-        for name in ("blocks", "groups", "patch", "channels", "out_channels"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("head_width", "classes", "norm_epsilon"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.classes < 0:
+            raise ValueError(f"classes must not be negative, got {self.classes}")
         if not 0 <= self.time_shift < self.widths[0] // 2:
             raise ValueError(
                 f"time_shift must be in [0, {self.widths[0] // 2}), half of the first width, got "
@@ -65,20 +60,77 @@ class UNetConfig:
             )
         if min(self.attention, default=1) < 1:
             raise ValueError(f"attention is at heights of at least 1, got {self.attention}")
-        for width in self.widths:
-            if width % self.groups:
-                raise ValueError(f"groups ({self.groups}) must divide every width {self.widths}")
-            if self.head_width and width % self.head_width:
-                raise ValueError(
-                    f"head_width ({self.head_width}) must divide every width {self.widths}"
-                )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
 
     @property
     def stride(self) -> int:
         """The factor by which the coarsest feature map is smaller than the image."""
         return self.patch * 2 ** (len(self.widths) - 1)
+
+
+@frozen
+class AutoencoderConfig:
+    """The convolutional autoencoder of VQGAN (2012.09841) and latent diffusion (2112.10752)."""
+
+    widths: tuple[int, ...] = (128, 128, 256, 256, 512)
+    """Channels at each resolution, finest first; the resolution halves from one to the next."""
+    blocks: int = 2
+    """Residual blocks at each resolution of the encoder (one more in the decoder)."""
+    attention: tuple[int, ...] = ()
+    """Levels, 0 for the finest, that get self-attention after each block."""
+    middle_attention: bool = True
+    """Self-attention at the coarsest level, between two more blocks."""
+    head_width: int = 0
+    """Channels of one attention head; 0 for a single head."""
+    groups: int = 32
+    """Groups of the group normalisation."""
+    norm_epsilon: float = 1e-6
+    """Added to the variance in group normalisation."""
+    dropout: float = 0.0
+    """Dropout rate inside the residual blocks."""
+    patch: int = 1
+    """Side of the square of pixels folded into channels before the network."""
+    channels: int = 3
+    """Channels of the image."""
+    latent_channels: int = 0
+    """Channels of the encoder's output before it is projected to what the quantiser reads; 0 for as
+    many."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of convolutions and matrix products; parameters and statistics stay float32."""
+
+    def __post_init__(self):
+        _check_convolutional(self, ("blocks", "groups", "patch", "channels"))
+        if self.latent_channels < 0:
+            raise ValueError(f"latent_channels must not be negative, got {self.latent_channels}")
+        if not set(self.attention) <= set(range(len(self.widths))):
+            raise ValueError(
+                f"attention names levels from 0 to {len(self.widths) - 1}, got {self.attention}"
+            )
+
+    @property
+    def stride(self) -> int:
+        """The factor by which the latent is smaller than the image."""
+        return self.patch * 2 ** (len(self.widths) - 1)
+
+
+def _check_convolutional(config, at_least_one):
+    """What both networks of images ask of their sizes."""
+    if not config.widths or min(config.widths) < 1:
+        raise ValueError(f"widths must be positive and not empty, got {config.widths}")
+    for name in at_least_one:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
+    for name in ("head_width", "norm_epsilon"):
+        if getattr(config, name) < 0:
+            raise ValueError(f"{name} must not be negative, got {getattr(config, name)}")
+    for width in config.widths:
+        if width % config.groups:
+            raise ValueError(f"groups ({config.groups}) must divide every width {config.widths}")
+        if config.head_width and width % config.head_width:
+            raise ValueError(
+                f"head_width ({config.head_width}) must divide every width {config.widths}"
+            )
+    if not 0 <= config.dropout < 1:
+        raise ValueError(f"dropout must be in [0, 1), got {config.dropout}")
 
 
 @frozen

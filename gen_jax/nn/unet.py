@@ -6,75 +6,28 @@ differ: images may be folded into patches first, and an embedding of the class m
 of time.
 """
 
-from typing import Any, no_type_check
+from typing import Any
 
 import flax.linen as nn
-import flax.struct
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float, Float32, Int, Key, Num
 
-import kernels
 from gen_jax.config import frozen
-from gen_jax.nn.config import UNetConfig
-from gen_jax.nn.layers import (
-    Conv3x3,
-    Dropout,
-    GroupNorm,
-    sinusoidal_embedding,
-    uniform_init,
-    zeros_init,
+from gen_jax.nn.blocks import (
+    AttentionBlock,
+    PreparedParams,
+    ResidualBlock,
+    downsample,
+    prepare_convolutions,
+    variables,
 )
+from gen_jax.nn.config import UNetConfig
+from gen_jax.nn.layers import Conv3x3, GroupNorm, sinusoidal_embedding, uniform_init, zeros_init
 
-__all__ = ["PreparedParams", "UNetNetwork"]
-
-
-class ResidualBlock(nn.Module):
-    """Two convolutions, with the embedding of time between them, and a shortcut."""
-
-    config: UNetConfig
-    width: int
-
-    @nn.compact
-    def __call__(self, x, embedding, keys):  # [B, height, width, C] -> [.., C of `self.width`]
-        config, dtype = self.config, jnp.dtype(self.config.dtype)
-        h = GroupNorm(config.groups, config.norm_epsilon, name="norm_0")(x)
-        h = Conv3x3(self.width, dtype, name="conv_0")(h)
-        shift = nn.Dense(self.width, dtype=dtype, kernel_init=uniform_init, name="time")(embedding)
-        h = h + shift[:, None, None, :]
-        h = GroupNorm(config.groups, config.norm_epsilon, name="norm_1")(h)
-        h = Dropout(config.dropout, name="dropout")(h, keys)
-        h = Conv3x3(self.width, dtype, zeros_init, name="conv_1")(h)
-        if x.shape[-1] != self.width:
-            x = nn.Dense(self.width, dtype=dtype, kernel_init=uniform_init, name="shortcut")(x)
-        return x + h
-
-
-class AttentionBlock(nn.Module):
-    """Self-attention over all positions of a feature map, added to it."""
-
-    config: UNetConfig
-
-    @nn.compact
-    def __call__(self, x):  # [B, height, width, C] -> the same
-        config, dtype = self.config, jnp.dtype(self.config.dtype)
-        channels = x.shape[-1]
-        heads = channels // config.head_width if config.head_width else 1
-        h = GroupNorm(config.groups, config.norm_epsilon, silu=False, name="norm")(x)
-        h = rearrange(h, "b h w c -> b (h w) c")
-        qkv = nn.Dense(3 * channels, dtype=dtype, kernel_init=uniform_init, name="qkv")(h)
-        # Parts of the last axis: with the parts in front, the gradient would be transposed.
-        parts = jnp.split(qkv, 3, axis=-1)
-        q, k, v = (rearrange(part, "b l (n d) -> b l n d", n=heads) for part in parts)
-        logits = jnp.einsum("bqnd,bknd->bnqk", q, k, preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(logits * (channels // heads) ** -0.5, axis=-1).astype(dtype)
-        h = jnp.einsum("bnqk,bknd->bqnd", weights, v)
-        h = rearrange(h, "b l n d -> b l (n d)")
-        h = nn.Dense(channels, dtype=dtype, kernel_init=zeros_init, name="project")(h)
-        return x + h.reshape(x.shape)
+__all__ = ["UNetNetwork"]
 
 
 class UNet(nn.Module):
@@ -114,16 +67,8 @@ class UNet(nn.Module):
                     h = AttentionBlock(config, name=f"down_{level}_attention_{i}")(h)
                 skips.append(h)
             if level != len(config.widths) - 1:
-                halve = nn.Conv(
-                    width,
-                    (3, 3),
-                    strides=2,
-                    padding=[(int(config.downsampling == "both"), 1)] * 2,
-                    dtype=dtype,
-                    kernel_init=uniform_init,
-                    name=f"down_{level}_conv",
-                )
-                h = halve(h)
+                both = config.downsampling == "both"
+                h = downsample(width, dtype, both_sides=both, name=f"down_{level}_conv")(h)
                 skips.append(h)
         return skips
 
@@ -175,20 +120,6 @@ def _check_input(config, x, label):
         raise ValueError("a network without null_class needs a label for each image")
 
 
-@no_type_check  # jax also makes trees of this class whose leaves are no arrays
-@flax.struct.dataclass
-class PreparedParams:
-    """Parameters of a UNet in the form that the loop of a sampler reads.
-
-    Attributes:
-      params: in the type that is computed with.
-      prepared: transformed weights of 3 x 3 convolutions, which are read instead of some of them.
-    """
-
-    params: Any
-    prepared: Any
-
-
 @frozen
 class UNetNetwork:
     """The UNet as pure functions of a tree of parameters; hashable by its sizes."""
@@ -207,17 +138,7 @@ class UNetNetwork:
         Weights in the type that is computed with, and transformed weights of 3 x 3 convolutions
         where the platform reads those. The network's output does not change beyond rounding.
         """
-        dtype = jnp.dtype(self.config.dtype)
-        flat, prepared = flax.traverse_util.flatten_dict(params), {}
-        for path, leaf in flat.items():
-            if not path[-2].startswith("norm"):  # normalisation stays in float32
-                flat[path] = leaf.astype(dtype)
-            if path[-2].startswith("conv_") and path[-1] == "kernel":
-                transformed = kernels.prepare_conv_3x3(flat[path])
-                if transformed is not None:
-                    prepared[path] = transformed
-        unflatten = flax.traverse_util.unflatten_dict
-        return PreparedParams(unflatten(flat), unflatten(prepared))
+        return prepare_convolutions(params, jnp.dtype(self.config.dtype))
 
     def __call__(
         self,
@@ -244,7 +165,4 @@ class UNetNetwork:
           ValueError: the image does not fit the network, a label was given without classes, or none
             where one is needed.
         """
-        variables = {"params": params}
-        if isinstance(params, PreparedParams):
-            variables = {"params": params.params, "prepared": params.prepared}
-        return UNet(self.config).apply(variables, x, t, label, keys)
+        return UNet(self.config).apply(variables(params), x, t, label, keys)

@@ -149,7 +149,7 @@ def test_what_it_refuses():
         ({"widths": (8, 12), "groups": 8}, "must divide every width"),
         ({"widths": ()}, "widths must be positive and not empty"),
         ({"widths": [8, 16]}, "widths must be a tuple"),
-        ({"widths": (2, 16)}, "must be even and at least 4"),
+        ({"widths": (2, 16), "groups": 2}, "must be even and at least 4"),
         ({"blocks": 0}, "blocks must be at least 1"),
         ({"blocks": 1.5}, "blocks must be a whole number"),
         ({"attention": (0,)}, "attention is at heights of at least 1"),

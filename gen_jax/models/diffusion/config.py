@@ -29,6 +29,10 @@ class DiffusionConfig:
     time_shift: float = 1.0
     """Training draws t / T = s u / (1 + (s - 1) u) with u uniform (Esser et al. 2024, 2403.03206,
     equation 23): above 1 more of the noisy steps, where the layout of an image is decided."""
+    reference: int = 0
+    """Further images of the training set, drawn for every step, by which the clean image in the
+    target becomes its mean given x_t (stable targets, Xu et al. 2023, 2302.00670); 0 for the image
+    alone."""
     vlb_weight: float = 0.001
     """Weight of the variational lower bound in the loss when the variance is learned."""
     label_dropout: float = 0.1
@@ -47,6 +51,8 @@ class DiffusionConfig:
             raise ValueError(
                 "time_shift must be 1 where the variance is learned: its bound needs uniform times"
             )
+        if self.reference < 0:
+            raise ValueError(f"reference must not be negative, got {self.reference}")
         if self.vlb_weight < 0:
             raise ValueError(f"vlb_weight must not be negative, got {self.vlb_weight}")
         if not 0 <= self.label_dropout < 1:

@@ -13,8 +13,10 @@ from gen_jax.keys import fold_in_each
 from gen_jax.models.diffusion.config import DiffusionConfig
 from gen_jax.models.diffusion.process import (
     diffuse,
+    noise_between,
     normal_each,
     split_each,
+    stable_x0,
     target,
     to_signal,
 )
@@ -90,6 +92,13 @@ class DiffusionModel:
         return getattr(getattr(self.network, "config", None), "classes", 0)
 
     @property
+    def shared(self) -> tuple[str, ...]:
+        """Entries of a batch that every example is compared with, not one for each."""
+        if not self.process.reference:
+            return ()
+        return ("reference", "reference_label") if self.classes else ("reference",)
+
+    @property
     def null_class(self) -> bool:
         """Whether the network also predicts without a label."""
         return getattr(getattr(self.network, "config", None), "null_class", True)
@@ -106,7 +115,8 @@ class DiffusionModel:
         Args:
           params: of the network.
           batch: "image" uint8 [B, height, width, C], and "label" integers [B] for a conditional
-            network only.
+            network only. Where the process has a reference, "reference" uint8 [R, height, width, C]
+            and, with labels, "reference_label" [R], of which those of an image's class count.
           keys: one per example: time, noise, label dropout and dropout depend on them.
 
         Returns:
@@ -114,7 +124,8 @@ class DiffusionModel:
           has its parts "simple" and "vlb" (in bits per dimension); else it is empty.
 
         Raises:
-          ValueError: labels are to be hidden from a network that always needs one.
+          ValueError: labels are to be hidden from a network that always needs one, or there is no
+            reference where the process has one.
         """
         x0 = to_signal(batch["image"])
         t_keys, noise_keys, label_keys, dropout_keys = split_each(keys, 4)
@@ -130,7 +141,7 @@ class DiffusionModel:
 
         x = diffuse(self.schedule, x0, t, noise)
         output, variance_output = self.predict(params, x, t, label, dropout_keys)
-        simple = jnp.square(output - target(self.schedule, x0, t, noise)).mean()
+        simple = jnp.square(output - self._target(batch, x0, x, t, noise, label)).mean()
         if variance_output is None:
             return simple, {}
         # 2102.09672 eq. 16: the bound trains the variance alone; T L_t estimates the sum over t.
@@ -138,6 +149,19 @@ class DiffusionModel:
         terms = vlb_term(self.schedule, x0, x, t, output, variance_output)
         vlb = self.process.timesteps * terms.mean()
         return simple + self.process.vlb_weight * vlb, {"simple": simple, "vlb": vlb}
+
+    def _target(self, batch, x0, x, t, noise, label):
+        """What the network should predict, with the mean of clean images where there are others."""
+        if not self.process.reference:
+            return target(self.schedule, x0, t, noise)
+        if "reference" not in batch:
+            raise ValueError('the process has a reference: the batch needs "reference" images')
+        allowed = None
+        if label is not None:
+            allowed = (label[:, None] == batch["reference_label"][None]) | (label[:, None] < 0)
+        others = to_signal(batch["reference"])
+        mean = stable_x0(self.schedule, x0, x, t, others, allowed)
+        return target(self.schedule, mean, t, noise_between(self.schedule, mean, x, t))
 
     def _times(self, keys):
         """A time step [B] for each example."""

@@ -6,16 +6,18 @@ Random numbers come from one key per image, so that neither the batch nor the de
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, Shaped
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from gen_jax.models.diffusion.schedule import Schedule, x0_weights
 
 __all__ = [
     "at",
     "diffuse",
+    "noise_between",
     "normal_each",
     "predicted_x0",
     "split_each",
+    "stable_x0",
     "target",
     "to_signal",
 ]
@@ -36,6 +38,17 @@ def diffuse(
     return at(np.sqrt(schedule.alpha_bar), t) * x0 + at(np.sqrt(1 - schedule.alpha_bar), t) * noise
 
 
+def noise_between(
+    schedule: Schedule,
+    x0: Float[Array | np.ndarray, "B height width C"],
+    x: Float[Array, "B height width C"],
+    t: Int[Array | np.ndarray, " B"],
+) -> Float[Array, "B height width C"]:
+    """The unit noise by which `diffuse` goes from x_0 to x_t."""
+    alpha, sigma = at(np.sqrt(schedule.alpha_bar), t), at(np.sqrt(1 - schedule.alpha_bar), t)
+    return (x - alpha * x0) / sigma
+
+
 def target(
     schedule: Schedule,
     x0: Float[Array | np.ndarray, "B height width C"],
@@ -50,6 +63,54 @@ def target(
         return x0
     alpha, sigma = at(np.sqrt(schedule.alpha_bar), t), at(np.sqrt(1 - schedule.alpha_bar), t)
     return alpha * noise - sigma * x0
+
+
+def stable_x0(
+    schedule: Schedule,
+    x0: Float[Array | np.ndarray, "B height width C"],
+    x: Float[Array, "B height width C"],
+    t: Int[Array | np.ndarray, " B"],
+    reference: Float[Array | np.ndarray, "R height width C"],
+    allowed: Bool[Array, "B R"] | None = None,
+) -> Float[Array, "B height width C"]:
+    """The mean of clean images given x_t, over the image itself and others (2302.00670, eq. 6).
+
+    An image x_i has the weight q(x_t | x_i), normalised over all; a copy of the image itself among
+    the others has none. The network that predicts best from such targets is the same as from the
+    image alone, and the targets differ less.
+
+    Args:
+      schedule: of the process.
+      x0: the images that `x` was diffused from.
+      x: x_t.
+      t: their time steps.
+      reference: the other images.
+      allowed: which of them count for which image; None for all.
+    """
+    flat, own, others = (values.reshape(len(values), -1) for values in (x, x0, reference))
+    alpha_bar = jnp.asarray(schedule.alpha_bar, jnp.float32)[t][:, None]
+    alpha = jnp.sqrt(alpha_bar)
+
+    def log_weight(product, square):  # [B, n] each, up to what all images share
+        return (alpha * product - 0.5 * alpha_bar * square) / (1 - alpha_bar)
+
+    precision = jax.lax.Precision.HIGHEST
+    products = jnp.einsum("bd,rd->br", flat, others, precision=precision)
+    weights = log_weight(products, jnp.square(others).sum(axis=1)[None])
+    is_copy = _fingerprint(own)[:, None] == _fingerprint(others)[None]
+    counts = ~is_copy if allowed is None else allowed & ~is_copy
+    weights = jnp.where(counts, weights, -jnp.inf)
+    ours = log_weight((flat * own).sum(1, keepdims=True), jnp.square(own).sum(1, keepdims=True))
+    weights = jax.nn.softmax(jnp.concatenate([ours, weights], axis=1), axis=1)
+    mean = jnp.einsum("br,rd->bd", weights[:, 1:], others, precision=precision)
+    return (weights[:, :1] * own + mean).reshape(x.shape)
+
+
+def _fingerprint(flat):
+    """A number [n] of each row of float32 [n, D], by its bits; different ones for what differs."""
+    bits = jax.lax.bitcast_convert_type(flat, jnp.uint32)
+    odd = np.random.default_rng(0).integers(0, 2**31, flat.shape[1], np.uint32) * 2 + 1
+    return (bits * odd[None]).sum(axis=1, dtype=jnp.uint32)
 
 
 def predicted_x0(

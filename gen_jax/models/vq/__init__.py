@@ -22,10 +22,18 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
+        "autoencoder": ["Autoencoder", "CodingNetwork", "Losses"],
         "codebook": ["Codebook"],
-        "config": ["CodebookOptions", "FSQOptions", "GaussianOptions", "QuantiserOptions"],
+        "config": [
+            "AutoencoderOptions",
+            "CodebookOptions",
+            "FSQOptions",
+            "GaussianOptions",
+            "QuantiserOptions",
+        ],
         "contract": ["Quantised", "Quantiser", "straight_through", "usage"],
         "fsq": ["FSQ"],
         "gaussian": ["Gaussian", "kl_divergence"],
+        "trainable": ["AutoencoderTrainable"],
     },
 )

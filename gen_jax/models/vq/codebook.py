@@ -122,6 +122,7 @@ class Codebook:
     def update(
         self,
         params: dict[str, Any],
+        descended: dict[str, Any],
         statistics: dict[str, Any],
         latents: Float[Array, "B height width D"],
         code: Int32[Array, "B ..."],
@@ -132,13 +133,12 @@ class Codebook:
         With n_k of the batch's vectors z nearest to entry k: N_k <- g N_k + (1 - g) n_k,
         m_k <- g m_k + (1 - g) sum of these z, and the entry is m_k over N_k with Laplace smoothing.
         """
-        options = self.options
-        codebook, statistics = params["codebook"], dict(statistics)
+        options, before = self.options, params["codebook"]
+        codebook, statistics = descended["codebook"], dict(statistics)
         counts = batch_counts(code, options.codes, options.depth)
         metrics = usage(counts)
-        before = codebook
         if options.update == "moving_average":
-            sums = self._sums(codebook, latents, code)
+            sums = self._sums(before, latents, code)
             old, new = options.decay, 1 - options.decay
             statistics["counts"] = old * statistics["counts"] + new * counts
             statistics["sums"] = old * statistics["sums"] + new * sums
@@ -223,17 +223,5 @@ def _candidates(latents, keys, number):
         return vectors[places], jax.random.uniform(order_key, (each,))
 
     drawn, order = jax.vmap(draw)(keys, flat)
-    drawn, order = _gather((drawn.reshape(-1, width), order.reshape(-1)))
+    drawn, order = parallel.gather((drawn.reshape(-1, width), order.reshape(-1)))
     return drawn[jnp.argsort(order)]
-
-
-def _gather(tree):
-    """Rows [devices x n, ...] of all devices in order, equal on every device."""
-    index, devices = jax.lax.axis_index(parallel.AXIS), jax.lax.axis_size(parallel.AXIS)
-
-    def one(leaf):
-        whole = jnp.zeros((devices, *leaf.shape), leaf.dtype)
-        whole = parallel.sum(parallel.varying(whole).at[index].set(leaf))
-        return whole.reshape(-1, *leaf.shape[1:])
-
-    return jax.tree.map(one, tree)

@@ -6,7 +6,22 @@ from typing import ClassVar, Literal
 from gen_jax.config import Choice, frozen
 from gen_jax.models.options import check_not_negative
 
-__all__ = ["CodebookOptions", "FSQOptions", "GaussianOptions", "QuantiserOptions"]
+__all__ = [
+    "AutoencoderOptions",
+    "CodebookOptions",
+    "FSQOptions",
+    "GaussianOptions",
+    "QuantiserOptions",
+]
+
+
+@frozen
+class AutoencoderOptions:
+    """The loss of an autoencoder."""
+
+    loss: Literal["mse", "l1"] = "mse"
+    """Error of reconstruction in [-1, 1]: squared (VQ-VAE) or absolute (VQGAN, latent diffusion);
+    a mean over values."""
 
 
 @frozen

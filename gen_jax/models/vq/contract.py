@@ -67,6 +67,7 @@ class Quantiser(Protocol):
     def update(
         self,
         params: dict[str, Any],
+        descended: dict[str, Any],
         statistics: dict[str, Any],
         latents: Float[Array, "B height width inputs"],
         code: Int32[Array, "B ..."] | None,
@@ -76,6 +77,14 @@ class Quantiser(Protocol):
 
         It is called inside of a program of `parallel.map_devices` with one device's share of the
         batch; what it returns is equal on every device.
+
+        Args:
+          params: that the batch was quantised with.
+          descended: the same after the step of the optimiser.
+          statistics: what training carries along.
+          latents: of the batch.
+          code: that they were given.
+          keys: one per example.
         """
 
 

@@ -106,14 +106,15 @@ class FSQ:
     def update(
         self,
         params: dict[str, Any],
+        descended: dict[str, Any],
         statistics: dict[str, Any],
         latents: Float[Array, "B height width D"],
         code: Int32[Array, "B height width"],
         keys: Key[Array, " B"],
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Array]]:
         """Nothing changes; the usage of codes in the batch."""
-        del latents, keys
-        return params, statistics, usage(batch_counts(code, self.codes))
+        del params, latents, keys
+        return descended, statistics, usage(batch_counts(code, self.codes))
 
 
 def _last(row):

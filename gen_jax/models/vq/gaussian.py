@@ -80,13 +80,14 @@ class Gaussian:
     def update(
         self,
         params: dict[str, Any],
+        descended: dict[str, Any],
         statistics: dict[str, Any],
         latents: Float[Array, "B height width inputs"],
         code: None,
         keys: Key[Array, " B"],
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Array]]:
         """Nothing changes."""
-        return params, statistics, {}
+        return descended, statistics, {}
 
 
 def moments(latents):

@@ -125,6 +125,11 @@ class ImagesConfig(RunConfig):
         splits = {split: image_data.load(self.data, split) for split in self.splits(phases)}
         for images in splits.values():
             self._check_images(images)
+        if "train" in splits and self.diffusion.reference > len(splits["train"]):
+            raise ValueError(
+                f"diffusion.reference is {self.diffusion.reference}, but there are "
+                f"{len(splits['train'])} training images"
+            )
         return splits
 
     def _check_images(self, images):

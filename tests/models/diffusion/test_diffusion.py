@@ -1,5 +1,6 @@
 """The forward process, the loss and the bound against closed forms and brute force."""
 
+import dataclasses
 import functools
 import subprocess
 import sys
@@ -50,6 +51,7 @@ def test_importing_what_the_command_line_needs_loads_no_jax():
         ({"beta_end": float("nan")}, "beta_end must be finite"),
         ({"time_shift": 0.0}, "time_shift must be positive"),
         ({"time_shift": 2.0, "variance": "learned"}, "time_shift must be 1 where the variance is"),
+        ({"reference": -1}, "reference must not be negative, got -1"),
         ({"vlb_weight": -1.0}, "vlb_weight must not be negative"),
         ({"label_dropout": 1.0}, r"label_dropout must be in \[0, 1\)"),
     ],
@@ -110,6 +112,63 @@ def test_the_target_gives_the_clean_image_back(prediction):
     x = forward.diffuse(schedule, x0, t, noise)
     output = forward.target(schedule, x0, t, noise)
     np.testing.assert_allclose(forward.predicted_x0(schedule, x, t, output), x0, atol=2e-5)
+
+
+@pytest.mark.parametrize("process", [LINEAR, COSINE])
+def test_stable_targets_are_means_given_the_noisy_image(process):
+    """By the weights q(x_t | x_i) in float64, over the image itself and others that are no copy."""
+    schedule, shape = Schedule(process), (3, 2, 2, 1)
+    x0, noise = (jax.random.normal(jax.random.key(i), shape) for i in range(2))
+    others = jax.random.normal(jax.random.key(2), (5, 2, 2, 1)).at[3].set(x0[1])
+    allowed = np.array([[1, 1, 1, 1, 1], [1, 1, 1, 1, 0], [0, 0, 0, 0, 0]], bool)
+    for step in (0, 300, 600, 999):
+        t = jnp.full(3, step)
+        x = forward.diffuse(schedule, x0, t, noise)
+        got = jax.jit(forward.stable_x0, static_argnums=0)(schedule, x0, x, t, others, allowed)
+        alpha_bar = schedule.alpha_bar[step]
+        for i in range(3):
+            kept = [np.asarray(o, np.float64) for o, a in zip(others, allowed[i], strict=True) if a]
+            images = [np.asarray(x0[i], np.float64)]
+            images += [image for image in kept if (image != images[0]).any()]
+            distance = [((x[i] - np.sqrt(alpha_bar) * image) ** 2).sum() for image in images]
+            weights = np.exp(-0.5 * (np.array(distance) - min(distance)) / (1 - alpha_bar))
+            mean = sum(w * image for w, image in zip(weights / weights.sum(), images, strict=True))
+            np.testing.assert_allclose(got[i], mean, atol=1e-4)
+        if step == 0:
+            np.testing.assert_allclose(got, x0, atol=1e-5)
+    np.testing.assert_array_equal(got[2], x0[2])
+
+
+def test_the_noise_between_two_images_is_what_diffused_one():
+    schedule, t = Schedule(COSINE), jnp.array([0, 500, 990])
+    x0, noise = (jax.random.normal(jax.random.key(i), (3, 2, 2, 1)) for i in range(2))
+    x = forward.diffuse(schedule, x0, t, noise)
+    np.testing.assert_allclose(forward.noise_between(schedule, x0, x, t), noise, atol=1e-4)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "x0", "v"])
+def test_stable_targets_of_a_whole_set_are_the_exact_predictors(prediction):
+    """With all images as reference the loss of the exact denoiser of the set is zero."""
+    images = np.random.default_rng(0).integers(0, 256, (6, 2, 2, 1), np.uint8)
+    process = DiffusionConfig(prediction=prediction, schedule="cosine", reference=6)
+    schedule, signal = Schedule(process), jnp.asarray(images, jnp.float32) / 127.5 - 1
+
+    def denoise(params, x, t, label=None, keys=None):
+        square = jnp.square(x[:, None] - at(np.sqrt(schedule.alpha_bar), t)[:, None] * signal[None])
+        variance = at(1 - schedule.alpha_bar, t)[:, 0, 0]
+        weights = jax.nn.softmax(-0.5 * square.sum((2, 3, 4)) / variance, axis=1)
+        x0 = jnp.einsum("bn,nhwc->bhwc", weights, signal)
+        return forward.target(schedule, x0, t, forward.noise_between(schedule, x0, x, t))
+
+    keys = jax.random.split(jax.random.key(0), 600)
+    batch = {"image": np.repeat(images, 100, 0), "reference": images}
+    exact = DiffusionModel(FunctionNetwork(denoise), process, (2, 2, 1))
+    assert exact.loss({}, batch, keys)[0] < 1e-5
+    alone = dataclasses.replace(exact, process=dataclasses.replace(process, reference=0))
+    assert alone.loss({}, batch, keys)[0] > 0.01
+    assert (exact.shared, alone.shared) == (("reference",), ())
+    with pytest.raises(ValueError, match='the batch needs "reference" images'):
+        exact.loss({}, {"image": images}, keys[:6])
 
 
 def test_loss_of_the_exact_predictor_is_the_floor():

@@ -41,14 +41,14 @@ def sample_keys(step=0, batch=8):
 def update(quantiser, params, statistics, z, step=0, devices=1):
     """One update on a mesh of devices, with the codes that the parameters give."""
     code = quantiser.quantise(params, z).code
-    arguments = params, statistics, z, code, sample_keys(step, len(z))
+    arguments = params, params, statistics, z, code, sample_keys(step, len(z))
     return mapped_update(quantiser, devices)(*arguments)
 
 
 @functools.cache
 def mapped_update(quantiser, devices):
     mesh, data = Mesh(np.array(jax.devices()[:devices]), (parallel.AXIS,)), P(parallel.AXIS)
-    places = (P(), P(), data, data, data), (P(), P(), P())
+    places = (P(), P(), P(), data, data, data), (P(), P(), P())
     return parallel.map_devices(mesh, quantiser.update, *places)
 
 

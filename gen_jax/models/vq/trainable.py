@@ -1,0 +1,88 @@
+"""Training of an autoencoder: the gradient's step, and that of the quantiser's moving averages."""
+
+import types
+from typing import Any
+
+import optax
+from jaxtyping import Array, Key
+
+from gen_jax.config import TrainConfig, frozen
+from gen_jax.models.vq.autoencoder import Autoencoder
+from gen_jax.trainables import make_optimizer, mean_gradients
+
+__all__ = ["AutoencoderTrainable"]
+
+
+@frozen
+class AutoencoderTrainable:
+    """An autoencoder on the common loop; see `training_step.Trainable`.
+
+    The state is {"params", "optimizer", "statistics"}: the parameters of the model, and what the
+    quantiser carries along. Where entries of a codebook are moving averages they replace what the
+    optimiser makes of them. The moving average of the loop is that of all parameters. Metrics are
+    "loss", "reconstruction", "gradient_norm", and for discrete codes "perplexity" and "used" of the
+    batch.
+
+    Attributes:
+      model: the autoencoder.
+      config: the optimiser, and `accumulate`.
+    """
+
+    model: Autoencoder
+    config: TrainConfig
+
+    rules = types.MappingProxyType({})
+
+    @property
+    def accumulate(self) -> int:
+        """Slices that a device's share of the batch is cut into."""
+        return self.config.accumulate
+
+    def init(self, key: Key[Array, ""]) -> dict[str, Any]:
+        """Fresh parameters, the state of the optimiser, and statistics of nothing."""
+        return self._begin(self.model.init(key))
+
+    def update(
+        self, state: dict[str, Any], batch: dict[str, Array], keys: Key[Array, " B"]
+    ) -> tuple[dict[str, Any], dict[str, Array]]:
+        """One step down the gradient, and one of the quantiser."""
+        params, quantiser = state["params"], self.model.quantiser
+
+        def loss(params, batch, keys):
+            parts = self.model.losses(params, batch, keys)
+            metrics = {"reconstruction": parts.reconstruction}
+            return parts.total, (metrics, (parts.latents, parts.quantised.code))
+
+        gradients, metrics, (latents, code) = mean_gradients(
+            loss, params, batch, keys, self.accumulate, outputs=True
+        )
+        updates, optimizer = make_optimizer(self.config).update(
+            gradients, state["optimizer"], params
+        )
+        descended = optax.apply_updates(params, updates)
+        own, statistics, usage = quantiser.update(
+            params["quantiser"],
+            descended["quantiser"],
+            state["statistics"],
+            latents,
+            code,
+            keys,
+        )
+        metrics |= {"gradient_norm": optax.tree.norm(gradients), **usage}
+        params = descended | {"quantiser": own}
+        return {"params": params, "optimizer": optimizer, "statistics": statistics}, metrics
+
+    def averaged(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The parameters."""
+        return state["params"]
+
+    def replace_averaged(self, state: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
+        """The state that begins with these parameters instead."""
+        return self._begin(tree)
+
+    def _begin(self, params):
+        return {
+            "params": params,
+            "optimizer": make_optimizer(self.config).init(params),
+            "statistics": self.model.quantiser.init_statistics(params["quantiser"]),
+        }
