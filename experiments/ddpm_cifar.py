@@ -34,7 +34,7 @@ TINY = ImagesConfig(
         schedule="cosine", prediction="v", variance="fixed_small", time_shift=2.0, reference=640
     ),
     train=TrainConfig(
-        steps=4000,
+        steps=3600,
         batch=32,
         learning_rate=4e-3,
         warmup=100,

@@ -9,6 +9,12 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
+        "diffusers_autoencoders": [
+            "load_diffusers_kl",
+            "load_diffusers_vq",
+            "save_diffusers_kl",
+            "save_diffusers_vq",
+        ],
         "diffusers": ["load_diffusers_unet", "save_diffusers_unet"],
         "transformers": ["load_gpt2", "load_llama", "load_transformers", "save_gpt2"],
     },

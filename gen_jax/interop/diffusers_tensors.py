@@ -131,6 +131,8 @@ def _export(leaves, names):
                 part = np.moveaxis(part, (-1, -2), (0, 1))
             if _POINTWISE.search(name):
                 part = part[:, :, None, None]
+            if path[-1] == "codebook":  # the first table of one
+                part = part[0]
             tensors[name] = part
     return tensors
 
