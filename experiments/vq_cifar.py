@@ -1,0 +1,88 @@
+"""Autoencoders with a compressed space in between, the first of two stages.
+
+VQ-VAE (van den Oord et al. 2017, 1711.00937), VQGAN without its critic (Esser et al. 2021,
+2012.09841), FSQ (Mentzer et al. 2023, 2309.15505), the continuous latent of Rombach et al. 2022
+(2112.10752).
+
+    python -m experiments.vq_cifar
+        Preset tiny: 16-pixel shapes as 16 codes, two CPU cores, no network.
+
+    python -m experiments.vq_cifar --quantiser fsq        # or: kl; --quantiser.depth 2
+        The same with another quantiser.
+
+    python -m experiments.vq_cifar --preset cpu --data.dir DIR
+        CIFAR-10 as 8 x 8 codes, for as long as a CPU can be spared.
+
+    python -m experiments.vq_cifar --preset paper --data.dir DIR
+        The sizes of VQ-VAE: 512 codes of width 64, 8 x 8 of them. Published with a prior: 4.67
+        bits/dim.
+
+DIR holds cifar-10-batches-bin. What was measured, with hardware and time, is in docs/results.md.
+"""
+
+import sys
+
+from gen_jax import cli
+from gen_jax.config import TrainConfig
+from gen_jax.data import DataConfig
+from gen_jax.models.vq.config import CodebookOptions
+from gen_jax.nn.config import AutoencoderConfig
+from gen_jax.tasks.autoencoder.config import AutoencoderRunConfig, EvaluateConfig
+
+TINY = AutoencoderRunConfig(
+    workdir="runs/vq_cifar_tiny",
+    data=DataConfig(name="shapes", size=16),
+    model=AutoencoderConfig(widths=(32, 64), blocks=1, middle_attention=True, groups=8, patch=2),
+    quantiser=CodebookOptions(codes=64, width=8, restart_every=50),
+    train=TrainConfig(
+        steps=1500,
+        batch=32,
+        learning_rate=2e-3,
+        warmup=50,
+        decay="cosine",
+        beta2=0.99,
+        ema=0.98,
+        ema_warmup=True,
+        log_every=50,
+        checkpoint_every=500,
+    ),
+)
+
+CPU = AutoencoderRunConfig(
+    workdir="runs/vq_cifar_cpu",
+    data=DataConfig(name="cifar10", flip=True),
+    model=AutoencoderConfig(widths=(32, 64), blocks=1, groups=8, patch=2),
+    quantiser=CodebookOptions(codes=512, width=16),
+    train=TrainConfig(
+        steps=6000,
+        batch=32,
+        learning_rate=1e-3,
+        warmup=100,
+        decay="cosine",
+        beta2=0.99,
+        ema=0.995,
+        ema_warmup=True,
+        checkpoint_every=1000,
+        evaluate_every=1000,
+    ),
+)
+
+PAPER = AutoencoderRunConfig(
+    workdir="runs/vq_cifar_paper",
+    data=DataConfig(name="cifar10", flip=True),
+    model=AutoencoderConfig(widths=(256, 256, 256), blocks=1, middle_attention=False, groups=32),
+    quantiser=CodebookOptions(codes=512, width=64),
+    train=TrainConfig(
+        steps=250_000, batch=128, learning_rate=2e-4, warmup=0, evaluate_every=10_000
+    ),
+    evaluate=EvaluateConfig(images=10_000, batch=256),
+)
+
+EXPERIMENT = cli.Experiment(
+    name="vq_cifar",
+    about="Autoencoders of images: the embedded shapes set (the default), or CIFAR-10.",
+    presets={"tiny": TINY, "cpu": CPU, "paper": PAPER},
+)
+
+if __name__ == "__main__":
+    sys.exit(cli.main(EXPERIMENT))

@@ -1,0 +1,66 @@
+"""The configuration of autoencoders of images, and their data; importing this loads no jax."""
+
+import pathlib
+
+from gen_jax import data as image_data
+from gen_jax.config import RunConfig, frozen
+from gen_jax.data import DataConfig, Images
+from gen_jax.models.vq.config import AutoencoderOptions, CodebookOptions, QuantiserOptions
+from gen_jax.nn.config import AutoencoderConfig
+
+__all__ = ["AutoencoderRunConfig", "EvaluateConfig", "check_images"]
+
+
+@frozen
+class EvaluateConfig:
+    """What to measure."""
+
+    images: int = 1024
+    """Test images to encode and decode (all of them when there are fewer)."""
+    batch: int = 64
+    """Images at a time."""
+    shown: int = 12
+    """Test images in reconstruction.png and codes.png."""
+
+    def __post_init__(self):
+        if min(self.images, self.batch, self.shown) < 1:
+            raise ValueError("evaluate.images, .batch and .shown must be at least 1")
+
+
+def check_images(images: Images, model: AutoencoderConfig) -> None:
+    """Raises a ValueError where an autoencoder of these sizes cannot take the images."""
+    height, width, channels = images.images.shape[1:]
+    if channels != model.channels:
+        raise ValueError(f"the images have {channels} channels, model.channels is {model.channels}")
+    if height % model.stride or width % model.stride:
+        raise ValueError(
+            f"images of {height} x {width} do not fit the model: height and width must be "
+            f"multiples of {model.stride} (model.patch x 2 per level of model.widths)"
+        )
+
+
+@frozen
+class AutoencoderRunConfig(RunConfig):
+    """An autoencoder from data to codes and back."""
+
+    data: DataConfig = DataConfig()
+    model: AutoencoderConfig = AutoencoderConfig()
+    quantiser: QuantiserOptions = CodebookOptions()
+    """What stands between encoder and decoder."""
+    objective: AutoencoderOptions = AutoencoderOptions()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    task = "autoencoder"
+    make_task = "gen_jax.tasks.autoencoder.task:make"
+    commands = ("train", "evaluate", "export")
+
+    def __post_init__(self):
+        if self.data.palette:
+            raise ValueError("an autoencoder takes RGB images: leave data.palette off")
+
+    def load(self, workdir: pathlib.Path, phases: tuple[str, ...]) -> dict[str, Images]:
+        """The images of the splits that the phases need; refuses those that do not fit."""
+        splits = {split: image_data.load(self.data, split) for split in self.splits(phases)}
+        for images in splits.values():
+            check_images(images, self.model)
+        return splits

@@ -1,0 +1,192 @@
+"""Autoencoders of images: what they are trained on, and how what comes back is judged."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib import pyplot
+
+from gen_jax import config as config_lib
+from gen_jax import evaluation, interop, pictures
+from gen_jax.config import RunConfig
+from gen_jax.models.diffusion.process import to_signal
+from gen_jax.models.vq import Autoencoder, AutoencoderOptions, AutoencoderTrainable
+from gen_jax.models.vq.config import QuantiserOptions
+from gen_jax.nn.autoencoder import AutoencoderNetwork
+from gen_jax.nn.config import AutoencoderConfig
+from gen_jax.task import Context, Run, Stage, Task
+from gen_jax.tasks import image_files
+from gen_jax.tasks.autoencoder.config import AutoencoderRunConfig
+
+__all__ = ["build", "code_pictures", "make", "stage"]
+
+_NEAR = 0.06  # mean squared error in [-1, 1] up to which an image of the shapes set is the same
+
+
+def make(config: AutoencoderRunConfig, context: Context) -> Task:
+    """The task of a configuration; `context.data` has the images by split."""
+    splits, record = context.data, context.records.get("model")
+    images = splits.get("train", splits.get("test"))
+    shape = images.images.shape[1:] if record is None else tuple(record["image_shape"])
+    model = build(config.model, config.quantiser, config.objective, shape)
+    validate = functools.partial(_validate, config, model, splits.get("test"))
+    return Task(
+        stages=(stage("model", config, model, splits.get("train"), validate),),
+        model=model,
+        evaluate=functools.partial(_evaluate, config, model, validate, splits.get("test")),
+        commands={"export": _export},
+        sizes={f"{split}_images": len(images) for split, images in splits.items()},
+        results=("reconstruction.png", "codes.png", "usage.png"),
+    )
+
+
+def build(
+    network: AutoencoderConfig,
+    quantiser: QuantiserOptions,
+    objective: AutoencoderOptions,
+    shape: tuple[int, int, int],
+) -> Autoencoder:
+    """The model of these sizes for images (height, width, C)."""
+    between = config_lib.resolve(quantiser.make)(quantiser)
+    coder = AutoencoderNetwork(network, between.inputs, between.width)
+    return Autoencoder(coder, between, objective, shape)
+
+
+def stage(
+    name: str, config: RunConfig, model: Autoencoder, images: Any, evaluate: Any = None
+) -> Stage:
+    """What trains an autoencoder on images, with the fields `data` and `train` of a run."""
+    return Stage(
+        name=name,
+        trainable=AutoencoderTrainable(model, config.train),
+        batch=functools.partial(_batch, config, images),
+        record={"image_shape": list(model.shape)},
+        evaluate=evaluate,
+    )
+
+
+def _batch(config, images, step, shard, earlier):
+    del earlier
+    train = config.train
+    whole = images.batch(train.seed, step, train.batch, flip=config.data.flip, shard=shard)
+    return {"image": whole["image"]}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _there_and_back(model, params, rows):
+    """Codes, images, and squared and absolute errors of each image, in [-1, 1]."""
+    x = to_signal(rows["image"])
+    quantised = model.encode(params, x)
+    images = jnp.clip(model.decode(params, quantised.value), -1, 1)
+    difference = images - x
+    figures = {
+        "images": images,
+        "mse": jnp.square(difference).mean(axis=(1, 2, 3)),
+        "mae": jnp.abs(difference).mean(axis=(1, 2, 3)),
+    }
+    return figures | ({"code": quantised.code} if model.quantiser.discrete else {})
+
+
+def _coded(config, model, images, params):
+    choice = config.evaluate
+    chosen = images.indices(0, 0, min(choice.images, len(images)))
+    rows = {"image": images.images[chosen]}
+    coded = evaluation.map_rows(
+        functools.partial(_there_and_back, model), params, rows, choice.batch
+    )
+    return rows["image"], coded
+
+
+def _validate(config, model, images, params) -> dict[str, float]:
+    """How near decoded test images are to what was encoded, and how evenly codes are used."""
+    return _figures(config, model, _coded(config, model, images, params)[1])
+
+
+def _figures(config, model, coded):
+    mse = float(coded["mse"].mean(dtype=np.float64))
+    report = {
+        "reconstruction_mse": mse,
+        "reconstruction_mae": float(coded["mae"].mean(dtype=np.float64)),
+        "psnr": 10 * math.log10(4 / mse) if mse else math.inf,  # decibels; values span 2
+        "test_images": len(coded["mse"]),
+    }
+    if config.data.name == "shapes":
+        report["reconstructed"] = float((coded["mse"] <= _NEAR).mean())
+    if "code" not in coded:
+        return report
+    shares = _usage(model, coded["code"])
+    entropy = -np.where(shares > 0, shares * np.log(np.maximum(shares, 1e-300)), 0).sum(1)
+    return report | {
+        "codes_per_image": math.prod(model.code_shape),
+        "bits_per_image": math.prod(model.code_shape) * math.log2(model.quantiser.codes),
+        "code_perplexity": float(np.exp(entropy).mean()),
+        "codes_used": float((shares > 0).mean()),
+    }
+
+
+def _usage(model, code):
+    """Shares [R, K] of the codes of each table."""
+    depth = getattr(model.quantiser.options, "depth", 1)
+    tables = code.reshape(-1, depth)
+    counts = [np.bincount(tables[:, i], minlength=model.quantiser.codes) for i in range(depth)]
+    return np.stack(counts) / len(tables)
+
+
+def _evaluate(config, model, validate, images, run: Run) -> dict[str, float]:
+    """The figures of the test set, and pictures of them."""
+    originals, coded = _coded(config, model, images, run.params)
+    number, path = min(config.evaluate.shown, len(originals)), run.workdir.path
+    decoded = pictures.to_uint8(coded["images"][:number])
+    difference = np.abs(decoded.astype(int) - originals[:number]).astype(np.uint8)
+    scale = image_files.scale(model.shape[0])
+    rows = np.concatenate([originals[:number], decoded, difference])
+    pictures.save_png(path / "reconstruction.png", pictures.grid(rows, columns=number, scale=scale))
+    if "code" in coded:
+        drawn = code_pictures(coded["code"][:number], model.quantiser.codes, model.shape[0])
+        pictures.save_png(path / "codes.png", pictures.grid(drawn, columns=number, scale=scale))
+        _draw_usage(path / "usage.png", _usage(model, coded["code"]))
+    return _figures(config, model, coded)
+
+
+def code_pictures(code: np.ndarray, codes: int, height: int) -> np.ndarray:
+    """Codes as images of this height, a colour for each, tables side by side.
+
+    Args:
+      code: int [B, h, w] or [B, h, w, R].
+      codes: K.
+      height: of the pictures in pixels, a multiple of h.
+
+    Returns:
+      uint8 [B, height, width, 3].
+    """
+    if code.ndim == 4:
+        code = np.concatenate(np.moveaxis(code, -1, 0), axis=2)
+    hues = np.arange(codes) * 0.61803398875 % 1
+    colours = (255 * pyplot.get_cmap("hsv")(hues)[:, :3]).astype(np.uint8)
+    side = max(1, height // code.shape[1])
+    return colours[code].repeat(side, axis=1).repeat(side, axis=2)
+
+
+def _draw_usage(path, shares):
+    """How often each code of each table was used, the most frequent first."""
+    figure, axes = pyplot.subplots(figsize=(6, 3), layout="constrained")
+    for i, share in enumerate(shares):
+        label = f"table {i}" if len(shares) > 1 else None
+        axes.step(np.arange(len(share)), np.sort(share)[::-1], where="mid", label=label)
+    axes.set(xlabel="codes, the most frequent first", ylabel="share of the test set")
+    axes.set_yscale("log")
+    if len(shares) > 1:
+        axes.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _export(run: Run) -> dict:
+    """Writes the averaged parameters as a folder of diffusers."""
+    path, model = run.workdir.path / "diffusers", run.task.model
+    save = interop.save_diffusers_vq if model.quantiser.discrete else interop.save_diffusers_kl
+    save(path, model, run.params)
+    return {"exported": str(path)}
