@@ -35,7 +35,7 @@ TINY = AutoencoderRunConfig(
     model=AutoencoderConfig(widths=(32, 64), blocks=1, middle_attention=True, groups=8, patch=2),
     quantiser=CodebookOptions(codes=64, width=8, restart_every=50),
     train=TrainConfig(
-        steps=1500,
+        steps=800,
         batch=32,
         learning_rate=2e-3,
         warmup=50,
@@ -44,7 +44,7 @@ TINY = AutoencoderRunConfig(
         ema=0.98,
         ema_warmup=True,
         log_every=50,
-        checkpoint_every=500,
+        checkpoint_every=400,
     ),
 )
 

@@ -55,11 +55,13 @@ class Experiment:
       name: of its module in `experiments`.
       about: what --help says first.
       presets: configurations of one class by name; the first is the default.
+      preset_by: a field whose value names the preset where --preset does not, or "".
     """
 
     name: str
     about: str
     presets: Mapping[str, RunConfig]
+    preset_by: str = ""
 
     @property
     def default(self) -> RunConfig:
@@ -302,6 +304,9 @@ def parse(experiment: Experiment, argv: list[str]) -> tuple[str, RunConfig]:
             f"unknown preset {preset!r}; choose one of {', '.join(experiment.presets)}"
         )
     default = experiment.presets[preset] if preset is not None else experiment.default
+    if preset is None and experiment.preset_by:
+        named, _ = arguments.take(rest, f"--{experiment.preset_by}")
+        default = experiment.presets.get(named, default)
     folder = (
         arguments.take(rest, "--pretrained")[0]
         if arguments.has_field(default, "pretrained")

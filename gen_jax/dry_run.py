@@ -39,20 +39,21 @@ def dry_run(
     earlier = {}
     for stage in task.stages:
         given = stage.initial is not None
-        training.check_start(config.train, stage.trainable, mesh, given)
+        training.check_start(stage.train or config.train, stage.trainable, mesh, given)
         cli.print_summary(f"training of {stage.name}", _describe(config, stage, mesh, earlier))
         zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), stage.abstract_params())
         earlier[stage.name] = zeros
 
 
 def _describe(config: RunConfig, stage: Stage, mesh, earlier) -> dict[str, Any]:
-    state = jax.eval_shape(lambda: init_state(config.train, stage.trainable))
+    train = stage.train or config.train
+    state = jax.eval_shape(lambda: init_state(train, stage.trainable))
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    if not config.train.ema:
+    if not train.ema:
         state = state.replace(ema=None)
     batch = stage.batch(0, (0, 1), earlier)
     flags = np.zeros(mesh.size, np.int32)
-    step = make_step(stage.trainable, config.train, mesh)
+    step = make_step(stage.trainable, train, mesh)
     arguments = state, batch, flags
     memory = step.lower(*arguments).compile().memory_analysis()
     parameters = sum(leaf.size for leaf in jax.tree.leaves(stage.abstract_params()))

@@ -97,7 +97,8 @@ def _begin(run):
     initial = {stage.name: _initial(run, stage) for stage in run.task.stages}
     for stage in run.task.stages:
         given = initial[stage.name] is not None
-        training.check_start(run.config.train, stage.trainable, parallel.data_mesh(), given)
+        config = stage.train or run.config.train
+        training.check_start(config, stage.trainable, parallel.data_mesh(), given)
     if jax.process_index() == 0:
         cli.store(run.workdir, run.config)
         if run.task.begin is not None:
@@ -125,16 +126,17 @@ def _initial(run, stage):
 
 def _train_stage(run, stage, earlier, initial):
     shard = (jax.process_index(), jax.process_count())
+    config = stage.train or run.config.train
     try:
         return training.fit(
-            run.config.train,
+            config,
             stage.trainable,
             lambda step: stage.batch(step, shard, earlier),
             run.workdir.stage(stage.name),
             mesh=parallel.data_mesh(),
             record={"config": cli.stored_form(run.config)} | dict(stage.record),
             evaluate=stage.evaluate,
-            preview=functools.partial(_preview, run) if run.config.train.preview_every else None,
+            preview=functools.partial(_preview, run) if config.preview_every else None,
             initial=initial,
         )
     except training.Interrupted as stop:

@@ -16,7 +16,7 @@ import numpy as np
 
 from gen_jax import parallel, sampling
 from gen_jax.condition import Condition
-from gen_jax.config import RunConfig
+from gen_jax.config import RunConfig, TrainConfig
 from gen_jax.sampling import Sampler
 from gen_jax.trainables import Trainable
 from gen_jax.workdir import Workdir
@@ -58,6 +58,7 @@ class Stage:
       initial: parameters to start from, say published ones, and to sample where nothing was
         trained; None for fresh ones.
       unit: what the rate of training counts, and how many of them an example has.
+      train: how it is trained, where it is not as the configuration of the run says.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Stage:
     initial: Callable[[], Any] | None = None
     unit: str = "images"
     units_per_example: int = 1
+    train: TrainConfig | None = None
 
     def abstract_params(self) -> Any:
         """Shapes and dtypes of the averaged parameters."""

@@ -2,13 +2,16 @@
 
 The same networks under other names; see `diffusers_tensors`. What we call `project` is there a
 convolution of size 1, `quant_conv` and `post_quant_conv`. diffusers' `VQModel.encode` gives what
-our encoder gives to the quantiser, and its `decode` quantises that first.
+our encoder gives to the quantiser, and its `decode` quantises that first. The `scaling_factor` of
+config.json is one over the deviation of the latents.
 """
 
 import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
+
+import jax.numpy as jnp
 
 from gen_jax.interop import diffusers_tensors, files
 from gen_jax.interop.diffusers_autoencoder_options import read_layout, to_layout, to_options
@@ -42,25 +45,20 @@ def load_diffusers_vq(directory: str | os.PathLike) -> tuple[Autoencoder, dict[s
       ValueError: the options cannot be expressed (each is named), the weights are pickled, sharded
         or damaged, or tensors are missing, unknown or of another shape.
     """
-    return _load(directory, "VQModel")[:2]
+    return _load(directory, "VQModel")
 
 
 def load_diffusers_kl(directory: str | os.PathLike) -> tuple[Autoencoder, dict[str, Any]]:
     """The autoencoder in a folder that diffusers' `AutoencoderKL` wrote; see `load_diffusers_vq`.
 
     Returns:
-      The model, with a `Gaussian` latent, and its float32 parameters. The `scaling_factor` of the
-      file is no part of the autoencoder; see `diffusers_autoencoder_options.read_layout`.
+      The model, with a `Gaussian` latent, and its float32 parameters.
     """
-    return _load(directory, "AutoencoderKL")[:2]
+    return _load(directory, "AutoencoderKL")
 
 
 def save_diffusers_vq(
-    directory: str | os.PathLike,
-    model: Autoencoder,
-    params: Mapping[str, Any],
-    *,
-    scaling_factor: float = 1.0,
+    directory: str | os.PathLike, model: Autoencoder, params: Mapping[str, Any]
 ) -> None:
     """Writes an autoencoder so that `diffusers.VQModel.from_pretrained` loads it.
 
@@ -71,35 +69,31 @@ def save_diffusers_vq(
       directory: created when it does not exist; config.json and the weights in it are replaced.
       model: with a `Codebook` of one table.
       params: its parameters, stored as float32.
-      scaling_factor: what a diffusion model over the latents multiplies them by.
 
     Raises:
       ValueError: diffusers cannot express the model, parameters are missing, unknown or of another
         shape, or the folder holds sharded weights, which diffusers would read instead.
     """
-    _save(directory, model, params, scaling_factor, "VQModel")
+    _save(directory, model, params, "VQModel")
 
 
 def save_diffusers_kl(
-    directory: str | os.PathLike,
-    model: Autoencoder,
-    params: Mapping[str, Any],
-    *,
-    scaling_factor: float = 1.0,
+    directory: str | os.PathLike, model: Autoencoder, params: Mapping[str, Any]
 ) -> None:
     """Writes an autoencoder with a `Gaussian` latent so that `diffusers.AutoencoderKL` loads it.
 
     The arguments and what it raises are those of `save_diffusers_vq`.
     """
-    _save(directory, model, params, scaling_factor, "AutoencoderKL")
+    _save(directory, model, params, "AutoencoderKL")
 
 
 def _load(directory, kind):
-    """The model, its parameters, and the scale of its latents."""
+    """The model and its parameters."""
     folder, layout = read_layout(directory, kind)
     model = _model(layout.network, layout.quantiser, layout.size)
     params = diffusers_tensors.read(folder, _abstract_params(model), _names(model))
-    return model, params | {"quantiser": params.get("quantiser", {})}, layout.scale
+    quantiser, deviation = params.get("quantiser", {}), jnp.float32(1 / layout.scale)
+    return model, params | {"quantiser": quantiser, "deviation": deviation}
 
 
 def _model(network, options, size):
@@ -108,18 +102,21 @@ def _model(network, options, size):
     return Autoencoder(network, quantiser, AutoencoderOptions(), (*size, network.config.channels))
 
 
-def _save(directory, model, params, scaling_factor, kind):
-    size = model.shape[:2]
-    options = to_options(model.network.config, model.quantiser.options, size, scaling_factor)
+def _save(directory, model, params, kind):
+    size, scale = model.shape[:2], 1 / float(params["deviation"])
+    options = to_options(model.network.config, model.quantiser.options, size, scale)
     if options["_class_name"] != kind:
         raise ValueError(f"this is a {options['_class_name']}, not a {kind}")
     to_layout(options, kind)  # refuses by name what would not come back
     path = pathlib.Path(directory).expanduser()
-    diffusers_tensors.write(path, options, params, _abstract_params(model), _names(model))
+    tensors = {name: tree for name, tree in params.items() if name != "deviation"}
+    diffusers_tensors.write(path, options, tensors, _abstract_params(model), _names(model))
 
 
 def _abstract_params(model):
-    return files.abstract_params(model)
+    """Shapes of what is in the file of weights."""
+    leaves = files.abstract_params(model)
+    return {path: leaf for path, leaf in leaves.items() if path[0] != "deviation"}
 
 
 def _names(model):

@@ -1,6 +1,22 @@
-"""Checks that the options of several families share; importing this loads nothing heavy."""
+"""What the options of several families share; importing this loads nothing heavy."""
 
-__all__ = ["check_not_negative", "check_temperature"]
+from typing import ClassVar
+
+from gen_jax.config import Choice, frozen
+
+__all__ = ["Usual", "UsualSampler", "check_not_negative", "check_temperature"]
+
+
+class Usual(Choice):
+    """The choice that names no sampler."""
+
+
+@frozen
+class UsualSampler(Usual):
+    """The sampler that is usual for the strategy."""
+
+    name: ClassVar[str] = "usual"
+
 
 _LEAST_TEMPERATURE = 1e-6  # that the kernels divide logits by
 

@@ -59,8 +59,8 @@ KL = autoencoder(Gaussian(GaussianOptions(width=2)), patch=2, middle_attention=F
     [(VQ, save_diffusers_vq, load_diffusers_vq), (KL, save_diffusers_kl, load_diffusers_kl)],
 )
 def test_what_was_written_comes_back(tmp_path, model, save, load):
-    params = random_params(model)
-    save(tmp_path, model, params, scaling_factor=0.5)
+    params = random_params(model) | {"deviation": jnp.float32(2)}
+    save(tmp_path, model, params)
     again, values = load(tmp_path)
     sizes = dataclasses.replace(model.network.config, latent_channels=0)
     assert dataclasses.replace(again.network.config, latent_channels=0) == sizes

@@ -114,9 +114,10 @@ class DiffusionModel:
 
         Args:
           params: of the network.
-          batch: "image" uint8 [B, height, width, C], and "label" integers [B] for a conditional
-            network only. Where the process has a reference, "reference" uint8 [R, height, width, C]
-            and, with labels, "reference_label" [R], of which those of an image's class count.
+          batch: "image" uint8 [B, height, width, C], or "latent" float32 of this shape, which is
+            diffused as it is; and "label" integers [B] for a conditional network only. Where the
+            process has a reference, "reference" uint8 [R, height, width, C] and, with labels,
+            "reference_label" [R], of which those of an image's class count.
           keys: one per example: time, noise, label dropout and dropout depend on them.
 
         Returns:
@@ -127,7 +128,7 @@ class DiffusionModel:
           ValueError: labels are to be hidden from a network that always needs one, or there is no
             reference where the process has one.
         """
-        x0 = to_signal(batch["image"])
+        x0 = _clean(batch)
         t_keys, noise_keys, label_keys, dropout_keys = split_each(keys, 4)
         t = self._times(t_keys)
         noise = normal_each(noise_keys, x0.shape[1:])
@@ -247,6 +248,10 @@ class DiffusionModel:
             "rate": rate,
             "decoder": decoder,
         }
+
+
+def _clean(batch):
+    return batch["latent"] if "latent" in batch else to_signal(batch["image"])
 
 
 def _label(batch):

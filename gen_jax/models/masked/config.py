@@ -26,9 +26,10 @@ ScheduleName = Literal[
 class MaskConfig:
     """How a masked model is trained."""
 
-    counts: Literal["uniform", "cosine"] = "uniform"
+    counts: Literal["uniform", "cosine", "all"] = "uniform"
     """How many of L tokens are hidden: uniform over 1 .. L (Mask-Predict; the loss is then the
-    bound of absorbing diffusion), or L cos(pi u / 2), rounded up, u uniform (MaskGIT)."""
+    bound of absorbing diffusion), or L cos(pi u / 2), rounded up, u uniform (MaskGIT), or all (for
+    one round alone)."""
 
 
 @frozen

@@ -53,7 +53,7 @@ class MaskedModel:
     """
 
     network: TokenNetwork | EncoderDecoder
-    counts: Literal["uniform", "cosine"] = "uniform"
+    counts: Literal["uniform", "cosine", "all"] = "uniform"
     smoothing: float = 0.0
 
     def __post_init__(self):
@@ -215,6 +215,8 @@ def _stretched(copied, mask, valid):
 
 def _count(counts, uniform, length):
     """How many of `length` int [B] tokens are hidden, int32 [B], from uniform draws [B]."""
+    if counts == "all":
+        return length
     if counts == "cosine":
         share = jnp.cos(jnp.pi / 2 * uniform)
         count = jnp.ceil(share * length)

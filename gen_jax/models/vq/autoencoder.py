@@ -66,7 +66,9 @@ class Losses(NamedTuple):
 class Autoencoder:
     """Encoder, quantiser and decoder; see `gen_jax.models.contract.Model`.
 
-    Parameters: {"network": {"encoder", "decoder"}, "quantiser": ...}.
+    Parameters: {"network": {"encoder", "decoder"}, "quantiser": ..., "deviation": []}. The last one
+    is the standard deviation of all values of the latents, before they are quantised, as a moving
+    average of training; a prior over latents divides by it (2112.10752, appendix G).
 
     Attributes:
       network: encoder and decoder.
@@ -102,6 +104,7 @@ class Autoencoder:
         return {
             "network": self.network.init(network_key, *self.shape[:2]),
             "quantiser": self.quantiser.init(quantiser_key),
+            "deviation": jnp.float32(1),
         }
 
     def losses(

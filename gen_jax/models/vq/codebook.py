@@ -77,6 +77,10 @@ class Codebook:
         depth = self.options.depth
         return (height, width) if depth == 1 else (height, width, depth)
 
+    def centre(self, latents: Float[Array, "B h w D"]) -> Float[Array, "B h w D"]:
+        """The latents themselves, float32."""
+        return latents.astype(jnp.float32)
+
     def quantise(
         self,
         params: dict[str, Any],

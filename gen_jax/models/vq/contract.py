@@ -51,6 +51,9 @@ class Quantiser(Protocol):
     def code_shape(self, height: int, width: int) -> tuple[int, ...]:
         """The shape of the code of one map of latents."""
 
+    def centre(self, latents: Float[Array, "B height width inputs"]) -> Float[Array, "B h w D"]:
+        """What a prior over latents draws: the latents themselves, or their mean, float32."""
+
     def quantise(
         self,
         params: dict[str, Any],

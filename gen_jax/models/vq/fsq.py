@@ -70,6 +70,10 @@ class FSQ:
         """One code for each position."""
         return height, width
 
+    def centre(self, latents: Float[Array, "B h w D"]) -> Float[Array, "B h w D"]:
+        """The latents themselves, float32."""
+        return latents.astype(jnp.float32)
+
     def quantise(
         self,
         params: dict[str, Any],

@@ -3,14 +3,18 @@
 import types
 from typing import Any
 
+import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Key
 
+from gen_jax import parallel
 from gen_jax.config import TrainConfig, frozen
 from gen_jax.models.vq.autoencoder import Autoencoder
 from gen_jax.trainables import make_optimizer, mean_gradients
 
 __all__ = ["AutoencoderTrainable"]
+
+_DECAY = 0.99  # of the average of the latents' deviation
 
 
 @frozen
@@ -69,7 +73,8 @@ class AutoencoderTrainable:
             keys,
         )
         metrics |= {"gradient_norm": optax.tree.norm(gradients), **usage}
-        params = descended | {"quantiser": own}
+        deviation = _moved(params["deviation"], self.model.quantiser.centre(latents))
+        params = descended | {"quantiser": own, "deviation": deviation}
         return {"params": params, "optimizer": optimizer, "statistics": statistics}, metrics
 
     def averaged(self, state: dict[str, Any]) -> dict[str, Any]:
@@ -86,3 +91,10 @@ class AutoencoderTrainable:
             "optimizer": make_optimizer(self.config).init(params),
             "statistics": self.model.quantiser.init_statistics(params["quantiser"]),
         }
+
+
+def _moved(deviation, latents):
+    """The moving average of the deviation of latents after one more batch."""
+    mean, square = parallel.mean((latents.mean(), jnp.square(latents).mean()))
+    batch = jnp.sqrt(jnp.maximum(square - jnp.square(mean), 1e-12))
+    return _DECAY * deviation + (1 - _DECAY) * batch

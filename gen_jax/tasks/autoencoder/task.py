@@ -11,7 +11,7 @@ from matplotlib import pyplot
 
 from gen_jax import config as config_lib
 from gen_jax import evaluation, interop, pictures
-from gen_jax.config import RunConfig
+from gen_jax.config import RunConfig, TrainConfig
 from gen_jax.models.diffusion.process import to_signal
 from gen_jax.models.vq import Autoencoder, AutoencoderOptions, AutoencoderTrainable
 from gen_jax.models.vq.config import QuantiserOptions
@@ -34,7 +34,7 @@ def make(config: AutoencoderRunConfig, context: Context) -> Task:
     model = build(config.model, config.quantiser, config.objective, shape)
     validate = functools.partial(_validate, config, model, splits.get("test"))
     return Task(
-        stages=(stage("model", config, model, splits.get("train"), validate),),
+        stages=(stage("model", config, model, splits.get("train"), config.train, validate),),
         model=model,
         evaluate=functools.partial(_evaluate, config, model, validate, splits.get("test")),
         commands={"export": _export},
@@ -56,22 +56,27 @@ def build(
 
 
 def stage(
-    name: str, config: RunConfig, model: Autoencoder, images: Any, evaluate: Any = None
+    name: str,
+    config: RunConfig,
+    model: Autoencoder,
+    images: Any,
+    train: TrainConfig,
+    evaluate: Any = None,
 ) -> Stage:
-    """What trains an autoencoder on images, with the fields `data` and `train` of a run."""
+    """What trains an autoencoder on images, which are mirrored as config.data says."""
     return Stage(
         name=name,
-        trainable=AutoencoderTrainable(model, config.train),
-        batch=functools.partial(_batch, config, images),
+        trainable=AutoencoderTrainable(model, train),
+        batch=functools.partial(_batch, config.data.flip, train, images),
         record={"image_shape": list(model.shape)},
         evaluate=evaluate,
+        train=train,
     )
 
 
-def _batch(config, images, step, shard, earlier):
+def _batch(flip, train, images, step, shard, earlier):
     del earlier
-    train = config.train
-    whole = images.batch(train.seed, step, train.batch, flip=config.data.flip, shard=shard)
+    whole = images.batch(train.seed, step, train.batch, flip=flip, shard=shard)
     return {"image": whole["image"]}
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import pathlib
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from gen_jax.data.config import TranslationConfig, TranslationSplit
 from gen_jax.data.translation import Pairs
 from gen_jax.models.autoregressive.config import DecodingOptions, SamplingOptions
 from gen_jax.models.masked.config import IterativeOptions, MaskConfig, MaskPredictOptions
+from gen_jax.models.options import Usual, UsualSampler
 from gen_jax.models.parallel.config import CTCOptions, LatentConfig, OneShotOptions, ParallelOptions
 from gen_jax.nn.config import TransformerConfig
 
@@ -75,18 +76,6 @@ class EvaluateConfig:
             raise ValueError(f"evaluate.batch must be at least 1, got {self.batch}")
 
 
-class _Usual(Choice):
-    """The choice that names no sampler."""
-
-
-@frozen
-class UsualSampler(_Usual):
-    """What is usual for the strategy: the likeliest token each time, one round, Mask-Predict in ten
-    rounds, or the likeliest alignment."""
-
-    name: ClassVar[str] = "usual"
-
-
 Strategy = Literal["ar", "one_shot", "masked", "ctc"]
 _SAMPLERS = {
     "ar": (SamplingOptions(temperature=0.0), DecodingOptions),
@@ -116,10 +105,11 @@ class TranslationRunConfig(RunConfig):
     ctc_factor: int = 2
     """CTC: columns for each token of the source."""
     sample: TranslationSampleConfig = TranslationSampleConfig()
-    sampler: Annotated[Choice, _Usual, DecodingOptions, IterativeOptions, ParallelOptions] = (
+    sampler: Annotated[Choice, Usual, DecodingOptions, IterativeOptions, ParallelOptions] = (
         UsualSampler()
     )
-    """How targets are found; it must fit the strategy."""
+    """How targets are found; it must fit the strategy. The usual one takes the likeliest token each
+    time, one round, Mask-Predict in ten rounds, or the likeliest alignment."""
     evaluate: EvaluateConfig = EvaluateConfig()
     complete: CompleteConfig = CompleteConfig()
 

@@ -1,0 +1,74 @@
+"""Images in two stages: compress, generate in the compressed space, decode in parallel.
+
+VQ-VAE (van den Oord et al. 2017, 1711.00937) and VQGAN (Esser et al. 2021, 2012.09841): codes one
+at a time. MaskGIT (Chang et al. 2022, 2202.04200): codes in rounds. Latent diffusion (Rombach et
+al. 2022, 2112.10752).
+
+    python -m experiments.two_stage                       # --prior ar
+    python -m experiments.two_stage --prior masked        # 8 rounds
+    python -m experiments.two_stage --prior one_shot      # all codes at once
+    python -m experiments.two_stage --prior diffusion     # latents in 20 steps
+        16-pixel shapes on two CPU cores; each trains an autoencoder first.
+
+    python -m experiments.two_stage --prior masked --autoencoder runs/vq_cifar_tiny
+        The same over the codes of a run of experiments.vq_cifar.
+
+What was measured, with hardware and time, is in docs/results.md.
+"""
+
+import dataclasses
+import sys
+
+from experiments import vq_cifar
+from gen_jax import cli
+from gen_jax.config import TrainConfig
+from gen_jax.models.diffusion.config import DiffusionConfig
+from gen_jax.nn.config import TransformerConfig, UNetConfig
+from gen_jax.tasks.images.config import LabelledSampleConfig
+from gen_jax.tasks.two_stage.config import FirstStageConfig, TwoStageConfig
+
+_FIRST = vq_cifar.TINY
+
+AR = TwoStageConfig(
+    workdir="runs/two_stage_ar",
+    prior="ar",
+    data=_FIRST.data,
+    first=FirstStageConfig(
+        model=_FIRST.model,
+        quantiser=_FIRST.quantiser,
+        objective=_FIRST.objective,
+        train=_FIRST.train,
+    ),
+    model=TransformerConfig(layers=4, width=128, heads=4, mlp_dim=512),
+    unet=UNetConfig(widths=(64, 64), blocks=1, attention=(4,), groups=8, dropout=0.0),
+    diffusion=DiffusionConfig(
+        schedule="cosine", prediction="v", variance="fixed_small", label_dropout=0.0
+    ),
+    train=TrainConfig(
+        steps=1200,
+        batch=64,
+        learning_rate=2e-3,
+        warmup=50,
+        decay="cosine",
+        beta2=0.99,
+        ema=0.99,
+        ema_warmup=True,
+        log_every=50,
+        checkpoint_every=600,
+    ),
+    sample=LabelledSampleConfig(number=256),
+)
+
+MASKED = dataclasses.replace(AR, workdir="runs/two_stage_masked", prior="masked")
+ONE_SHOT = dataclasses.replace(AR, workdir="runs/two_stage_one_shot", prior="one_shot")
+DIFFUSION = dataclasses.replace(AR, workdir="runs/two_stage_diffusion", prior="diffusion")
+
+EXPERIMENT = cli.Experiment(
+    name="two_stage",
+    about="Images in two stages: an autoencoder, and a prior over its codes or latents.",
+    presets={"ar": AR, "masked": MASKED, "one_shot": ONE_SHOT, "diffusion": DIFFUSION},
+    preset_by="prior",
+)
+
+if __name__ == "__main__":
+    sys.exit(cli.main(EXPERIMENT))

@@ -1,0 +1,1 @@
+"""Images in two stages: an autoencoder, and a prior in its compressed space."""

@@ -1,0 +1,113 @@
+"""The codes of a data set, encoded once and kept in a file that is mapped into memory."""
+
+import functools
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from gen_jax import evaluation
+from gen_jax.data import Images
+from gen_jax.models.diffusion.process import to_signal
+from gen_jax.models.vq import Autoencoder
+from gen_jax.trees import named_leaves
+
+__all__ = ["digest", "encoded", "kept"]
+
+_BATCH = 256
+
+
+def digest(params: Any) -> str:
+    """A hash of every parameter of an autoencoder, by which codes are told apart."""
+    total = hashlib.blake2b(digest_size=16)
+    for name, leaf in named_leaves(params).items():
+        value = np.asarray(leaf)
+        total.update(f"{name} {value.dtype.str}{value.shape}".encode())
+        total.update(np.ascontiguousarray(value).tobytes())
+    return total.hexdigest()
+
+
+def encoded(model: Autoencoder, params: Any, images: np.ndarray, latents: bool) -> np.ndarray:
+    """The code sequences int32 [N, L] of images uint8, or their latents float32 [N, h, w, D].
+
+    Latents are those before they are quantised, or the mean of a continuous one, over their
+    deviation.
+    """
+    f = functools.partial(_encode, model, latents)
+    return evaluation.map_rows(f, params, {"image": images}, _BATCH)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _encode(model, latents, params, rows):
+    x = to_signal(rows["image"])
+    if not latents:
+        return model.encode(params, x).code.reshape(len(x), -1)
+    values = model.network.encode(params["network"], x, None)
+    return model.quantiser.centre(values) / params["deviation"]
+
+
+def kept(
+    folder: pathlib.Path,
+    name: str,
+    images: Images,
+    identity: str,
+    encode: Callable[[np.ndarray], np.ndarray],
+    mirrored: bool,
+) -> np.ndarray:
+    """The codes of a data set, from a file of the folder, which is written where it is not there.
+
+    Args:
+      folder: of the files.
+      name: of what is encoded, such as "train".
+      images: the data set.
+      identity: the digest of the autoencoder, and of what is kept of its output.
+      encode: images uint8 to codes.
+      mirrored: whether the images mirrored left to right follow.
+
+    Returns:
+      An array [N, ...] or [2 N, ...], mapped into memory, read only.
+
+    Raises:
+      ValueError: the file is damaged.
+    """
+    data = hashlib.blake2b(np.ascontiguousarray(images.images).tobytes(), digest_size=16)
+    key = f"{name}-{identity[:12]}-{data.hexdigest()[:12]}{'-mirrored' if mirrored else ''}"
+    path, record = folder / f"{key}.npy", folder / f"{key}.json"
+    if not (path.exists() and record.exists()):
+        whole = images.images
+        if mirrored:
+            whole = np.concatenate([whole, whole[:, :, ::-1]])
+        _write(path, record, encode(whole))
+    problem = f"{path} is damaged: remove it, and it is written again"
+    try:
+        codes = np.load(path, mmap_mode="r")
+        stored = json.loads(record.read_text(encoding="utf-8"))["digest"]
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise ValueError(problem) from error
+    if stored != _hash(codes) or len(codes) != len(images) * (1 + mirrored):
+        raise ValueError(problem)
+    return codes
+
+
+def _hash(codes):
+    head = f"{codes.dtype.str}{codes.shape}".encode()
+    return hashlib.blake2b(head + np.ascontiguousarray(codes).tobytes(), digest_size=16).hexdigest()
+
+
+def _write(path, record, codes):
+    """Both files whole, the codes first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            np.save(file, codes)
+        os.replace(temporary, path)
+        temporary.write_text(json.dumps({"digest": _hash(codes)}), encoding="utf-8")
+        os.replace(temporary, record)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,317 @@
+"""Priors over codes or latents: what they are trained on, and how their samples are judged."""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gen_jax import config as config_lib
+from gen_jax import evaluation, loading, pictures, sampling
+from gen_jax.data import ShapesSet
+from gen_jax.models.autoregressive import AutoregressiveModel, AutoregressiveSampler
+from gen_jax.models.diffusion import DiffusionModel, DiffusionSampler
+from gen_jax.models.diffusion.process import to_signal
+from gen_jax.models.diffusion.vlb import discretised_log_likelihood
+from gen_jax.models.masked import MaskedModel, log_prob_in_order
+from gen_jax.models.two_stage import TwoStageSampler
+from gen_jax.models.vq import Autoencoder
+from gen_jax.nn.transformer import TokenNetwork
+from gen_jax.nn.unet import UNetNetwork
+from gen_jax.task import Context, Run, Stage, Task
+from gen_jax.tasks import image_files, masked_rounds
+from gen_jax.tasks.autoencoder import task as autoencoder_task
+from gen_jax.tasks.two_stage import codes as code_files
+from gen_jax.tasks.two_stage.config import TwoStageConfig
+from gen_jax.trainables import ModelTrainable
+
+__all__ = ["make"]
+
+_MOMENTS, _ROWS, _FITTED = 10, 4, 1024  # of trajectory.png; training images for the deviation
+
+
+def make(config: TwoStageConfig, context: Context) -> Task:
+    """The task of a configuration; `context.data` has the images by split."""
+    space = _Space(config, context)
+    record = context.records.get("prior")
+    classes = image_files.number_of_classes(config, 0, record, context.data.values())
+    model, sampler = _prior(config, space.model, classes)
+    sampler = TwoStageSampler(sampler, space.model, latents=space.latents)
+    prior = Stage(
+        name="prior",
+        trainable=ModelTrainable(model, config.train),
+        batch=functools.partial(_batch, config, space),
+        record={
+            "image_shape": list(space.model.shape),
+            "classes": classes,
+            "autoencoder": space.digest,
+        },
+        must_match=("autoencoder",),
+        evaluate=functools.partial(_validate, config, space, model),
+    )
+    return Task(
+        stages=(*space.stages, prior),
+        model=sampler,
+        sampler=sampler,
+        sampler_params=space.both,
+        condition=functools.partial(image_files.condition, config.sample.label, classes),
+        write=_write,
+        show=lambda samples: image_files.sheet(pictures.to_uint8(samples)),
+        evaluate=functools.partial(_evaluate, config, space, model),
+        sizes={f"{split}_images": len(images) for split, images in context.data.items()},
+        results=("samples.png", "samples.npz", "samples", "trajectory.png"),
+    )
+
+
+class _Space:
+    """The autoencoder of a run: its own, trained as a stage before, or that of another run.
+
+    Attributes:
+      model: the autoencoder.
+      latents: whether the prior is over latents, not codes.
+      stages: what trains it; empty where it is of another run.
+      digest: of its parameters; "" where this run trains it.
+    """
+
+    def __init__(self, config, context):
+        self.config, self.images = config, context.data
+        self.folder = context.workdir.path / "codes"
+        self.latents = config.prior == "diffusion"
+        self.params, self.stages, self.digest, self._kept = None, (), "", {}
+        record = context.records.get("prior")
+        if config.autoencoder:
+            self.model, self.params = _load(config, self.images, self.latents)
+            self.digest = code_files.digest(self.params)
+            if record is not None and record["autoencoder"] != self.digest:
+                raise ValueError(
+                    f"the prior in {context.workdir.path} was trained with another autoencoder "
+                    f"than that in {config.autoencoder}"
+                )
+            return
+        first, train = config.first, self.images.get("train")
+        stored = record or context.records.get("autoencoder")
+        shape = tuple(stored["image_shape"]) if stored else train.images.shape[1:]
+        self.model = autoencoder_task.build(first.model, first.quantiser, first.objective, shape)
+        own = autoencoder_task.stage("autoencoder", config, self.model, train, first.train)
+        self.stages = (own,)
+
+    def both(self, params: Any) -> dict[str, Any]:
+        """What the sampler reads, from the averaged parameters of the run."""
+        if self.stages:
+            self.params = params["autoencoder"]
+            return params
+        return {"prior": params, "autoencoder": jax.device_put(self.params)}
+
+    def codes(self, split: str) -> np.ndarray:
+        """The codes or scaled latents of a split, from a file of the work directory."""
+        if split not in self._kept:
+            mirrored = self.config.data.flip and split == "train"
+            kind = "latents" if self.latents else "codes"
+            identity = code_files.digest({kind: self.params})
+            encode = functools.partial(code_files.encoded, self.model, self.params)
+            self._kept[split] = code_files.kept(
+                self.folder,
+                split,
+                self.images[split],
+                identity,
+                lambda images: encode(images, self.latents),
+                mirrored,
+            )
+        return self._kept[split]
+
+
+def _load(config, splits, latents) -> tuple[Autoencoder, Any]:
+    """The autoencoder of another run, which must take the images."""
+    loaded = loading.load(config.autoencoder)
+    if not isinstance(loaded.model, Autoencoder):
+        raise ValueError(f"the run in {config.autoencoder} is no autoencoder")
+    if not latents and not loaded.model.quantiser.discrete:
+        raise ValueError(
+            f"--prior {config.prior} is over codes, and the autoencoder in {config.autoencoder} "
+            "has none"
+        )
+    for images in splits.values():
+        if images.images.shape[1:] != loaded.model.shape:
+            raise ValueError(
+                f"the images are {list(images.images.shape[1:])}, the autoencoder in "
+                f"{config.autoencoder} takes {list(loaded.model.shape)}"
+            )
+    return loaded.model, jax.device_get(loaded.params)
+
+
+def _prior(config, autoencoder, classes):
+    """The model of the prior, and the sampler of its codes or latents."""
+    if config.prior == "diffusion":
+        height, width, channels = autoencoder.latent_shape
+        sizes = {"channels": channels, "out_channels": channels, "classes": classes}
+        network = UNetNetwork(dataclasses.replace(config.unet, **sizes))
+        model = DiffusionModel(network, config.diffusion, (height, width, channels))
+        return model, DiffusionSampler(model, config.decoding)
+    length, causal = math.prod(autoencoder.code_shape), config.prior == "ar"
+    sizes = dataclasses.replace(
+        config.model,
+        vocabulary=autoencoder.quantiser.codes,
+        context=length + bool(classes and not causal),
+        causal=causal,
+        extra_inputs=max(classes, 1) if causal else 1 + classes,
+    )
+    if causal:
+        model = AutoregressiveModel(TokenNetwork(sizes))
+        return model, AutoregressiveSampler(model, 0, length, config.decoding)
+    counts = "all" if config.prior == "one_shot" else config.mask.counts
+    model = MaskedModel(TokenNetwork(sizes), counts)
+    build = config_lib.resolve(config.decoding.make)
+    return model, build(config.decoding, model, length)
+
+
+def _batch(config, space, step, shard, earlier):
+    """Codes or scaled latents of images, and labels for a conditional prior."""
+    if space.params is None:
+        space.params = jax.device_get(earlier["autoencoder"])
+    train, images, codes = config.train, space.images["train"], space.codes("train")
+    index, count = shard
+    chosen = images.indices(train.seed, step, train.batch)
+    places = chosen
+    if config.data.flip:
+        coins = np.random.default_rng([train.seed, step]).integers(0, 2, len(chosen))
+        places = chosen + len(images) * coins
+    mine = np.array_split(np.arange(len(chosen)), count)[index]
+    batch = _named(space, np.asarray(codes[places[mine]]))
+    return batch | ({"label": images.labels[chosen[mine]]} if config.conditional else {})
+
+
+def _named(space, codes):
+    return {"latent": codes} if space.latents else {"tokens": codes}
+
+
+def _validate(config, space, model, params) -> dict[str, float]:
+    """The code length of test images, exactly or by its bound; nothing for latents.
+
+    -log p(x) is at most that of the code and that of the image given its code, a normal around the
+    decoded image on the grid of 256 values, whose deviation is fitted on training images.
+    """
+    if space.latents:
+        return {}
+    number = min(config.evaluate.images, len(space.images["test"]))
+    chosen = space.images["test"].indices(0, 0, number)
+    rows = {"tokens": np.asarray(space.codes("test")[chosen])}
+    if config.conditional:
+        rows["label"] = space.images["test"].labels[chosen]
+    code = _code_nats(config, model, params, rows)
+    images = {split: some.images for split, some in space.images.items()}
+    errors = _errors(config, space, images["train"][:_FITTED])
+    deviation = math.sqrt(max(errors["mse"].mean(dtype=np.float64), 1e-8))
+    left = _errors(config, space, images["test"][chosen], deviation)["nats"]
+    bits = 1 / np.log(2) / math.prod(space.model.shape)
+    nats = (code + left).astype(np.float64)
+    return {
+        "nats_per_code": float(code.mean(dtype=np.float64) / rows["tokens"].shape[1]),
+        "nats_of_codes": float(code.mean(dtype=np.float64)),
+        "bits_per_dim": float(nats.mean() * bits),
+        "bits_per_dim_of_codes": float(code.mean(dtype=np.float64) * bits),
+        "bits_per_dim_standard_error": float(nats.std(ddof=1) / np.sqrt(number) * bits),
+        "test_images": number,
+    }
+
+
+def _code_nats(config, model, params, rows):
+    """-log p of code sequences [N], or a bound of it for a masked prior."""
+    if config.prior == "masked":
+        draws, batch = config.evaluate.draws, config.evaluate.batch
+        return masked_rounds.bound_of(model, params, rows, draws, batch)
+    log_prob = _log_prob if config.prior == "ar" else _log_prob_at_once
+    f = functools.partial(log_prob, model)
+    return -evaluation.map_rows(f, params, rows, config.evaluate.batch)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _log_prob(model, params, rows):
+    return model.log_prob(params, rows)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _log_prob_at_once(model, params, rows):
+    tokens = rows["tokens"]
+    cond = {"label": rows["label"]} if "label" in rows else None
+    length = tokens.shape[1]
+    return log_prob_in_order(model, params, tokens, np.arange(length), (length,), cond)
+
+
+def _errors(config, space, images, deviation=1.0):
+    f = functools.partial(_reconstruct, space.model)
+    rows = {"image": images, "deviation": np.full(len(images), deviation, np.float32)}
+    return evaluation.map_rows(f, space.params, rows, config.evaluate.batch)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _reconstruct(model, params, rows):
+    """Squared errors of decoded images, and -log p of the images given their codes."""
+    x = to_signal(rows["image"])
+    decoded = jnp.clip(model.decode(params, model.encode(params, x).value), -1, 1)
+    scale = jnp.log(rows["deviation"])[:, None, None, None]
+    nats = -discretised_log_likelihood(x, decoded, scale).sum(axis=(1, 2, 3))
+    return {"mse": jnp.square(decoded - x).mean(axis=(1, 2, 3)), "nats": nats}
+
+
+def _evaluate(config, space, model, run: Run) -> dict[str, float]:
+    """The likelihood of the test set, the quality of samples, and what one shot must lose."""
+    images = run.kept_samples()["images"]
+    params = space.both(run.params)
+    report = _validate(config, space, model, params["prior"])
+    report |= image_files.score(images, config.data, space.images["test"])
+    if config.data.name == "shapes" and not space.latents:
+        support = ShapesSet(config.data.size).images()
+        codes = code_files.encoded(space.model, space.params, support, False)
+        report |= _exactly(codes, space.model.quantiser.codes)
+    return report
+
+
+def _exactly(codes, vocabulary):
+    """What is known of the encoded support [N, L], all of whose images are equally likely.
+
+    Drawn all at once from the exact marginals of each place, so much of the mass falls on codes
+    that some image has; the entropy of the codes is the floor of their code length.
+    """
+    distinct, counts = np.unique(codes, axis=0, return_counts=True)
+    share = counts / len(codes)
+    mass = np.ones(len(distinct))
+    for place in range(codes.shape[1]):
+        marginal = np.bincount(codes[:, place], minlength=vocabulary) / len(codes)
+        mass *= marginal[distinct[:, place]]
+    return {
+        "distinct_codes_of_support": len(distinct),
+        "nats_of_codes_floor": float(-(share * np.log(share)).sum()),
+        "one_shot_mass_on_support": float(mass.sum()),
+    }
+
+
+def _write(run: Run, samples: np.ndarray, report: dict) -> dict:
+    """Leaves the samples as pictures and arrays, and the way to the first of them."""
+    del report
+    image_files.save_samples(run.workdir.path, pictures.to_uint8(samples))
+    labels = run.task.condition(len(samples)).label
+    known = {} if labels is None else {"labels": labels}
+    run.keep_samples(images=samples, nfe=run.task.sampler.nfe, **known)
+    _write_trajectory(run)
+    return {}
+
+
+def _write_trajectory(run):
+    """What the prior has drawn after some of its steps, decoded."""
+    sampler, params = run.task.sampler, run.task.sampler_params(run.params)
+    number = min(_ROWS, run.task.number or _ROWS)
+    ours = sampling.sample_keys(run.config.sample.seed, 0, number)
+    moments = np.unique(np.linspace(1, sampler.steps, _MOMENTS).round().astype(int))
+    prepared, frames = sampler.prepare(params), []
+    states = sampling.stream(sampler, params, ours, run.task.condition(number))
+    finish = jax.jit(sampler.finish)
+    for step, state in enumerate(states, start=1):
+        if step in moments:
+            frames.append(pictures.to_uint8(finish(prepared, state)))
+    rows = np.stack(frames, axis=1).reshape(-1, *frames[0].shape[1:])
+    scale = image_files.scale(frames[0].shape[1])
+    picture = pictures.grid(rows, columns=len(frames), scale=scale)
+    pictures.save_png(run.workdir.path / "trajectory.png", picture)
