@@ -25,7 +25,7 @@ from gen_jax.config import TrainConfig
 from gen_jax.models.diffusion.config import DiffusionConfig
 from gen_jax.nn.config import TransformerConfig, UNetConfig
 from gen_jax.tasks.images.config import LabelledSampleConfig
-from gen_jax.tasks.two_stage.config import FirstStageConfig, TwoStageConfig
+from gen_jax.tasks.two_stage.config import TwoStageConfig
 
 _FIRST = vq_cifar.TINY
 
@@ -33,12 +33,10 @@ AR = TwoStageConfig(
     workdir="runs/two_stage_ar",
     prior="ar",
     data=_FIRST.data,
-    first=FirstStageConfig(
-        model=_FIRST.model,
-        quantiser=_FIRST.quantiser,
-        objective=_FIRST.objective,
-        train=_FIRST.train,
-    ),
+    coder=_FIRST.model,
+    quantiser=_FIRST.quantiser,
+    objective=_FIRST.objective,
+    coder_train=_FIRST.train,
     model=TransformerConfig(layers=4, width=128, heads=4, mlp_dim=512),
     unet=UNetConfig(widths=(64, 64), blocks=1, attention=(4,), groups=8, dropout=0.0),
     diffusion=DiffusionConfig(

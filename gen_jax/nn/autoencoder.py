@@ -10,6 +10,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float, Float32, Key
 
@@ -150,7 +151,7 @@ class AutoencoderNetwork:
     def encode(
         self,
         params: dict[str, Any],
-        x: Float[Array, "B height width C"],
+        x: Float[Array | np.ndarray, "B height width C"],
         keys: Key[Array, " B"] | None = None,
     ) -> Float32[Array, "B h w inputs"]:
         """Images to what the quantiser reads.
@@ -164,6 +165,7 @@ class AutoencoderNetwork:
           ValueError: the images do not fit the network.
         """
         self.check(*x.shape[1:])
+        x = jnp.asarray(x)
         return self._encoder.apply(variables(params["encoder"]), x, keys)
 
     def decode(

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Float32, Int32, Key
 
 from gen_jax.condition import is_concrete
@@ -140,13 +141,15 @@ class Autoencoder:
         parts = self.losses(params, batch, keys)
         return parts.total, {"reconstruction": parts.reconstruction}
 
-    def encode(self, params: dict[str, Any], x: Float[Array, "B height width C"]) -> Quantised:
+    def encode(
+        self, params: dict[str, Any], x: Float[Array | np.ndarray, "B height width C"]
+    ) -> Quantised:
         """Images in [-1, 1] to their code, and to what the decoder reads; without randomness."""
         latents = self.network.encode(params["network"], x, None)
         return self.quantiser.quantise(params["quantiser"], latents)
 
     def lookup(
-        self, params: dict[str, Any], code: Int32[Array, "B ..."]
+        self, params: dict[str, Any], code: Int32[Array | np.ndarray, "B ..."]
     ) -> Float[Array, "B h w D"]:
         """What the decoder reads for a code.
 
@@ -172,7 +175,7 @@ class Autoencoder:
         return self.network.decode(params["network"], z, None)
 
     def decode_code(
-        self, params: dict[str, Any], code: Int32[Array, "B ..."]
+        self, params: dict[str, Any], code: Int32[Array | np.ndarray, "B ..."]
     ) -> Float32[Array, "B height width C"]:
         """`decode` of `lookup`; it raises what that does."""
         return self.decode(params, self.lookup(params, code))

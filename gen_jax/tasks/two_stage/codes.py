@@ -17,7 +17,7 @@ from gen_jax.models.diffusion.process import to_signal
 from gen_jax.models.vq import Autoencoder
 from gen_jax.trees import named_leaves
 
-__all__ = ["digest", "encoded", "kept"]
+__all__ = ["check", "digest", "encoded", "kept"]
 
 _BATCH = 256
 
@@ -83,13 +83,24 @@ def kept(
         if mirrored:
             whole = np.concatenate([whole, whole[:, :, ::-1]])
         _write(path, record, encode(whole))
+    return _read(path, record)
+
+
+def check(folder: pathlib.Path) -> None:
+    """Raises a ValueError where a file of codes in a folder is damaged; the first is named."""
+    for record in sorted(folder.glob("*.json")):
+        if record.with_suffix(".npy").exists():
+            _read(record.with_suffix(".npy"), record)
+
+
+def _read(path, record):
     problem = f"{path} is damaged: remove it, and it is written again"
     try:
         codes = np.load(path, mmap_mode="r")
         stored = json.loads(record.read_text(encoding="utf-8"))["digest"]
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise ValueError(problem) from error
-    if stored != _hash(codes) or len(codes) != len(images) * (1 + mirrored):
+    if stored != _hash(codes):
         raise ValueError(problem)
     return codes
 

@@ -21,7 +21,7 @@ from gen_jax.nn.config import AutoencoderConfig, TransformerConfig, UNetConfig
 from gen_jax.tasks.autoencoder.config import check_images
 from gen_jax.tasks.images.config import LabelledSampleConfig, check_label
 
-__all__ = ["EvaluateConfig", "FirstStageConfig", "Prior", "TwoStageConfig"]
+__all__ = ["EvaluateConfig", "Prior", "TwoStageConfig"]
 
 Prior = Literal["ar", "masked", "one_shot", "diffusion"]
 
@@ -31,17 +31,6 @@ _SAMPLERS = {
     "one_shot": (MaskGITOptions(rounds=1), MaskGITOptions),
     "diffusion": (DDIM(steps=20, spacing="trailing", clip=False), Solver),
 }  # the usual one, and all that fit
-
-
-@frozen
-class FirstStageConfig:
-    """The autoencoder of a run that trains its own."""
-
-    model: AutoencoderConfig = AutoencoderConfig()
-    quantiser: QuantiserOptions = CodebookOptions()
-    """What stands between encoder and decoder."""
-    objective: AutoencoderOptions = AutoencoderOptions()
-    train: TrainConfig = TrainConfig()
 
 
 @frozen
@@ -68,8 +57,13 @@ class TwoStageConfig(RunConfig):
     """Codes one at a time; in rounds; all at once; or latents by diffusion."""
     data: DataConfig = DataConfig()
     autoencoder: str = ""
-    """Work directory of a trained autoencoder; empty to train one as `first` says."""
-    first: FirstStageConfig = FirstStageConfig()
+    """Work directory of a trained autoencoder; empty to train one first, as `coder`, `quantiser`,
+    `objective` and `coder_train` say."""
+    coder: AutoencoderConfig = AutoencoderConfig()
+    quantiser: QuantiserOptions = CodebookOptions()
+    """What stands between encoder and decoder."""
+    objective: AutoencoderOptions = AutoencoderOptions()
+    coder_train: TrainConfig = TrainConfig()
     model: TransformerConfig = TransformerConfig()
     """Of code sequences. Vocabulary and context come from the autoencoder."""
     mask: MaskConfig = MaskConfig()
@@ -110,7 +104,7 @@ class TwoStageConfig(RunConfig):
                 raise ValueError(
                     "diffusion of latents has no reference and no learned variance: leave both out"
                 )
-        elif isinstance(self.first.quantiser, GaussianOptions) and not self.autoencoder:
+        elif isinstance(self.quantiser, GaussianOptions) and not self.autoencoder:
             raise ValueError(f"--prior {self.prior} is over codes, and a kl latent has none")
         if self.data.palette:
             raise ValueError("an autoencoder takes RGB images: leave data.palette off")
@@ -132,5 +126,5 @@ class TwoStageConfig(RunConfig):
         images = {split: image_data.load(self.data, split) for split in splits}
         if not self.autoencoder:
             for some in images.values():
-                check_images(some, self.first.model)
+                check_images(some, self.coder)
         return images

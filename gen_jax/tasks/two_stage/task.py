@@ -81,6 +81,7 @@ class _Space:
         self.folder = context.workdir.path / "codes"
         self.latents = config.prior == "diffusion"
         self.params, self.stages, self.digest, self._kept = None, (), "", {}
+        code_files.check(self.folder)
         record = context.records.get("prior")
         if config.autoencoder:
             self.model, self.params = _load(config, self.images, self.latents)
@@ -91,11 +92,12 @@ class _Space:
                     f"than that in {config.autoencoder}"
                 )
             return
-        first, train = config.first, self.images.get("train")
+        train = self.images.get("train")
         stored = record or context.records.get("autoencoder")
         shape = tuple(stored["image_shape"]) if stored else train.images.shape[1:]
-        self.model = autoencoder_task.build(first.model, first.quantiser, first.objective, shape)
-        own = autoencoder_task.stage("autoencoder", config, self.model, train, first.train)
+        parts = config.coder, config.quantiser, config.objective
+        self.model = autoencoder_task.build(*parts, shape)
+        own = autoencoder_task.stage("autoencoder", config, self.model, train, config.coder_train)
         self.stages = (own,)
 
     def both(self, params: Any) -> dict[str, Any]:

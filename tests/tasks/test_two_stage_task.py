@@ -1,0 +1,177 @@
+"""The task of two stages: every prior, the codes that are kept, and whose autoencoder it is."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+import gen_jax
+from experiments.two_stage import EXPERIMENT
+from gen_jax import cli, sampling
+from gen_jax.data import DataConfig
+from gen_jax.models.autoregressive.config import SamplingOptions
+from gen_jax.models.vq.config import CodebookOptions
+from gen_jax.nn.config import AutoencoderConfig, TransformerConfig, UNetConfig
+from gen_jax.tasks.images.config import LabelledSampleConfig
+from gen_jax.tasks.two_stage.config import EvaluateConfig, TwoStageConfig
+from gen_jax.tasks.two_stage.task import _exactly
+from miniature import TRAIN, arrays, summary
+from refusals import refused_in
+
+_TRAIN = dataclasses.replace(TRAIN, preview_every=0, evaluate_every=0)
+MINUTE = TwoStageConfig(
+    workdir="",
+    data=DataConfig(),
+    coder=AutoencoderConfig(widths=(4,), blocks=1, groups=2, middle_attention=False, patch=4),
+    quantiser=CodebookOptions(codes=6, width=4, restart_every=1),
+    coder_train=_TRAIN,
+    model=TransformerConfig(layers=1, width=8, heads=1),
+    unet=UNetConfig(widths=(4,), blocks=1, attention=(), groups=2, dropout=0.0),
+    diffusion=EXPERIMENT.presets["ar"].diffusion,
+    train=_TRAIN,
+    sample=LabelledSampleConfig(number=5, micro_batch=8),
+    evaluate=EvaluateConfig(images=11, draws=2, batch=8),
+)
+MINIATURE = dataclasses.replace(EXPERIMENT, presets={"minute": MINUTE})
+
+
+def main(*argv):
+    return cli.main(MINIATURE, [str(item) for item in argv])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The work directory of the command `all`, with an autoencoder of its own."""
+    path = tmp_path_factory.mktemp("two stages") / "my run"
+    assert main("--workdir", path) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def coder(tmp_path_factory):
+    """The work directory of an autoencoder."""
+    from experiments import vq_cifar
+    from gen_jax.tasks.autoencoder.config import AutoencoderRunConfig
+
+    run = AutoencoderRunConfig(
+        "", data=MINUTE.data, model=MINUTE.coder, quantiser=MINUTE.quantiser, train=_TRAIN
+    )
+    experiment = dataclasses.replace(vq_cifar.EXPERIMENT, presets={"minute": run})
+    path = tmp_path_factory.mktemp("coder") / "run"
+    assert cli.main(experiment, ["train", "--workdir", str(path)]) == 0
+    return path
+
+
+def test_the_command_all_leaves_everything(finished):
+    names = {path.name for path in finished.iterdir() if not path.name.startswith(".")}
+    pictures = {"samples.png", "samples.npz", "samples", "trajectory.png"}
+    assert names == {"config.json", "autoencoder", "prior", "codes", "summary.json"} | pictures
+    report = summary(finished)
+    assert report["nfe"] == 17
+    assert report["nats_of_codes"] == pytest.approx(16 * report["nats_per_code"])
+    assert report["nats_of_codes"] >= report["nats_of_codes_floor"] - 0.5
+    assert report["bits_per_dim"] > report["bits_per_dim_of_codes"] > 0
+    assert 0 < report["one_shot_mass_on_support"] <= 1
+    images = arrays(finished)["images"]
+    assert images.shape == (5, 16, 16, 3)
+    loaded = gen_jax.load(finished)
+    keys = sampling.sample_keys(0, 0, 5)
+    again = sampling.generate(loaded.sampler, loaded.params, keys, loaded.condition(5))
+    np.testing.assert_allclose(again, images, atol=1e-4)
+    assert list(EXPERIMENT.presets) == ["ar", "masked", "one_shot", "diffusion"]
+
+
+@pytest.mark.parametrize(
+    ("prior", "nfe"), [("ar", 17), ("masked", 9), ("one_shot", 2), ("diffusion", 21)]
+)
+def test_every_prior_takes_the_autoencoder_of_a_run(tmp_path, capsys, coder, prior, nfe):
+    options = ("--workdir", tmp_path, "--autoencoder", coder, "--prior", prior)
+    assert main(*options, "--conditional") == 0
+    report = summary(tmp_path)
+    assert report["nfe"] == nfe
+    assert ("bits_per_dim" in report) == (prior != "diffusion")
+    np.testing.assert_array_equal(arrays(tmp_path)["labels"], range(5))
+    assert not (tmp_path / "autoencoder").exists()
+    capsys.readouterr()
+
+
+def test_the_prior_refuses_another_autoencoder(tmp_path, capsys, coder):
+    workdir = tmp_path / "run"
+    assert main("train", "--workdir", workdir, "--autoencoder", coder) == 0
+    other = shutil.copytree(coder, tmp_path / "other")
+    shutil.rmtree(other / "model")
+    config = json.loads((other / "config.json").read_text())
+    config["train"]["seed"] = 7
+    (other / "config.json").write_text(json.dumps(config))
+    from experiments import vq_cifar
+
+    again = ["train", "--workdir", str(other)]
+    assert cli.main(vq_cifar.EXPERIMENT, again) == 0
+    capsys.readouterr()
+    assert main("sample", "--workdir", workdir, "--autoencoder", other) == 2
+    assert "was trained with another autoencoder than that in" in refused_in(capsys)
+
+
+def test_codes_are_kept_and_a_damaged_file_is_named(tmp_path, capsys, coder):
+    workdir = tmp_path / "run"
+    assert main("train", "--workdir", workdir, "--autoencoder", coder) == 0
+    (file,) = (workdir / "codes").glob("train-*.npy")
+    codes = np.load(file)
+    assert codes.shape == (648, 16)
+    assert (codes.min(), codes.max() < 6) == (0, True)
+    before = file.stat().st_mtime_ns
+    assert main("evaluate", "--workdir", workdir) == 2  # no samples yet
+    assert main("sample", "--workdir", workdir) == 0
+    assert main("evaluate", "--workdir", workdir) == 0
+    assert file.stat().st_mtime_ns == before
+    (test,) = (workdir / "codes").glob("test-*.npy")
+    content = bytearray(test.read_bytes())
+    content[-1] ^= 1
+    capsys.readouterr()
+    for damage in (bytes(content), bytes(content[:-8]), b"nothing"):
+        test.write_bytes(damage)
+        assert main("evaluate", "--workdir", workdir) == 2
+        assert f"{test} is damaged: remove it" in refused_in(capsys)
+    test.unlink()
+    assert main("evaluate", "--workdir", workdir) == 0
+    capsys.readouterr()
+
+
+def test_what_one_shot_loses_is_exact():
+    codes = np.array([[0, 1], [1, 0]])  # the actor and the professor
+    report = _exactly(codes, 2)
+    assert report["distinct_codes_of_support"] == 2
+    assert report["nats_of_codes_floor"] == pytest.approx(np.log(2))
+    assert report["one_shot_mass_on_support"] == pytest.approx(0.5)
+
+
+REFUSED = [
+    ("--model.vocabulary 9", "follow from the codes and the prior: leave them as they are"),
+    ("--sampler maskgit", "--sampler maskgit is not for --prior ar"),
+    ("--prior one_shot --sampler maskgit --sampler.rounds 2", "draws in one round"),
+    ("--prior diffusion --sampler ddim --sampler.steps 5", "latents are not in [-1, 1]"),
+    ("--prior diffusion --diffusion.reference 8", "has no reference and no learned variance"),
+    ("--prior masked --quantiser kl", "--prior masked is over codes, and a kl latent has"),
+    ("--prior gan", "gan"),
+    ("--data.palette", "an autoencoder takes RGB images"),
+    ("--autoencoder /nowhere", "no run in /nowhere"),
+    ("--coder.widths 4 4 4 --coder.patch 8", "height and width must be multiples of 32"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), REFUSED)
+def test_bad_input_is_refused_in_one_line(tmp_path, capsys, line, message):
+    assert main(*line.split(), "--workdir", tmp_path / "run") == 2
+    assert message in refused_in(capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_prior_names_the_preset():
+    _, config = cli.parse(EXPERIMENT, ["--prior", "masked"])
+    assert (config.workdir, config.prior) == ("runs/two_stage_masked", "masked")
+    _, config = cli.parse(EXPERIMENT, ["--preset", "ar", "--prior", "masked"])
+    assert config.workdir == "runs/two_stage_ar"
+    assert config.decoding.rounds == 8
+    assert dataclasses.replace(config, prior="ar").decoding == SamplingOptions()
