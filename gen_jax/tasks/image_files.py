@@ -4,13 +4,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from gen_jax import pictures
 from gen_jax.condition import Condition
 from gen_jax.data import DataConfig, Images, ShapesSet
+from gen_jax.models.diffusion.config import DiffusionConfig
 
 SHEET = 64  # samples in samples.png
+OTHER_ORDER = 2**32  # added to a seed, which is below it, for another order of the images
 
 
 def save_samples(path: Path, images: np.ndarray) -> None:
@@ -74,6 +77,15 @@ def condition(label: int, classes: int, number: int) -> Condition:
     if label >= 0:
         return Condition(label=np.full(number, label, np.int32))
     return Condition(label=np.arange(number, dtype=np.int32) % classes)
+
+
+def check_devices(process: DiffusionConfig) -> None:
+    """Raises a ValueError where the reference of a process does not divide over the devices."""
+    if process.reference % jax.device_count():
+        raise ValueError(
+            f"diffusion.reference is {process.reference}: choose a multiple of the "
+            f"{jax.device_count()} devices"
+        )
 
 
 def score(images: np.ndarray, config: DataConfig, test_set: Images) -> dict[str, float]:

@@ -88,6 +88,7 @@ def test_the_command_all_leaves_everything(finished):
 )
 def test_every_prior_takes_the_autoencoder_of_a_run(tmp_path, capsys, coder, prior, nfe):
     options = ("--workdir", tmp_path, "--autoencoder", coder, "--prior", prior)
+    options += ("--diffusion.reference", 16) if prior == "diffusion" else ()
     assert main(*options, "--conditional") == 0
     report = summary(tmp_path)
     assert report["nfe"] == nfe
@@ -152,7 +153,9 @@ REFUSED = [
     ("--sampler maskgit", "--sampler maskgit is not for --prior ar"),
     ("--prior one_shot --sampler maskgit --sampler.rounds 2", "draws in one round"),
     ("--prior diffusion --sampler ddim --sampler.steps 5", "latents are not in [-1, 1]"),
-    ("--prior diffusion --diffusion.reference 8", "has no reference and no learned variance"),
+    ("--prior diffusion --diffusion.variance learned", "no bound for a learned variance"),
+    ("--prior diffusion --diffusion.reference 1000", "but there are 648 training images"),
+    ("--prior diffusion --diffusion.reference 12", "choose a multiple of the 8 devices"),
     ("--prior masked --quantiser kl", "--prior masked is over codes, and a kl latent has"),
     ("--prior gan", "gan"),
     ("--data.palette", "an autoencoder takes RGB images"),

@@ -116,8 +116,8 @@ class DiffusionModel:
           params: of the network.
           batch: "image" uint8 [B, height, width, C], or "latent" float32 of this shape, which is
             diffused as it is; and "label" integers [B] for a conditional network only. Where the
-            process has a reference, "reference" uint8 [R, height, width, C] and, with labels,
-            "reference_label" [R], of which those of an image's class count.
+            process has a reference, "reference" [R, height, width, C] of the same kind and, with
+            labels, "reference_label" [R], of which those of an image's class count.
           keys: one per example: time, noise, label dropout and dropout depend on them.
 
         Returns:
@@ -160,7 +160,8 @@ class DiffusionModel:
         allowed = None
         if label is not None:
             allowed = (label[:, None] == batch["reference_label"][None]) | (label[:, None] < 0)
-        others = to_signal(batch["reference"])
+        others = batch["reference"]
+        others = others if "latent" in batch else to_signal(others)
         mean = stable_x0(self.schedule, x0, x, t, others, allowed)
         return target(self.schedule, mean, t, noise_between(self.schedule, mean, x, t))
 

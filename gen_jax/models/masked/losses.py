@@ -115,9 +115,13 @@ class MaskedModel:
         parts = jax.vmap(lambda key: jax.random.split(key, 3))(keys)
         dropout = parts[:, 2] if self.network.config.dropout else None
         valid = valid_mask(batch["tokens"], batch.get("length"))
-        uniform = jax.vmap(jax.random.uniform)(parts[:, 0])
-        count = _count(self.counts, uniform, valid.sum(-1))
-        tokens, hidden = hide(parts[:, 1], batch["tokens"], valid, count, self.mask)
+        if self.counts == "all":
+            count, hidden = valid.sum(-1), valid
+            tokens = jnp.where(hidden, self.mask, batch["tokens"])
+        else:
+            uniform = jax.vmap(jax.random.uniform)(parts[:, 0])
+            count = _count(self.counts, uniform, valid.sum(-1))
+            tokens, hidden = hide(parts[:, 1], batch["tokens"], valid, count, self.mask)
         if context is None:
             context = self.condition(params, batch, dropout)
         logits = self.logits(params, tokens, valid, context, dropout)
@@ -215,8 +219,6 @@ def _stretched(copied, mask, valid):
 
 def _count(counts, uniform, length):
     """How many of `length` int [B] tokens are hidden, int32 [B], from uniform draws [B]."""
-    if counts == "all":
-        return length
     if counts == "cosine":
         share = jnp.cos(jnp.pi / 2 * uniform)
         count = jnp.ceil(share * length)

@@ -19,7 +19,6 @@ from gen_jax.trainables import ModelTrainable
 
 __all__ = ["make"]
 
-_OTHER_ORDER = 2**32  # added to seeds, which are below it
 _TRAJECTORIES, _ROWS, _COLUMNS, _FRAMES = 8, 4, 10, 40  # samples; of trajectory.png; of the GIF
 
 
@@ -35,11 +34,7 @@ def make(config: ImagesConfig, context: Context) -> Task:
     else:
         shape = splits["train"].images.shape[1:] if "train" in splits else published.shape
     model = DiffusionModel(UNetNetwork(network), config.diffusion, shape)
-    if config.diffusion.reference % jax.device_count():
-        raise ValueError(
-            f"diffusion.reference is {config.diffusion.reference}: choose a multiple of the "
-            f"{jax.device_count()} devices"
-        )
+    image_files.check_devices(config.diffusion)
     validate = functools.partial(_validate, config, model, splits.get("test"))
     stage = Stage(
         name="model",
@@ -72,7 +67,9 @@ def _batch(config, images, step, shard, earlier):
     train, flip, number = config.train, config.data.flip, config.diffusion.reference
     batch = images.batch(train.seed, step, train.batch, flip=flip, shard=shard)
     if number:
-        others = images.batch(train.seed + _OTHER_ORDER, step, number, flip=flip, shard=shard)
+        others = images.batch(
+            train.seed + image_files.OTHER_ORDER, step, number, flip=flip, shard=shard
+        )
         batch |= {"reference": others["image"], "reference_label": others["label"]}
     if not config.conditional:
         batch = {name: value for name, value in batch.items() if not name.endswith("label")}

@@ -19,7 +19,7 @@ from gen_jax.models.vq.config import (
 )
 from gen_jax.nn.config import AutoencoderConfig, TransformerConfig, UNetConfig
 from gen_jax.tasks.autoencoder.config import check_images
-from gen_jax.tasks.images.config import LabelledSampleConfig, check_label
+from gen_jax.tasks.images.config import LabelledSampleConfig, check_label, check_reference
 
 __all__ = ["EvaluateConfig", "Prior", "TwoStageConfig"]
 
@@ -100,9 +100,9 @@ class TwoStageConfig(RunConfig):
                 raise ValueError("latents are not in [-1, 1]: set --no-sampler.clip")
             if self.decoding.guidance != 1.0 and not self.conditional:
                 raise ValueError("sampler.guidance needs a conditional prior")
-            if self.diffusion.reference or self.diffusion.variance == "learned":
+            if self.diffusion.variance == "learned":
                 raise ValueError(
-                    "diffusion of latents has no reference and no learned variance: leave both out"
+                    "diffusion of latents has no bound for a learned variance: choose a fixed one"
                 )
         elif isinstance(self.quantiser, GaussianOptions) and not self.autoencoder:
             raise ValueError(f"--prior {self.prior} is over codes, and a kl latent has none")
@@ -127,4 +127,6 @@ class TwoStageConfig(RunConfig):
         if not self.autoencoder:
             for some in images.values():
                 check_images(some, self.coder)
+        if self.prior == "diffusion" and "train" in images:
+            check_reference(self.diffusion, len(images["train"]))
         return images

@@ -107,6 +107,20 @@ class _Space:
             return params
         return {"prior": params, "autoencoder": jax.device_put(self.params)}
 
+    def batch(
+        self, seed: int, step: int, size: int, shard: tuple[int, int]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Codes or scaled latents of a part of the training images of a step, and their labels."""
+        images, codes = self.images["train"], self.codes("train")
+        chosen = images.indices(seed, step, size)
+        places = chosen
+        if self.config.data.flip:
+            coins = np.random.default_rng([seed, step]).integers(0, 2, size)
+            places = chosen + len(images) * coins
+        index, count = shard
+        mine = slice(index * size // count, (index + 1) * size // count)
+        return np.asarray(codes[places[mine]]), images.labels[chosen[mine]]
+
     def codes(self, split: str) -> np.ndarray:
         """The codes or scaled latents of a split, from a file of the work directory."""
         if split not in self._kept:
@@ -147,6 +161,7 @@ def _load(config, splits, latents) -> tuple[Autoencoder, Any]:
 def _prior(config, autoencoder, classes):
     """The model of the prior, and the sampler of its codes or latents."""
     if config.prior == "diffusion":
+        image_files.check_devices(config.diffusion)
         height, width, channels = autoencoder.latent_shape
         sizes = {"channels": channels, "out_channels": channels, "classes": classes}
         network = UNetNetwork(dataclasses.replace(config.unet, **sizes))
@@ -173,20 +188,15 @@ def _batch(config, space, step, shard, earlier):
     """Codes or scaled latents of images, and labels for a conditional prior."""
     if space.params is None:
         space.params = jax.device_get(earlier["autoencoder"])
-    train, images, codes = config.train, space.images["train"], space.codes("train")
-    index, count = shard
-    chosen = images.indices(train.seed, step, train.batch)
-    places = chosen
-    if config.data.flip:
-        coins = np.random.default_rng([train.seed, step]).integers(0, 2, len(chosen))
-        places = chosen + len(images) * coins
-    mine = np.array_split(np.arange(len(chosen)), count)[index]
-    batch = _named(space, np.asarray(codes[places[mine]]))
-    return batch | ({"label": images.labels[chosen[mine]]} if config.conditional else {})
-
-
-def _named(space, codes):
-    return {"latent": codes} if space.latents else {"tokens": codes}
+    train = config.train
+    codes, labels = space.batch(train.seed, step, train.batch, shard)
+    batch = {"latent" if space.latents else "tokens": codes, "label": labels}
+    if space.latents and config.diffusion.reference:
+        others = train.seed + image_files.OTHER_ORDER, step, config.diffusion.reference
+        batch["reference"], batch["reference_label"] = space.batch(*others, shard)
+    if not config.conditional:
+        batch = {name: value for name, value in batch.items() if not name.endswith("label")}
+    return batch
 
 
 def _validate(config, space, model, params) -> dict[str, float]:
