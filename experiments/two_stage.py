@@ -57,9 +57,23 @@ AR = TwoStageConfig(
     sample=LabelledSampleConfig(number=256),
 )
 
-MASKED = dataclasses.replace(AR, workdir="runs/two_stage_masked", prior="masked")
+MASKED = dataclasses.replace(
+    AR,
+    workdir="runs/two_stage_masked",
+    prior="masked",
+    model=dataclasses.replace(AR.model, layers=2),
+    train=dataclasses.replace(AR.train, steps=3000),
+)
+
 ONE_SHOT = dataclasses.replace(AR, workdir="runs/two_stage_one_shot", prior="one_shot")
-DIFFUSION = dataclasses.replace(AR, workdir="runs/two_stage_diffusion", prior="diffusion")
+
+DIFFUSION = dataclasses.replace(
+    AR,
+    workdir="runs/two_stage_diffusion",
+    prior="diffusion",
+    diffusion=dataclasses.replace(AR.diffusion, reference=640),
+    train=dataclasses.replace(AR.train, steps=1500, learning_rate=4e-3),
+)
 
 EXPERIMENT = cli.Experiment(
     name="two_stage",

@@ -27,7 +27,7 @@ Prior = Literal["ar", "masked", "one_shot", "diffusion"]
 
 _SAMPLERS = {
     "ar": (SamplingOptions(), SamplingOptions),
-    "masked": (MaskGITOptions(rounds=8), IterativeOptions),
+    "masked": (MaskGITOptions(rounds=8, choice_temperature=1.0), IterativeOptions),
     "one_shot": (MaskGITOptions(rounds=1), MaskGITOptions),
     "diffusion": (DDIM(steps=20, spacing="trailing", clip=False), Solver),
 }  # the usual one, and all that fit
@@ -75,7 +75,7 @@ class TwoStageConfig(RunConfig):
     sample: LabelledSampleConfig = LabelledSampleConfig()
     sampler: Annotated[Choice, Usual, DecodingOptions, IterativeOptions, Solver] = UsualSampler()
     """How the prior is drawn from; it must fit the prior. The usual one draws codes as they are,
-    takes MaskGIT in 8 rounds or one, or DDIM in 20 steps."""
+    takes MaskGIT in 8 rounds (choice_temperature 1) or one, or DDIM in 20 steps."""
     evaluate: EvaluateConfig = EvaluateConfig()
 
     task = "two_stage"
