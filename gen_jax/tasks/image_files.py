@@ -79,13 +79,15 @@ def condition(label: int, classes: int, number: int) -> Condition:
     return Condition(label=np.arange(number, dtype=np.int32) % classes)
 
 
-def check_devices(process: DiffusionConfig) -> None:
-    """Raises a ValueError where the reference of a process does not divide over the devices."""
-    if process.reference % jax.device_count():
-        raise ValueError(
-            f"diffusion.reference is {process.reference}: choose a multiple of the "
-            f"{jax.device_count()} devices"
-        )
+def reference_size(process: DiffusionConfig, images: int) -> int:
+    """How many images the reference of a process has, out of so many training images.
+
+    They divide over the devices; where the set is smaller than the number of those, images repeat.
+    """
+    if not process.reference:
+        return 0
+    devices = jax.device_count()
+    return devices * max(1, min(process.reference, images) // devices)
 
 
 def score(images: np.ndarray, config: DataConfig, test_set: Images) -> dict[str, float]:

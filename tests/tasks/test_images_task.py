@@ -7,6 +7,8 @@ from PIL import Image
 
 from experiments.ddpm_cifar import EXPERIMENT
 from gen_jax import cli
+from gen_jax.models.diffusion import DiffusionConfig
+from gen_jax.tasks import image_files
 
 # The least that the experiment can be asked for on eight devices.
 MINUTE = (
@@ -236,3 +238,12 @@ def test_the_summary_keeps_what_was_not_measured_again(copy):
     for name in ("images_per_second", "train_seconds"):
         assert after[name] == before[name]
     assert after["wall_seconds"] != before["wall_seconds"]  # of the latest command
+
+
+@pytest.mark.parametrize(
+    ("reference", "images", "size"),
+    [(0, 9, 0), (640, 648, 640), (640, 100, 96), (12, 50, 8), (5, 2, 8)],
+)
+def test_the_reference_divides_over_the_devices(reference, images, size):
+    process = DiffusionConfig(reference=reference)
+    assert image_files.reference_size(process, images) == size

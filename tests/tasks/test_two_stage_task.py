@@ -154,8 +154,6 @@ REFUSED = [
     ("--prior one_shot --sampler maskgit --sampler.rounds 2", "draws in one round"),
     ("--prior diffusion --sampler ddim --sampler.steps 5", "latents are not in [-1, 1]"),
     ("--prior diffusion --diffusion.variance learned", "no bound for a learned variance"),
-    ("--prior diffusion --diffusion.reference 1000", "but there are 648 training images"),
-    ("--prior diffusion --diffusion.reference 12", "choose a multiple of the 8 devices"),
     ("--prior masked --quantiser kl", "--prior masked is over codes, and a kl latent has"),
     ("--prior gan", "gan"),
     ("--data.palette", "an autoencoder takes RGB images"),

@@ -30,9 +30,9 @@ class DiffusionConfig:
     """Training draws t / T = s u / (1 + (s - 1) u) with u uniform (Esser et al. 2024, 2403.03206,
     equation 23): above 1 more of the noisy steps, where the layout of an image is decided."""
     reference: int = 0
-    """Further images of the training set, drawn for every step, by which the clean image in the
-    target becomes its mean given x_t (stable targets, Xu et al. 2023, 2302.00670); 0 for the image
-    alone."""
+    """At most so many further images of the training set, drawn for every step, by which the clean
+    image in the target becomes its mean given x_t (stable targets, Xu et al. 2023, 2302.00670); 0
+    for the image alone. There are as many as the set has and as divide over the devices."""
     vlb_weight: float = 0.001
     """Weight of the variational lower bound in the loss when the variance is learned."""
     label_dropout: float = 0.1

@@ -18,7 +18,6 @@ __all__ = [
     "ImagesConfig",
     "LabelledSampleConfig",
     "check_label",
-    "check_reference",
 ]
 
 
@@ -44,14 +43,6 @@ def check_label(label: int, conditional: bool, classes: int) -> None:
     known = classes or not conditional
     if label < -1 or (known and label >= max(classes, 1)):
         raise ValueError(f"sample.label must be -1 or a class, got {label}")
-
-
-def check_reference(process: DiffusionConfig, images: int) -> None:
-    """Raises a ValueError where a process has a larger reference than there are images."""
-    if process.reference > images:
-        raise ValueError(
-            f"diffusion.reference is {process.reference}, but there are {images} training images"
-        )
 
 
 @frozen
@@ -139,8 +130,6 @@ class ImagesConfig(RunConfig):
         splits = {split: image_data.load(self.data, split) for split in self.splits(phases)}
         for images in splits.values():
             self._check_images(images)
-        if "train" in splits:
-            check_reference(self.diffusion, len(splits["train"]))
         return splits
 
     def _check_images(self, images):

@@ -34,7 +34,6 @@ def make(config: ImagesConfig, context: Context) -> Task:
     else:
         shape = splits["train"].images.shape[1:] if "train" in splits else published.shape
     model = DiffusionModel(UNetNetwork(network), config.diffusion, shape)
-    image_files.check_devices(config.diffusion)
     validate = functools.partial(_validate, config, model, splits.get("test"))
     stage = Stage(
         name="model",
@@ -64,7 +63,8 @@ def _batch(config, images, step, shard, earlier):
     Those are the training set in another order, in which each epoch has every image once.
     """
     del earlier
-    train, flip, number = config.train, config.data.flip, config.diffusion.reference
+    train, flip = config.train, config.data.flip
+    number = image_files.reference_size(config.diffusion, len(images))
     batch = images.batch(train.seed, step, train.batch, flip=flip, shard=shard)
     if number:
         others = images.batch(

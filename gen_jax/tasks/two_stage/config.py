@@ -19,7 +19,7 @@ from gen_jax.models.vq.config import (
 )
 from gen_jax.nn.config import AutoencoderConfig, TransformerConfig, UNetConfig
 from gen_jax.tasks.autoencoder.config import check_images
-from gen_jax.tasks.images.config import LabelledSampleConfig, check_label, check_reference
+from gen_jax.tasks.images.config import LabelledSampleConfig, check_label
 
 __all__ = ["EvaluateConfig", "Prior", "TwoStageConfig"]
 
@@ -127,6 +127,4 @@ class TwoStageConfig(RunConfig):
         if not self.autoencoder:
             for some in images.values():
                 check_images(some, self.coder)
-        if self.prior == "diffusion" and "train" in images:
-            check_reference(self.diffusion, len(images["train"]))
         return images

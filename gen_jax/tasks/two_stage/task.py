@@ -161,7 +161,6 @@ def _load(config, splits, latents) -> tuple[Autoencoder, Any]:
 def _prior(config, autoencoder, classes):
     """The model of the prior, and the sampler of its codes or latents."""
     if config.prior == "diffusion":
-        image_files.check_devices(config.diffusion)
         height, width, channels = autoencoder.latent_shape
         sizes = {"channels": channels, "out_channels": channels, "classes": classes}
         network = UNetNetwork(dataclasses.replace(config.unet, **sizes))
@@ -191,8 +190,9 @@ def _batch(config, space, step, shard, earlier):
     train = config.train
     codes, labels = space.batch(train.seed, step, train.batch, shard)
     batch = {"latent" if space.latents else "tokens": codes, "label": labels}
-    if space.latents and config.diffusion.reference:
-        others = train.seed + image_files.OTHER_ORDER, step, config.diffusion.reference
+    number = image_files.reference_size(config.diffusion, len(space.images["train"]))
+    if space.latents and number:
+        others = train.seed + image_files.OTHER_ORDER, step, number
         batch["reference"], batch["reference_label"] = space.batch(*others, shard)
     if not config.conditional:
         batch = {name: value for name, value in batch.items() if not name.endswith("label")}
