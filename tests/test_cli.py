@@ -14,6 +14,8 @@ from experiments import (
     masked_text,
     multimodality,
     nar_translation,
+    two_stage,
+    vq_cifar,
 )
 from gen_jax import arguments, cli
 from gen_jax import config as config_lib
@@ -30,6 +32,8 @@ EXPERIMENTS = [
         masked_text,
         multimodality,
         nar_translation,
+        two_stage,
+        vq_cifar,
     )
 ]
 PRESETS = [(experiment, name) for experiment in EXPERIMENTS for name in experiment.presets]
@@ -244,7 +248,14 @@ def test_experiments_are_listed_without_jax(without_jax):
     files = sorted(path.stem for path in (ROOT / "experiments").glob("[a-z]*.py"))
     timed = [name for name in names if name not in files]
     assert names[: len(files)] == files == sorted(item.name for item in EXPERIMENTS)
-    assert timed == ["diffusers", "diffusers_training", "nanogpt", "transformers", "translation"]
+    assert timed == [
+        "autoencoders",
+        "diffusers",
+        "diffusers_training",
+        "nanogpt",
+        "transformers",
+        "translation",
+    ]
     assert all(len(line) > 4 for line in lines)
     refused = listed(without_jax, "ddpm_cifar")
     assert refused.returncode == 2
@@ -274,7 +285,7 @@ def test_every_option_says_what_it_is(experiment, capsys):
         cli.parse(experiment, ["--help"])
     assert caught.value.code == 0
     text = capsys.readouterr().out
-    for key in config_lib.flatten(config_lib.to_dict(experiment.presets["tiny"])):
+    for key in config_lib.flatten(config_lib.to_dict(experiment.default)):
         if key.endswith(".name") and key.count(".") == 1 and key != "data.name":
             key = key.removesuffix(".name")  # a choice is named itself
         assert f"--{key.replace('_', '-')}" in text.replace("--no-", "--"), key

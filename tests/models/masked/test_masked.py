@@ -353,7 +353,7 @@ def test_a_masked_model_sees_all_and_reads_a_mask(change, pair):
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda: MaskedModel(MODEL.network, "all"), "counts must be one of 'uniform', 'cosine'"),
+        (lambda: MaskedModel(MODEL.network, "most"), "counts must be one of 'uniform', 'cosine'"),
         (lambda: MaskedModel(MODEL.network, smoothing=1.0), r"smoothing must be in \[0, 1\)"),
         (lambda: MaskedModel(SMALL), "network must be of type TokenNetwork or of type Encoder"),
         (lambda: ExactDenoiser(0), "vocabulary must be at least 1, got 0"),
