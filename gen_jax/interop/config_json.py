@@ -2,10 +2,10 @@
 
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-__all__ = ["CONFIG", "DEEPEST", "LARGEST", "is_count", "read_json", "refusal"]
+__all__ = ["CONFIG", "DEEPEST", "LARGEST", "Refusals", "is_count", "read_json", "refusal"]
 
 CONFIG = "config.json"
 # Larger sizes are no networks: memory, or the compiler, would end the process.
@@ -32,3 +32,23 @@ def is_count(value: Any, most: int = LARGEST) -> bool:
 def refusal(options: Mapping, key: str, supported: str) -> str:
     """What is said of an option whose value is not supported."""
     return f"{key}={json.dumps(options[key])} (supported: {supported})"
+
+
+class Refusals:
+    """What is said of those options that are not supported, in the order of the checks.
+
+    Args:
+      options: of config.json, with defaults for what it leaves out.
+
+    Attributes:
+      options: the same.
+      problems: one line for each option that was refused.
+    """
+
+    def __init__(self, options: Mapping[str, Any]):
+        self.options, self.problems = options, []
+
+    def unless(self, key: str, holds: bool | Callable[[Any], bool], supported: str) -> None:
+        """Refuses the option of this name unless something holds, or holds of its value."""
+        if not (holds(self.options[key]) if callable(holds) else holds):
+            self.problems.append(refusal(self.options, key, supported))

@@ -58,7 +58,7 @@ def load_diffusers_unet(
     network = UNetNetwork(config)
     model = DiffusionModel(network, process, (*sample_size, config.channels))
     abstract_params = files.abstract_params(network, *sample_size)
-    return model, diffusers_tensors.read(directory, abstract_params, names_of(abstract_params))
+    return model, diffusers_tensors.read(directory, abstract_params, _names_of(abstract_params))
 
 
 def save_diffusers_unet(
@@ -96,7 +96,7 @@ def save_diffusers_unet(
     options = to_options(config, height, width)
     to_config(options)  # refuses by name what would not come back
     expected = files.abstract_params(UNetNetwork(config), height, width)
-    diffusers_tensors.write(directory, options, params, expected, names_of(expected))
+    diffusers_tensors.write(directory, options, params, expected, _names_of(expected))
 
 
 def _check_process(config, process):
@@ -108,6 +108,6 @@ def _check_process(config, process):
         )
 
 
-def names_of(leaves: Mapping) -> diffusers_tensors.Names:
+def _names_of(leaves: Mapping) -> diffusers_tensors.Names:
     """diffusers' names for each parameter of a UNet with these leaves."""
     return functools.partial(diffusers_tensors.names, last=diffusers_tensors.last_level(leaves))

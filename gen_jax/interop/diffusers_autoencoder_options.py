@@ -6,7 +6,16 @@ import os
 import pathlib
 from typing import Any
 
-from gen_jax.interop.config_json import CONFIG, DEEPEST, LARGEST, is_count, read_json, refusal
+from gen_jax.interop import diffusers_blocks
+from gen_jax.interop.config_json import (
+    CONFIG,
+    DEEPEST,
+    LARGEST,
+    Refusals,
+    is_count,
+    read_json,
+    refusal,
+)
 from gen_jax.models.vq.config import CodebookOptions, GaussianOptions, QuantiserOptions
 from gen_jax.nn.config import AutoencoderConfig
 
@@ -142,7 +151,7 @@ def to_layout(stored: dict[str, Any], kind: str) -> Layout:
         channels=options["in_channels"] // patch**2,
         latent_channels=latent,
     )
-    height, width = _sizes(options["sample_size"])
+    height, width = diffusers_blocks.sizes(options["sample_size"])
     return Layout(
         network, quantiser, (patch * height, patch * width), float(options["scaling_factor"])
     )
@@ -197,90 +206,53 @@ def to_options(
 
 def _wrong_values(options, kind):
     """Refusals of options that do not have the type or the range of their kind."""
-    problems = []
-
-    def require(key, holds, supported):
-        if not holds(options[key]):
-            problems.append(refusal(options, key, supported))
-
-    counts = ["in_channels", "out_channels", "norm_num_groups", "latent_channels"]
-    counts += ["num_vq_embeddings"] if kind == "VQModel" else []
-    for key in counts:
-        require(key, is_count, f"a positive integer up to {LARGEST}")
+    refusals = Refusals(options)
+    for key in ("in_channels", "out_channels", "norm_num_groups", "latent_channels"):
+        refusals.unless(key, is_count, f"a positive integer up to {LARGEST}")
     if kind == "VQModel":
-        require("num_vq_embeddings", lambda value: value != 1, "at least 2")
-        require(
+        key = "num_vq_embeddings"
+        refusals.unless(key, is_count, f"a positive integer up to {LARGEST}")
+        refusals.unless(key, options[key] != 1, "at least 2")
+        refusals.unless(
             "vq_embed_dim",
             lambda value: value is None or is_count(value),
             f"null or a positive integer up to {LARGEST}",
         )
-    require(
-        "layers_per_block",
-        lambda value: is_count(value, DEEPEST),
-        f"a positive integer up to {DEEPEST}",
-    )
-    require(
-        "block_out_channels",
-        lambda value: isinstance(value, list) and 0 < len(value) < 20 and all(map(is_count, value)),
-        f"a list of at most 19 positive integers up to {LARGEST}",
-    )
-    for key, kinds in (("down_block_types", _DOWN_BLOCKS), ("up_block_types", _UP_BLOCKS)):
-        require(
-            key,
-            lambda value, kinds=kinds: isinstance(value, list) and set(value) <= kinds.keys(),
-            f"a list of {' and '.join(kinds)}",
-        )
-    require("mid_block_add_attention", lambda value: type(value) is bool, "true or false")
-    require(
+    diffusers_blocks.check_values(refusals, _DOWN_BLOCKS, _UP_BLOCKS)
+    refusals.unless("mid_block_add_attention", lambda value: type(value) is bool, "true or false")
+    refusals.unless(
         "scaling_factor",
         lambda value: type(value) in (int, float) and 0 < value < float("inf"),
         "a positive number",
     )
-    require(
+    refusals.unless(
         "sample_size",
-        lambda value: all(map(is_count, _sizes(value))),
+        lambda value: all(map(is_count, diffusers_blocks.sizes(value) or [None])),
         f"a positive integer or two, up to {LARGEST}",
     )
-    return problems
+    return refusals.problems
 
 
 def _wrong_structure(options):
     """Refusals of options that do not fit each other, or our network."""
-    problems = []
-
-    def refuse_unless(holds, key, supported):
-        if not holds:
-            problems.append(refusal(options, key, supported))
-
-    widths, groups = options["block_out_channels"], options["norm_num_groups"]
+    refusals, widths = Refusals(options), options["block_out_channels"]
     down = [_DOWN_BLOCKS[name] for name in options["down_block_types"]]
     up = [_UP_BLOCKS[name] for name in options["up_block_types"]]
     stride, patch = 2 ** (len(widths) - 1), options.get(_PATCH, 1)
-    refuse_unless(len(down) == len(widths), "down_block_types", f"{len(widths)} blocks")
-    refuse_unless(up == down[::-1], "up_block_types", "attention at the levels of down_block_types")
-    refuse_unless(
-        all(width % groups == 0 for width in widths),
-        "norm_num_groups",
-        f"a divisor of every width {widths}",
-    )
-    refuse_unless(
-        options["out_channels"] == options["in_channels"],
+    diffusers_blocks.check_structure(refusals, down, up)
+    refusals.unless(
         "out_channels",
+        options["out_channels"] == options["in_channels"],
         f"in_channels, {options['in_channels']}",
     )
-    refuse_unless(
-        is_count(patch, DEEPEST) and options["in_channels"] % patch**2 == 0,
+    refusals.unless(
         "in_channels",
+        is_count(patch, DEEPEST) and options["in_channels"] % patch**2 == 0,
         f'a multiple of the square of "{_PATCH}", {patch}',
     )
-    refuse_unless(
-        not any(side % stride for side in _sizes(options["sample_size"])),
+    refusals.unless(
         "sample_size",
+        not any(side % stride for side in diffusers_blocks.sizes(options["sample_size"])),
         f"a multiple of {stride}",
     )
-    return problems
-
-
-def _sizes(value):
-    """(height, width) of a `sample_size`."""
-    return tuple(value) if isinstance(value, list) and len(value) == 2 else (value, value)
+    return refusals.problems

@@ -15,11 +15,7 @@ import jax.numpy as jnp
 
 from gen_jax.interop import diffusers_tensors, files
 from gen_jax.interop.diffusers_autoencoder_options import read_layout, to_layout, to_options
-from gen_jax.models.vq.autoencoder import Autoencoder
-from gen_jax.models.vq.codebook import Codebook
-from gen_jax.models.vq.config import AutoencoderOptions
-from gen_jax.models.vq.gaussian import Gaussian
-from gen_jax.nn.autoencoder import AutoencoderNetwork
+from gen_jax.models.vq import Autoencoder, AutoencoderOptions, make_autoencoder
 
 __all__ = [
     "load_diffusers_kl",
@@ -90,16 +86,11 @@ def save_diffusers_kl(
 def _load(directory, kind):
     """The model and its parameters."""
     folder, layout = read_layout(directory, kind)
-    model = _model(layout.network, layout.quantiser, layout.size)
+    shape = (*layout.size, layout.network.channels)
+    model = make_autoencoder(layout.network, layout.quantiser, AutoencoderOptions(), shape)
     params = diffusers_tensors.read(folder, _abstract_params(model), _names(model))
     quantiser, deviation = params.get("quantiser", {}), jnp.float32(1 / layout.scale)
     return model, params | {"quantiser": quantiser, "deviation": deviation}
-
-
-def _model(network, options, size):
-    quantiser = Gaussian(options) if options.name == "kl" else Codebook(options)
-    network = AutoencoderNetwork(network, quantiser.inputs, quantiser.width)
-    return Autoencoder(network, quantiser, AutoencoderOptions(), (*size, network.config.channels))
 
 
 def _save(directory, model, params, kind):

@@ -4,7 +4,16 @@ import json
 import os
 import pathlib
 
-from gen_jax.interop.config_json import CONFIG, DEEPEST, LARGEST, is_count, read_json, refusal
+from gen_jax.interop import diffusers_blocks
+from gen_jax.interop.config_json import (
+    CONFIG,
+    DEEPEST,
+    LARGEST,
+    Refusals,
+    is_count,
+    read_json,
+    refusal,
+)
 from gen_jax.models.diffusion.config import DiffusionConfig
 from gen_jax.nn.config import UNetConfig
 
@@ -232,7 +241,7 @@ def to_config(stored: dict) -> tuple[UNetConfig, tuple[int, int]]:
     widths = tuple(options["block_out_channels"])
     attended = [_DOWN_BLOCKS[_plain(name)] for name in options["down_block_types"]]
     stride = 2 ** (len(widths) - 1)
-    height, width = _sizes(options["sample_size"]) or (stride, stride)
+    height, width = diffusers_blocks.sizes(options["sample_size"]) or (stride, stride)
     patch, known = options.get(_PATCH, 1), options["num_class_embeds"] or 0
     null_class = options.get(_NULL_CLASS) is True
     config = UNetConfig(
@@ -257,131 +266,92 @@ def to_config(stored: dict) -> tuple[UNetConfig, tuple[int, int]]:
 
 def _wrong_values(options):
     """Refusals of options that do not have the type or the range of their kind."""
-    problems = []
-
-    def require(key, holds, supported):
-        if not holds(options[key]):
-            problems.append(refusal(options, key, supported))
+    refusals = Refusals(options)
 
     def number(value):
         return type(value) in (int, float) and value >= 0
 
     for key in ("in_channels", "out_channels", "norm_num_groups"):
-        require(key, is_count, f"a positive integer up to {LARGEST}")
-    require(
-        "layers_per_block",
-        lambda value: is_count(value, DEEPEST),
-        f"a positive integer up to {DEEPEST}",
-    )
+        refusals.unless(key, is_count, f"a positive integer up to {LARGEST}")
     for key in ("attention_head_dim", "attn_norm_num_groups", "num_class_embeds"):
-        require(
+        refusals.unless(
             key,
             lambda value: value is None or is_count(value),
             f"null or a positive integer up to {LARGEST}",
         )
-    require(
-        "block_out_channels",
-        lambda value: isinstance(value, list) and 0 < len(value) < 20 and all(map(is_count, value)),
-        f"a list of at most 19 positive integers up to {LARGEST}",
-    )
-    for key, kinds in (("down_block_types", _DOWN_BLOCKS), ("up_block_types", _UP_BLOCKS)):
-        require(
-            key,
-            lambda value, kinds=kinds: (
-                isinstance(value, list) and all(_plain(name) in kinds for name in value)
-            ),
-            f"a list of {' and '.join(kinds)}",
-        )
-    require("flip_sin_to_cos", lambda value: type(value) is bool, "true or false")
-    require("downsample_padding", lambda value: value in (0, 1), "0 or 1")
-    require("freq_shift", number, "a number that is not negative")
-    require("dropout", lambda value: number(value) and value < 1, "a number in [0, 1)")
-    require("norm_eps", number, "a number that is not negative")
-    require(
+    diffusers_blocks.check_values(refusals, _DOWN_BLOCKS, _UP_BLOCKS, _plain)
+    refusals.unless("flip_sin_to_cos", lambda value: type(value) is bool, "true or false")
+    refusals.unless("downsample_padding", lambda value: value in (0, 1), "0 or 1")
+    refusals.unless("freq_shift", number, "a number that is not negative")
+    refusals.unless("dropout", lambda value: number(value) and value < 1, "a number in [0, 1)")
+    refusals.unless("norm_eps", number, "a number that is not negative")
+    refusals.unless(
         "sample_size",
-        lambda value: value is None or all(map(is_count, _sizes(value) or [None])),
+        lambda value: value is None or all(map(is_count, diffusers_blocks.sizes(value) or [None])),
         f"null, a positive integer or two, up to {LARGEST}",
     )
-    return problems
+    return refusals.problems
 
 
 def _wrong_structure(options):
     """Refusals of options that do not fit each other, or our network."""
-    problems = []
-
-    def refuse_unless(holds, key, supported):
-        if not holds:
-            problems.append(refusal(options, key, supported))
-
+    refusals = Refusals(options)
     widths, groups = options["block_out_channels"], options["norm_num_groups"]
-    head, size = options["attention_head_dim"], _sizes(options["sample_size"])
+    head, size = options["attention_head_dim"], diffusers_blocks.sizes(options["sample_size"])
     down = [_DOWN_BLOCKS[_plain(name)] for name in options["down_block_types"]]
     up = [_UP_BLOCKS[_plain(name)] for name in options["up_block_types"]]
     stride = 2 ** (len(widths) - 1)
-    refuse_unless(
-        widths[0] % 2 == 0 and widths[0] >= 4,
+    refusals.unless(
         "block_out_channels",
+        widths[0] % 2 == 0 and widths[0] >= 4,
         "the first even and at least 4",
     )
-    refuse_unless(len(down) == len(widths), "down_block_types", f"{len(widths)} blocks")
-    refuse_unless(up == down[::-1], "up_block_types", "attention at the levels of down_block_types")
-    refuse_unless(
-        all(width % groups == 0 for width in widths),
-        "norm_num_groups",
-        f"a divisor of every width {widths}",
-    )
-    refuse_unless(
-        head is None or all(width % head == 0 for width in widths),
+    diffusers_blocks.check_structure(refusals, down, up)
+    refusals.unless(
         "attention_head_dim",
+        head is None or all(width % head == 0 for width in widths),
         f"null or a divisor of every width {widths}",
     )
-    refuse_unless(
-        options["attn_norm_num_groups"] in (None, groups),
+    refusals.unless(
         "attn_norm_num_groups",
+        options["attn_norm_num_groups"] in (None, groups),
         f"null or norm_num_groups, {groups}",
     )
-    refuse_unless(
-        options["time_embedding_dim"] in (None, 4 * widths[0]),
+    refusals.unless(
         "time_embedding_dim",
+        options["time_embedding_dim"] in (None, 4 * widths[0]),
         f"null or 4 x the first width, {4 * widths[0]}",
     )
-    refuse_unless(
-        size is not None or not any(down),
+    refusals.unless(
         "sample_size",
+        size is not None or not any(down),
         "an integer, where attention is given by block",
     )
-    refuse_unless(
-        size is None or not any(side % stride for side in size),
+    refusals.unless(
         "sample_size",
+        size is None or not any(side % stride for side in size),
         f"a multiple of {stride}",
     )
     classes, patch = options["num_class_embeds"], options.get(_PATCH, 1)
-    refuse_unless(
-        classes is None or classes > (options.get(_NULL_CLASS) is True),
+    refusals.unless(
         "num_class_embeds",
+        classes is None or classes > (options.get(_NULL_CLASS) is True),
         f'null, or more than 1 where "{_NULL_CLASS}" is true',
     )
-    refuse_unless(
-        options["freq_shift"] < widths[0] // 2,
+    refusals.unless(
         "freq_shift",
+        options["freq_shift"] < widths[0] // 2,
         f"below half of the first width, {widths[0] // 2}",
     )
     for key in ("in_channels", "out_channels"):
-        refuse_unless(
-            is_count(patch, DEEPEST) and options[key] % patch**2 == 0,
+        refusals.unless(
             key,
+            is_count(patch, DEEPEST) and options[key] % patch**2 == 0,
             f'a multiple of the square of "{_PATCH}", {patch}',
         )
-    return problems
+    return refusals.problems
 
 
 def _plain(name):
     # diffusers takes the names of its first versions, "UNetResDownBlock2D", for the same blocks.
     return name.removeprefix("UNetRes") if isinstance(name, str) else None
-
-
-def _sizes(value):
-    """(height, width) of a `sample_size`; None for null or what is neither one number nor two."""
-    if isinstance(value, list):
-        return tuple(value) if len(value) == 2 else None
-    return None if value is None else (value, value)

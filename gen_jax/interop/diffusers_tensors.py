@@ -48,8 +48,6 @@ _SUBLAYERS = {
 _ATTENTION = re.compile(r"\.attentions\.\d+\.(to_q|to_k|to_v|to_out\.0)\.weight$")
 _OLD_ATTENTION = re.compile(r"(\.attentions\.\d+)\.(query|key|value|proj_attn)\.")
 _NEW_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-
-
 # Products over channels alone that diffusers stores as convolutions of size 1.
 _POINTWISE = re.compile(r"(conv_shortcut|quant_conv)\.weight$")
 

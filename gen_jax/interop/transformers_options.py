@@ -11,7 +11,15 @@ import math
 import os
 import pathlib
 
-from gen_jax.interop.config_json import CONFIG, DEEPEST, LARGEST, is_count, read_json, refusal
+from gen_jax.interop.config_json import (
+    CONFIG,
+    DEEPEST,
+    LARGEST,
+    Refusals,
+    is_count,
+    read_json,
+    refusal,
+)
 from gen_jax.nn.config import TransformerConfig
 
 __all__ = ["read_network", "to_gpt2_config", "to_gpt2_options", "to_llama_config"]
@@ -363,36 +371,31 @@ def _wrong_values(options, counts, layers, optional_counts, positive, flags):
 
 def _wrong_structure(options):
     """Refusals of options of a Llama that do not fit each other, or our network."""
-    problems = []
-
-    def refuse_unless(holds, key, supported):
-        if not holds:
-            problems.append(refusal(options, key, supported))
-
+    refusals = Refusals(options)
     width, heads = options["hidden_size"], options["num_attention_heads"]
     key_heads, head_width = options["num_key_value_heads"] or heads, options["head_dim"]
-    refuse_unless(
-        head_width is not None or width % heads == 0,
+    refusals.unless(
         "num_attention_heads",
+        head_width is not None or width % heads == 0,
         f"a divisor of hidden_size, {width}",
     )
-    refuse_unless(
-        heads % key_heads == 0,
+    refusals.unless(
         "num_key_value_heads",
+        heads % key_heads == 0,
         f"null or a divisor of num_attention_heads, {heads}",
     )
-    refuse_unless(
-        (head_width or width // heads) % 2 == 0,
+    refusals.unless(
         "head_dim" if head_width else "hidden_size",
+        (head_width or width // heads) % 2 == 0,
         "an even size of each head",
     )
     layers = options.get("layer_types")
-    refuse_unless(
-        layers is None or layers == ["full_attention"] * options["num_hidden_layers"],
+    refusals.unless(
         "layer_types",
+        layers is None or layers == ["full_attention"] * options["num_hidden_layers"],
         "null or full_attention for each layer",
     )
-    return problems
+    return refusals.problems
 
 
 def _rotary_base(options):

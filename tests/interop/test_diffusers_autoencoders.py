@@ -82,6 +82,8 @@ def edit(path, **changes):
         ({"norm_type": "spatial"}, r'norm_type="spatial" \(supported: "group"\)'),
         ({"lookup_from_codebook": True}, "lookup_from_codebook=true"),
         ({"down_block_types": ["DownBlock2D"] * 2}, "down_block_types="),
+        ({"down_block_types": [["DownEncoderBlock2D"], 1]}, "down_block_types="),
+        ({"sample_size": [8]}, "sample_size="),
         ({"up_block_types": ["UpDecoderBlock2D"] * 2}, "up_block_types=.*attention at the levels"),
         ({"block_out_channels": [4, 6]}, "norm_num_groups=4"),
         ({"num_vq_embeddings": 1}, r"num_vq_embeddings=1 \(supported: at least 2\)"),
