@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 
 from gen_jax.trees import named_leaves
 
-__all__ = ["DamagedCheckpoint", "Restored", "restore", "save", "steps"]
+__all__ = ["DamagedCheckpoint", "Restored", "digest", "restore", "save", "steps"]
 
 FORMAT = 2  # 1 had the trees "params", "ema" and "state", in the work directory itself
 
@@ -92,7 +92,7 @@ def save(
                 raise FloatingPointError(
                     f"checkpoint of step {step} not saved: {name}.{leaf} is not finite"
                 )
-            digests[f"{name}.{leaf}"] = _digest(value)
+            digests[f"{name}.{leaf}"] = digest(value)
     body = json.dumps({"format": FORMAT, "digests": digests, "record": dict(record)})
     arguments = {name: ocp.args.PyTreeSave(item) for name, item in items.items()}
     meta = {"body": body, "digest": hashlib.sha256(body.encode()).hexdigest()}
@@ -156,7 +156,7 @@ def _restore(directory, abstract, step):
             leaves = _read_leaves(manager, step, name, list(expected))
             for leaf, wanted in expected.items():
                 value = leaves[leaf]
-                if _digest(value) != meta["digests"][f"{name}.{leaf}"]:
+                if digest(value) != meta["digests"][f"{name}.{leaf}"]:
                     raise DamagedCheckpoint(
                         f"checkpoint of step {step} is damaged: {name}.{leaf} is not what was saved"
                     )
@@ -243,7 +243,8 @@ def _manager(path, *, keep=None, create=False):
     return ocp.CheckpointManager(path, options=options)
 
 
-def _digest(value: np.ndarray) -> str:
+def digest(value: np.ndarray) -> str:
+    """A hash of an array: its dtype, shape and bits."""
     head = f"{value.dtype.str}{value.shape}".encode()
     return hashlib.blake2b(head + np.ascontiguousarray(value).tobytes(), digest_size=16).hexdigest()
 

@@ -39,14 +39,14 @@ def dry_run(
     earlier = {}
     for stage in task.stages:
         given = stage.initial is not None
-        training.check_start(stage.train or config.train, stage.trainable, mesh, given)
+        training.check_start(stage.training(config), stage.trainable, mesh, given)
         cli.print_summary(f"training of {stage.name}", _describe(config, stage, mesh, earlier))
         zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), stage.abstract_params())
         earlier[stage.name] = zeros
 
 
 def _describe(config: RunConfig, stage: Stage, mesh, earlier) -> dict[str, Any]:
-    train = stage.train or config.train
+    train = stage.training(config)
     state = jax.eval_shape(lambda: init_state(train, stage.trainable))
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     if not train.ema:

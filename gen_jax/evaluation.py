@@ -1,5 +1,6 @@
 """Figures of many rows of data, a batch at a time over all devices of this host."""
 
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,7 +11,7 @@ from tqdm import tqdm
 
 from gen_jax import parallel
 
-__all__ = ["map_rows", "slices"]
+__all__ = ["log_prob", "map_rows", "slices"]
 
 
 def map_rows(f: Callable[[Any, Any], Any], params: Any, rows: Any, batch: int) -> Any:
@@ -43,3 +44,16 @@ def slices(number: int, size: int) -> Iterator[slice]:
     hidden = not sys.stderr.isatty()
     for first in tqdm(range(0, number, size), "evaluating", unit="batch", disable=hidden):
         yield slice(first, first + size)
+
+
+def log_prob(model: Any, params: Any, rows: Any, batch: int) -> np.ndarray:
+    """The exact log-probability [N] of each row by a model that has `log_prob`, in nats.
+
+    The arguments are those of `map_rows`.
+    """
+    return map_rows(functools.partial(_log_prob, model), params, rows, batch)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _log_prob(model, params, rows):
+    return model.log_prob(params, rows)

@@ -60,7 +60,7 @@ def load(workdir: str | os.PathLike, **changes: Any) -> Loaded:
     if config is None:
         raise FileNotFoundError(f"no run in {path}; train one first")
     config, opened = _changed(config, changes), Workdir(path)
-    phases = ("sample",) if "sample" in config.commands else ("evaluate",)
+    phases = ("sample",)  # which reads no more data than samples need
     data = config.load(path, phases)
     made = runs.make_task(config, opened, phases, data)
     params, step = runs.restore(Run(config.task, config, opened, phases, made))

@@ -92,12 +92,13 @@ def _begin(run):
     Returns:
       What each stage starts from, by name; None for fresh parameters.
     """
-    if run.config.train.preview_every and (run.task.show is None or len(run.task.stages) > 1):
+    previews = any(stage.training(run.config).preview_every for stage in run.task.stages)
+    if previews and (run.task.show is None or len(run.task.stages) > 1):
         raise ValueError("this experiment shows no samples while it trains: leave preview_every")
     initial = {stage.name: _initial(run, stage) for stage in run.task.stages}
     for stage in run.task.stages:
         given = initial[stage.name] is not None
-        config = stage.train or run.config.train
+        config = stage.training(run.config)
         training.check_start(config, stage.trainable, parallel.data_mesh(), given)
     if jax.process_index() == 0:
         cli.store(run.workdir, run.config)
@@ -126,7 +127,7 @@ def _initial(run, stage):
 
 def _train_stage(run, stage, earlier, initial):
     shard = (jax.process_index(), jax.process_count())
-    config = stage.train or run.config.train
+    config = stage.training(run.config)
     try:
         return training.fit(
             config,

@@ -72,6 +72,10 @@ class Stage:
     units_per_example: int = 1
     train: TrainConfig | None = None
 
+    def training(self, config: RunConfig) -> TrainConfig:
+        """How the stage is trained in a run of this configuration."""
+        return self.train or config.train
+
     def abstract_params(self) -> Any:
         """Shapes and dtypes of the averaged parameters."""
         trainable = self.trainable

@@ -24,6 +24,7 @@ __all__ = [
     "ModelTrainable",
     "Player",
     "Trainable",
+    "descend",
     "make_optimizer",
     "mean_gradients",
 ]
@@ -158,7 +159,7 @@ class ModelTrainable:
 
         gradients, metrics = mean_gradients(loss, state["params"], batch, keys, self.accumulate)
         norm = optax.tree.norm(gradients)
-        state = _descend(make_optimizer(self.config), gradients, state)
+        state = descend(make_optimizer(self.config), gradients, state)
         return state, metrics | {"gradient_norm": norm}
 
     def averaged(self, state: dict[str, Any]) -> Any:
@@ -173,7 +174,9 @@ class ModelTrainable:
         return {"params": params, "optimizer": make_optimizer(self.config).init(params)}
 
 
-def _descend(optimizer, gradients, state):
+def descend(
+    optimizer: optax.GradientTransformation, gradients: Any, state: dict[str, Any]
+) -> dict[str, Any]:
     """The entries "params" and "optimizer" of a state after one update."""
     updates, after = optimizer.update(gradients, state["optimizer"], state["params"])
     return {"params": optax.apply_updates(state["params"], updates), "optimizer": after}
@@ -308,6 +311,6 @@ class Alternating:
             )
         metrics = metrics | {"gradient_norm": optax.tree.norm(gradients)}
         metrics = {key: jnp.asarray(value, jnp.float32) for key, value in metrics.items()}
-        own = _descend(player.optimizer, gradients, own) | {"metrics": metrics}
+        own = descend(player.optimizer, gradients, own) | {"metrics": metrics}
         entries = {key: state[key] | {name: value} for key, value in own.items()}
         return entries, {key: metrics[key] for key in ("loss", "gradient_norm")}

@@ -132,12 +132,7 @@ class AutoencoderNetwork:
 
     def check(self, height: int, width: int, channels: int) -> None:
         """Raises a ValueError where images of this size do not fit the network."""
-        stride = self.config.stride
-        if height % stride or width % stride or not min(height, width):
-            raise ValueError(
-                f"images of {height} x {width} do not fit the autoencoder: height and width must "
-                f"be multiples of {stride} (patch x 2 per level of widths)"
-            )
+        self.config.check_size(height, width)
         if channels != self.config.channels:
             raise ValueError(
                 f"the autoencoder takes {self.config.channels} channels, the images have {channels}"

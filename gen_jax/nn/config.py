@@ -111,6 +111,14 @@ class AutoencoderConfig:
         """The factor by which the latent is smaller than the image."""
         return self.patch * 2 ** (len(self.widths) - 1)
 
+    def check_size(self, height: int, width: int) -> None:
+        """Raises a ValueError where images of this size do not fit."""
+        if height % self.stride or width % self.stride or not min(height, width):
+            raise ValueError(
+                f"images of {height} x {width} do not fit the autoencoder: height and width must "
+                f"be multiples of {self.stride} (patch x 2 per level of widths)"
+            )
+
 
 def _check_convolutional(config, at_least_one):
     """What both networks of images ask of their sizes."""

@@ -1,6 +1,6 @@
 """What the tasks of images share: files of samples, labels, and scores without a network."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +9,10 @@ import numpy as np
 
 from gen_jax import pictures
 from gen_jax.condition import Condition
+from gen_jax.config import TrainConfig
 from gen_jax.data import DataConfig, Images, ShapesSet
 from gen_jax.models.diffusion.config import DiffusionConfig
+from gen_jax.task import Run
 
 SHEET = 64  # samples in samples.png
 OTHER_ORDER = 2**32  # added to a seed, which is below it, for another order of the images
@@ -27,6 +29,20 @@ def save_samples(path: Path, images: np.ndarray) -> None:
     for old in (path / "samples").glob("[0-9]" * 6 + ".png"):
         old.unlink()
     pictures.save_images(path / "samples", images)
+
+
+def keep(run: Run, images: np.ndarray, drawn: np.ndarray) -> None:
+    """Leaves the samples of a run in samples.npz, and as pictures.
+
+    Args:
+      run: of the samples.
+      images: what samples.npz keeps, with the labels that they were conditioned on.
+      drawn: the same, uint8 [B, H, W, C].
+    """
+    labels = run.task.condition(len(images)).label
+    known = {} if labels is None else {"labels": labels}
+    run.keep_samples(images=images, nfe=run.task.sampler.nfe, **known)
+    save_samples(run.workdir.path, drawn)
 
 
 def sheet(images: np.ndarray) -> np.ndarray:
@@ -88,6 +104,33 @@ def reference_size(process: DiffusionConfig, images: int) -> int:
         return 0
     devices = jax.device_count()
     return devices * max(1, min(process.reference, images) // devices)
+
+
+def batch_of(
+    draw: Callable[[int, int], dict[str, np.ndarray]],
+    train: TrainConfig,
+    reference: int,
+    conditional: bool,
+) -> dict[str, np.ndarray]:
+    """A batch of training: images or codes, those of the reference, and labels where they are read.
+
+    The reference is the training set in another order, in which each epoch has every image once.
+
+    Args:
+      draw: draw(seed, size) has "label" [size], and one further entry [size, ...].
+      train: seed and size of the batch.
+      reference: of `reference_size`.
+      conditional: whether the model reads labels.
+    """
+    batch = draw(train.seed, train.batch)
+    if reference:
+        others = draw(train.seed + OTHER_ORDER, reference)
+        labels = others.pop("label")
+        (values,) = others.values()
+        batch |= {"reference": values, "reference_label": labels}
+    if conditional:
+        return batch
+    return {name: value for name, value in batch.items() if not name.endswith("label")}
 
 
 def score(images: np.ndarray, config: DataConfig, test_set: Images) -> dict[str, float]:

@@ -169,6 +169,14 @@ def test_bad_input_is_refused_in_one_line(tmp_path, capsys, line, message):
     assert not (tmp_path / "run").exists()
 
 
+def test_no_stage_shows_samples_where_there_are_two(tmp_path, capsys):
+    for options in (("--train.preview-every", 2), ("--coder-train.preview-every", 2)):
+        assert main("--workdir", tmp_path / "run", *options) == 2
+        message = "error: this experiment shows no samples while it trains: leave preview_every"
+        assert capsys.readouterr().err.splitlines()[-1] == message
+        assert not (tmp_path / "run").exists()
+
+
 def test_the_prior_names_the_preset():
     _, config = cli.parse(EXPERIMENT, ["--prior", "masked"])
     assert (config.workdir, config.prior) == ("runs/two_stage_masked", "masked")

@@ -22,7 +22,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "autoencoder": ["Autoencoder", "CodingNetwork", "Losses"],
+        "autoencoder": ["Autoencoder", "CodingNetwork", "Losses", "make_autoencoder"],
         "codebook": ["Codebook"],
         "config": [
             "AutoencoderOptions",

@@ -10,12 +10,14 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int32, Key
 
 from gen_jax.condition import is_concrete
-from gen_jax.config import frozen
+from gen_jax.config import frozen, resolve
 from gen_jax.models.diffusion.process import split_each, to_signal
-from gen_jax.models.vq.config import AutoencoderOptions
+from gen_jax.models.vq.config import AutoencoderOptions, QuantiserOptions
 from gen_jax.models.vq.contract import Quantised, Quantiser
+from gen_jax.nn.autoencoder import AutoencoderNetwork
+from gen_jax.nn.config import AutoencoderConfig
 
-__all__ = ["Autoencoder", "CodingNetwork", "Losses"]
+__all__ = ["Autoencoder", "CodingNetwork", "Losses", "make_autoencoder"]
 
 
 @runtime_checkable
@@ -185,3 +187,15 @@ class Autoencoder:
         prepare = getattr(self.network, "prepare", None)
         network = params["network"] if prepare is None else prepare(params["network"])
         return {**params, "network": network}
+
+
+def make_autoencoder(
+    network: AutoencoderConfig,
+    quantiser: QuantiserOptions,
+    options: AutoencoderOptions,
+    shape: tuple[int, int, int],
+) -> Autoencoder:
+    """The convolutional autoencoder of these sizes for images (height, width, C)."""
+    between = resolve(quantiser.make)(quantiser)
+    coder = AutoencoderNetwork(network, between.inputs, between.width)
+    return Autoencoder(coder, between, options, shape)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Key
 from gen_jax import parallel
 from gen_jax.config import TrainConfig, frozen
 from gen_jax.models.vq.autoencoder import Autoencoder
-from gen_jax.trainables import make_optimizer, mean_gradients
+from gen_jax.trainables import descend, make_optimizer, mean_gradients
 
 __all__ = ["AutoencoderTrainable"]
 
@@ -60,22 +60,19 @@ class AutoencoderTrainable:
         gradients, metrics, (latents, code) = mean_gradients(
             loss, params, batch, keys, self.accumulate, outputs=True
         )
-        updates, optimizer = make_optimizer(self.config).update(
-            gradients, state["optimizer"], params
-        )
-        descended = optax.apply_updates(params, updates)
+        after = descend(make_optimizer(self.config), gradients, state)
         own, statistics, usage = quantiser.update(
             params["quantiser"],
-            descended["quantiser"],
+            after["params"]["quantiser"],
             state["statistics"],
             latents,
             code,
             keys,
         )
         metrics |= {"gradient_norm": optax.tree.norm(gradients), **usage}
-        deviation = _moved(params["deviation"], self.model.quantiser.centre(latents))
-        params = descended | {"quantiser": own, "deviation": deviation}
-        return {"params": params, "optimizer": optimizer, "statistics": statistics}, metrics
+        deviation = _moved(params["deviation"], quantiser.centre(latents))
+        params = after["params"] | {"quantiser": own, "deviation": deviation}
+        return after | {"params": params, "statistics": statistics}, metrics
 
     def averaged(self, state: dict[str, Any]) -> dict[str, Any]:
         """The parameters."""

@@ -32,11 +32,7 @@ def check_images(images: Images, model: AutoencoderConfig) -> None:
     height, width, channels = images.images.shape[1:]
     if channels != model.channels:
         raise ValueError(f"the images have {channels} channels, the model takes {model.channels}")
-    if height % model.stride or width % model.stride:
-        raise ValueError(
-            f"images of {height} x {width} do not fit the autoencoder: height and width must be "
-            f"multiples of {model.stride} (patch x 2 per level of widths)"
-        )
+    model.check_size(height, width)
 
 
 @frozen

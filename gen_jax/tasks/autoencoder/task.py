@@ -9,19 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib import pyplot
 
-from gen_jax import config as config_lib
 from gen_jax import evaluation, interop, pictures
 from gen_jax.config import RunConfig, TrainConfig
 from gen_jax.models.diffusion.process import to_signal
-from gen_jax.models.vq import Autoencoder, AutoencoderOptions, AutoencoderTrainable
-from gen_jax.models.vq.config import QuantiserOptions
-from gen_jax.nn.autoencoder import AutoencoderNetwork
-from gen_jax.nn.config import AutoencoderConfig
+from gen_jax.models.vq import Autoencoder, AutoencoderTrainable, make_autoencoder, usage
 from gen_jax.task import Context, Run, Stage, Task
 from gen_jax.tasks import image_files
 from gen_jax.tasks.autoencoder.config import AutoencoderRunConfig
 
-__all__ = ["build", "code_pictures", "make", "stage"]
+__all__ = ["code_pictures", "make", "stage"]
 
 _NEAR = 0.06  # mean squared error in [-1, 1] up to which an image of the shapes set is the same
 
@@ -29,30 +25,17 @@ _NEAR = 0.06  # mean squared error in [-1, 1] up to which an image of the shapes
 def make(config: AutoencoderRunConfig, context: Context) -> Task:
     """The task of a configuration; `context.data` has the images by split."""
     splits, record = context.data, context.records.get("model")
-    images = splits.get("train", splits.get("test"))
-    shape = images.images.shape[1:] if record is None else tuple(record["image_shape"])
-    model = build(config.model, config.quantiser, config.objective, shape)
+    shape = tuple(record["image_shape"]) if record else splits["train"].images.shape[1:]
+    model = make_autoencoder(config.model, config.quantiser, config.objective, shape)
     validate = functools.partial(_validate, config, model, splits.get("test"))
     return Task(
         stages=(stage("model", config, model, splits.get("train"), config.train, validate),),
         model=model,
-        evaluate=functools.partial(_evaluate, config, model, validate, splits.get("test")),
+        evaluate=functools.partial(_evaluate, config, model, splits.get("test")),
         commands={"export": _export},
         sizes={f"{split}_images": len(images) for split, images in splits.items()},
         results=("reconstruction.png", "codes.png", "usage.png"),
     )
-
-
-def build(
-    network: AutoencoderConfig,
-    quantiser: QuantiserOptions,
-    objective: AutoencoderOptions,
-    shape: tuple[int, int, int],
-) -> Autoencoder:
-    """The model of these sizes for images (height, width, C)."""
-    between = config_lib.resolve(quantiser.make)(quantiser)
-    coder = AutoencoderNetwork(network, between.inputs, between.width)
-    return Autoencoder(coder, between, objective, shape)
 
 
 def stage(
@@ -122,25 +105,22 @@ def _figures(config, model, coded):
         report["reconstructed"] = float((coded["mse"] <= _NEAR).mean())
     if "code" not in coded:
         return report
-    shares = _usage(model, coded["code"])
-    entropy = -np.where(shares > 0, shares * np.log(np.maximum(shares, 1e-300)), 0).sum(1)
+    measured = usage(jnp.asarray(_counts(model, coded["code"]), jnp.float32))
     return report | {
         "codes_per_image": math.prod(model.code_shape),
         "bits_per_image": math.prod(model.code_shape) * math.log2(model.quantiser.codes),
-        "code_perplexity": float(np.exp(entropy).mean()),
-        "codes_used": float((shares > 0).mean()),
+        "code_perplexity": float(measured["perplexity"]),
+        "codes_used": float(measured["used"]),
     }
 
 
-def _usage(model, code):
-    """Shares [R, K] of the codes of each table."""
-    depth = getattr(model.quantiser.options, "depth", 1)
-    tables = code.reshape(-1, depth)
-    counts = [np.bincount(tables[:, i], minlength=model.quantiser.codes) for i in range(depth)]
-    return np.stack(counts) / len(tables)
+def _counts(model, code):
+    """How often each code was used, [R, K], in each table."""
+    tables = code.reshape(-1, getattr(model.quantiser.options, "depth", 1)).T
+    return np.stack([np.bincount(table, minlength=model.quantiser.codes) for table in tables])
 
 
-def _evaluate(config, model, validate, images, run: Run) -> dict[str, float]:
+def _evaluate(config, model, images, run: Run) -> dict[str, float]:
     """The figures of the test set, and pictures of them."""
     originals, coded = _coded(config, model, images, run.params)
     number, path = min(config.evaluate.shown, len(originals)), run.workdir.path
@@ -152,7 +132,7 @@ def _evaluate(config, model, validate, images, run: Run) -> dict[str, float]:
     if "code" in coded:
         drawn = code_pictures(coded["code"][:number], model.quantiser.codes, model.shape[0])
         pictures.save_png(path / "codes.png", pictures.grid(drawn, columns=number, scale=scale))
-        _draw_usage(path / "usage.png", _usage(model, coded["code"]))
+        _draw_usage(path / "usage.png", _counts(model, coded["code"]))
     return _figures(config, model, coded)
 
 
@@ -175,15 +155,15 @@ def code_pictures(code: np.ndarray, codes: int, height: int) -> np.ndarray:
     return colours[code].repeat(side, axis=1).repeat(side, axis=2)
 
 
-def _draw_usage(path, shares):
+def _draw_usage(path, counts):
     """How often each code of each table was used, the most frequent first."""
     figure, axes = pyplot.subplots(figsize=(6, 3), layout="constrained")
-    for i, share in enumerate(shares):
-        label = f"table {i}" if len(shares) > 1 else None
+    for i, share in enumerate(counts / counts.sum(axis=1, keepdims=True)):
+        label = f"table {i}" if len(counts) > 1 else None
         axes.step(np.arange(len(share)), np.sort(share)[::-1], where="mid", label=label)
     axes.set(xlabel="codes, the most frequent first", ylabel="share of the test set")
     axes.set_yscale("log")
-    if len(shares) > 1:
+    if len(counts) > 1:
         axes.legend()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

@@ -13,12 +13,7 @@ from gen_jax.models.diffusion.config import DiffusionConfig
 from gen_jax.models.diffusion.solvers import Ancestral, Solver
 from gen_jax.nn.config import UNetConfig
 
-__all__ = [
-    "EvaluateConfig",
-    "ImagesConfig",
-    "LabelledSampleConfig",
-    "check_label",
-]
+__all__ = ["EvaluateConfig", "ImagesConfig", "LabelledSampleConfig", "check_label"]
 
 
 @frozen

@@ -58,22 +58,14 @@ def make(config: ImagesConfig, context: Context) -> Task:
 
 
 def _batch(config, images, step, shard, earlier):
-    """Images, and labels for a conditional model; the images of the reference, where there is one.
-
-    Those are the training set in another order, in which each epoch has every image once.
-    """
+    """Images, those of the reference where there is one, and labels for a conditional model."""
     del earlier
-    train, flip = config.train, config.data.flip
-    number = image_files.reference_size(config.diffusion, len(images))
-    batch = images.batch(train.seed, step, train.batch, flip=flip, shard=shard)
-    if number:
-        others = images.batch(
-            train.seed + image_files.OTHER_ORDER, step, number, flip=flip, shard=shard
-        )
-        batch |= {"reference": others["image"], "reference_label": others["label"]}
-    if not config.conditional:
-        batch = {name: value for name, value in batch.items() if not name.endswith("label")}
-    return batch
+
+    def draw(seed, size):
+        return images.batch(seed, step, size, flip=config.data.flip, shard=shard)
+
+    reference = image_files.reference_size(config.diffusion, len(images))
+    return image_files.batch_of(draw, config.train, reference, config.conditional)
 
 
 def _load_pretrained(config, network) -> tuple[DiffusionModel, Any]:
@@ -135,10 +127,7 @@ def _evaluate(config, validate, test_set, run: Run) -> dict[str, float]:
 def _write(run: Run, samples: np.ndarray, report: dict) -> dict:
     """Leaves the samples as pictures and arrays, and the way to the first of them."""
     del report
-    image_files.save_samples(run.workdir.path, pictures.to_uint8(samples))
-    labels = run.task.condition(len(samples)).label
-    known = {} if labels is None else {"labels": labels}
-    run.keep_samples(images=samples, nfe=run.task.sampler.nfe, **known)
+    image_files.keep(run, samples, pictures.to_uint8(samples))
     _write_trajectory(run)
     return {"solver": run.config.sampler.name}
 

@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import UInt8
 
@@ -119,14 +118,9 @@ def likelihood(
 
 def _validate(config, model, sequences, params) -> dict[str, float]:
     """The exact likelihood of test images, its standard error, and its floor where known."""
-    rows, log_prob = rows_to_evaluate(config, sequences), functools.partial(_log_prob, model)
-    values = evaluation.map_rows(log_prob, params, rows, config.evaluate.batch)
+    rows = rows_to_evaluate(config, sequences)
+    values = evaluation.log_prob(model, params, rows, config.evaluate.batch)
     return likelihood(config, sequences, -values)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _log_prob(model, params, rows):
-    return model.log_prob(params, rows)
 
 
 def evaluate(
@@ -159,10 +153,7 @@ def keep(
 ) -> np.ndarray:
     """Leaves samples int32 [B, L] as pictures and arrays, and returns them as images."""
     images = images_of(config, shape, tokens)
-    labels = run.task.condition(len(images)).label
-    known = {} if labels is None else {"labels": labels}
-    run.keep_samples(images=images, nfe=run.task.sampler.nfe, **known)
-    image_files.save_samples(run.workdir.path, to_rgb(images))
+    image_files.keep(run, images, to_rgb(images))
     return images
 
 

@@ -5,7 +5,6 @@ import functools
 import time
 from typing import Any
 
-import jax
 import numpy as np
 
 from gen_jax import config as config_lib
@@ -128,16 +127,9 @@ def _validate(config, data, model, params) -> dict[str, float]:
     """The exact likelihood of the test split, in windows of one context each."""
     windows, counted = data.test_stream.windows(config.model.context)
     rows = {"tokens": windows, "length": counted}
-    values = evaluation.map_rows(
-        functools.partial(_log_prob, model), params, rows, config.evaluate.batch
-    )
+    values = evaluation.log_prob(model, params, rows, config.evaluate.batch)
     nats = -values.astype(np.float64).sum()
     return data.per_unit(nats, data.test_stream.tokens[1:])
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _log_prob(model, params, rows):
-    return model.log_prob(params, rows)
 
 
 def _evaluate(config, data, model, run: Run) -> dict[str, float]:

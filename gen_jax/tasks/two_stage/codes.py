@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gen_jax import evaluation
+from gen_jax import checkpoint, evaluation
 from gen_jax.data import Images
 from gen_jax.models.diffusion.process import to_signal
 from gen_jax.models.vq import Autoencoder
@@ -100,14 +100,9 @@ def _read(path, record):
         stored = json.loads(record.read_text(encoding="utf-8"))["digest"]
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise ValueError(problem) from error
-    if stored != _hash(codes):
+    if stored != checkpoint.digest(codes):
         raise ValueError(problem)
     return codes
-
-
-def _hash(codes):
-    head = f"{codes.dtype.str}{codes.shape}".encode()
-    return hashlib.blake2b(head + np.ascontiguousarray(codes).tobytes(), digest_size=16).hexdigest()
 
 
 def _write(path, record, codes):
@@ -118,7 +113,7 @@ def _write(path, record, codes):
         with open(temporary, "wb") as file:
             np.save(file, codes)
         os.replace(temporary, path)
-        temporary.write_text(json.dumps({"digest": _hash(codes)}), encoding="utf-8")
+        temporary.write_text(json.dumps({"digest": checkpoint.digest(codes)}), encoding="utf-8")
         os.replace(temporary, record)
     finally:
         temporary.unlink(missing_ok=True)

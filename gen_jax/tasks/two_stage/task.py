@@ -12,13 +12,14 @@ import numpy as np
 from gen_jax import config as config_lib
 from gen_jax import evaluation, loading, pictures, sampling
 from gen_jax.data import ShapesSet
+from gen_jax.data.streams import shard_slice
 from gen_jax.models.autoregressive import AutoregressiveModel, AutoregressiveSampler
 from gen_jax.models.diffusion import DiffusionModel, DiffusionSampler
 from gen_jax.models.diffusion.process import to_signal
 from gen_jax.models.diffusion.vlb import discretised_log_likelihood
 from gen_jax.models.masked import MaskedModel, log_prob_in_order
 from gen_jax.models.two_stage import TwoStageSampler
-from gen_jax.models.vq import Autoencoder
+from gen_jax.models.vq import Autoencoder, make_autoencoder
 from gen_jax.nn.transformer import TokenNetwork
 from gen_jax.nn.unet import UNetNetwork
 from gen_jax.task import Context, Run, Stage, Task
@@ -96,7 +97,7 @@ class _Space:
         stored = record or context.records.get("autoencoder")
         shape = tuple(stored["image_shape"]) if stored else train.images.shape[1:]
         parts = config.coder, config.quantiser, config.objective
-        self.model = autoencoder_task.build(*parts, shape)
+        self.model = make_autoencoder(*parts, shape)
         own = autoencoder_task.stage("autoencoder", config, self.model, train, config.coder_train)
         self.stages = (own,)
 
@@ -107,9 +108,9 @@ class _Space:
             return params
         return {"prior": params, "autoencoder": jax.device_put(self.params)}
 
-    def batch(
-        self, seed: int, step: int, size: int, shard: tuple[int, int]
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def draw(
+        self, step: int, shard: tuple[int, int], seed: int, size: int
+    ) -> dict[str, np.ndarray]:
         """Codes or scaled latents of a part of the training images of a step, and their labels."""
         images, codes = self.images["train"], self.codes("train")
         chosen = images.indices(seed, step, size)
@@ -117,9 +118,9 @@ class _Space:
         if self.config.data.flip:
             coins = np.random.default_rng([seed, step]).integers(0, 2, size)
             places = chosen + len(images) * coins
-        index, count = shard
-        mine = slice(index * size // count, (index + 1) * size // count)
-        return np.asarray(codes[places[mine]]), images.labels[chosen[mine]]
+        mine = shard_slice(size, shard)
+        name = "latent" if self.latents else "tokens"
+        return {name: np.asarray(codes[places[mine]]), "label": images.labels[chosen[mine]]}
 
     def codes(self, split: str) -> np.ndarray:
         """The codes or scaled latents of a split, from a file of the work directory."""
@@ -187,16 +188,10 @@ def _batch(config, space, step, shard, earlier):
     """Codes or scaled latents of images, and labels for a conditional prior."""
     if space.params is None:
         space.params = jax.device_get(earlier["autoencoder"])
-    train = config.train
-    codes, labels = space.batch(train.seed, step, train.batch, shard)
-    batch = {"latent" if space.latents else "tokens": codes, "label": labels}
-    number = image_files.reference_size(config.diffusion, len(space.images["train"]))
-    if space.latents and number:
-        others = train.seed + image_files.OTHER_ORDER, step, number
-        batch["reference"], batch["reference_label"] = space.batch(*others, shard)
-    if not config.conditional:
-        batch = {name: value for name, value in batch.items() if not name.endswith("label")}
-    return batch
+    draw, reference = functools.partial(space.draw, step, shard), 0
+    if space.latents:
+        reference = image_files.reference_size(config.diffusion, len(space.images["train"]))
+    return image_files.batch_of(draw, config.train, reference, config.conditional)
 
 
 def _validate(config, space, model, params) -> dict[str, float]:
@@ -213,10 +208,9 @@ def _validate(config, space, model, params) -> dict[str, float]:
     if config.conditional:
         rows["label"] = space.images["test"].labels[chosen]
     code = _code_nats(config, model, params, rows)
-    images = {split: some.images for split, some in space.images.items()}
-    errors = _errors(config, space, images["train"][:_FITTED])
+    errors = _errors(config, space, space.images["train"].images[:_FITTED])
     deviation = math.sqrt(max(errors["mse"].mean(dtype=np.float64), 1e-8))
-    left = _errors(config, space, images["test"][chosen], deviation)["nats"]
+    left = _errors(config, space, space.images["test"].images[chosen], deviation)["nats"]
     bits = 1 / np.log(2) / math.prod(space.model.shape)
     nats = (code + left).astype(np.float64)
     return {
@@ -231,17 +225,12 @@ def _validate(config, space, model, params) -> dict[str, float]:
 
 def _code_nats(config, model, params, rows):
     """-log p of code sequences [N], or a bound of it for a masked prior."""
+    draws, batch = config.evaluate.draws, config.evaluate.batch
     if config.prior == "masked":
-        draws, batch = config.evaluate.draws, config.evaluate.batch
         return masked_rounds.bound_of(model, params, rows, draws, batch)
-    log_prob = _log_prob if config.prior == "ar" else _log_prob_at_once
-    f = functools.partial(log_prob, model)
-    return -evaluation.map_rows(f, params, rows, config.evaluate.batch)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _log_prob(model, params, rows):
-    return model.log_prob(params, rows)
+    if config.prior == "ar":
+        return -evaluation.log_prob(model, params, rows, batch)
+    return -evaluation.map_rows(functools.partial(_log_prob_at_once, model), params, rows, batch)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -303,10 +292,7 @@ def _exactly(codes, vocabulary):
 def _write(run: Run, samples: np.ndarray, report: dict) -> dict:
     """Leaves the samples as pictures and arrays, and the way to the first of them."""
     del report
-    image_files.save_samples(run.workdir.path, pictures.to_uint8(samples))
-    labels = run.task.condition(len(samples)).label
-    known = {} if labels is None else {"labels": labels}
-    run.keep_samples(images=samples, nfe=run.task.sampler.nfe, **known)
+    image_files.keep(run, samples, pictures.to_uint8(samples))
     _write_trajectory(run)
     return {}
 
@@ -314,15 +300,13 @@ def _write(run: Run, samples: np.ndarray, report: dict) -> dict:
 def _write_trajectory(run):
     """What the prior has drawn after some of its steps, decoded."""
     sampler, params = run.task.sampler, run.task.sampler_params(run.params)
-    number = min(_ROWS, run.task.number or _ROWS)
-    ours = sampling.sample_keys(run.config.sample.seed, 0, number)
+    ours = sampling.sample_keys(run.config.sample.seed, 0, _ROWS)
     moments = np.unique(np.linspace(1, sampler.steps, _MOMENTS).round().astype(int))
-    prepared, frames = sampler.prepare(params), []
-    states = sampling.stream(sampler, params, ours, run.task.condition(number))
-    finish = jax.jit(sampler.finish)
+    finish, frames = jax.jit(sampler.finish), []
+    states = sampling.stream(sampler, params, ours, run.task.condition(_ROWS))
     for step, state in enumerate(states, start=1):
         if step in moments:
-            frames.append(pictures.to_uint8(finish(prepared, state)))
+            frames.append(pictures.to_uint8(finish(params, state)))
     rows = np.stack(frames, axis=1).reshape(-1, *frames[0].shape[1:])
     scale = image_files.scale(frames[0].shape[1])
     picture = pictures.grid(rows, columns=len(frames), scale=scale)

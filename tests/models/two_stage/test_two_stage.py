@@ -4,11 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from einops import rearrange
 
 from gen_jax import sampling
 from gen_jax.condition import Condition
-from gen_jax.config import frozen
 from gen_jax.models.autoregressive import AutoregressiveModel, AutoregressiveSampler
 from gen_jax.models.diffusion import DDIM, DiffusionConfig, DiffusionModel, DiffusionSampler
 from gen_jax.models.masked import MaskedModel, MaskGIT
@@ -25,39 +23,13 @@ from gen_jax.nn.config import TransformerConfig, UNetConfig
 from gen_jax.nn.transformer import TokenNetwork
 from gen_jax.nn.unet import UNetNetwork
 from gen_jax.testing import check_sampler
+from linear_coder import LinearCoder
 
 CODES = Codebook(CodebookOptions(codes=5, width=3, depth=2))
 
 
-@frozen
-class Linear:
-    """Squares of 2 x 2 pixels times a matrix, and back."""
-
-    inputs: int
-    width: int
-
-    def init(self, key, height, width):
-        encoder, decoder = jax.random.split(key)
-        return {
-            "encoder": jax.random.normal(encoder, (12, self.inputs)) / 4,
-            "decoder": jax.random.normal(decoder, (self.width, 12)) / 4,
-        }
-
-    def check(self, height, width, channels):
-        assert channels == 3
-
-    def latent_shape(self, height, width):
-        return height // 2, width // 2, self.width
-
-    def encode(self, params, x, keys=None):
-        return rearrange(x, "b (h p) (w q) c -> b h w (p q c)", p=2, q=2) @ params["encoder"]
-
-    def decode(self, params, z, keys=None):
-        return rearrange(z @ params["decoder"], "b h w (p q c) -> b (h p) (w q) c", p=2, q=2)
-
-
 def autoencoder(quantiser=CODES):
-    network = Linear(quantiser.inputs, quantiser.width)
+    network = LinearCoder(quantiser.inputs, quantiser.width)
     model = Autoencoder(network, quantiser, AutoencoderOptions(), (4, 4, 3))
     params = model.init(jax.random.key(0)) | {"deviation": jnp.float32(3)}
     if "codebook" in params["quantiser"]:

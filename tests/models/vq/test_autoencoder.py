@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from einops import rearrange
 from jax.sharding import Mesh
 
 from gen_jax import keys, parallel, training
-from gen_jax.config import TrainConfig, frozen
+from gen_jax.config import TrainConfig
 from gen_jax.models.vq import (
     FSQ,
     Autoencoder,
@@ -28,6 +27,7 @@ from gen_jax.models.vq import (
 from gen_jax.nn.autoencoder import AutoencoderNetwork
 from gen_jax.nn.config import AutoencoderConfig
 from gen_jax.workdir import Workdir
+from linear_coder import LinearCoder
 
 QUANTISERS = {
     "codebook": Codebook(CodebookOptions(codes=6, width=4, restart_every=2)),
@@ -39,37 +39,10 @@ QUANTISERS = {
 SIZES = AutoencoderConfig(widths=(8, 8), blocks=1, groups=4, attention=(1,))
 
 
-@frozen
-class Linear:
-    """Squares of 2 x 2 pixels times a matrix, and back: a network that compiles in no time."""
-
-    inputs: int
-    width: int
-
-    def init(self, key, height, width):
-        encoder, decoder = jax.random.split(key)
-        return {
-            "encoder": jax.random.normal(encoder, (12, self.inputs)) / 4,
-            "decoder": jax.random.normal(decoder, (self.width, 12)) / 4,
-        }
-
-    def check(self, height, width, channels):
-        assert channels == 3
-
-    def latent_shape(self, height, width):
-        return height // 2, width // 2, self.width
-
-    def encode(self, params, x, keys=None):
-        return rearrange(x, "b (h p) (w q) c -> b h w (p q c)", p=2, q=2) @ params["encoder"]
-
-    def decode(self, params, z, keys=None):
-        return rearrange(z @ params["decoder"], "b h w (p q c) -> b (h p) (w q) c", p=2, q=2)
-
-
 def autoencoder(name, loss="mse", **sizes):
     """With the convolutional network of these sizes, or without any with the linear one."""
     quantiser = QUANTISERS[name]
-    network = Linear(quantiser.inputs, quantiser.width)
+    network = LinearCoder(quantiser.inputs, quantiser.width)
     if sizes:
         config = dataclasses.replace(SIZES, **sizes)
         network = AutoencoderNetwork(config, quantiser.inputs, quantiser.width)
