@@ -173,8 +173,8 @@ def to_options(
     if isinstance(quantiser, CodebookOptions):
         kind, own = "VQModel", {"num_vq_embeddings": quantiser.codes}
         own |= {"vq_embed_dim": quantiser.width}
-        if quantiser.depth > 1:
-            raise ValueError(f"a VQModel has one table of codes, not {quantiser.depth}")
+        if quantiser.tables > 1:
+            raise ValueError(f"a VQModel has one table of codes, not {quantiser.tables}")
     elif isinstance(quantiser, GaussianOptions):
         kind, own = "AutoencoderKL", {}
         if network.latent_channels not in (0, quantiser.width):

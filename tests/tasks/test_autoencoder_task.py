@@ -88,11 +88,13 @@ def test_every_quantiser_runs(tmp_path, capsys, options):
 
 def test_codes_are_drawn_in_colours():
     code = np.array([[[0, 1], [1, 0]]])
-    drawn = code_pictures(code, 2, 4)
+    drawn = code_pictures((code,), 2, 4)
     assert drawn.shape == (1, 4, 4, 3)
     assert (drawn[0, :2, :2] == drawn[0, 0, 0]).all()
     assert (drawn[0, 0, 0] != drawn[0, 0, 2]).any()
-    assert code_pictures(np.stack([code, code], -1), 2, 4).shape == (1, 4, 8, 3)
+    several = code_pictures((code[:, :1, :1], code), 2, 4)
+    assert several.shape == (1, 4, 8, 3)
+    assert (several[0, :, :4] == several[0, 0, 0]).all()
 
 
 REFUSED = [

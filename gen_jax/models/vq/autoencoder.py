@@ -90,6 +90,8 @@ class Autoencoder:
 
     def __post_init__(self):
         self.network.check(*self.shape)
+        if self.quantiser.discrete:
+            self.quantiser.code_shape(*self.latent_shape[:2])
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

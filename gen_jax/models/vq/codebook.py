@@ -1,7 +1,7 @@
-"""Codebooks: nearest entries, moving averages, residual tables, and the restart of dead entries.
+"""Codebooks: nearest entries, residual tables and scales, moving averages, restart of dead entries.
 
 VQ-VAE (van den Oord et al. 2017, 1711.00937): equations 1 to 3, and appendix A.1 for the moving
-averages. Residual quantisation: SoundStream (Zeghidour et al. 2021, 2107.03312, algorithm 1), and
+averages. Maps from coarse to fine: VAR (Tian et al. 2024, 2404.02905, algorithms 1 and 2). Residual quantisation: SoundStream (Zeghidour et al. 2021, 2107.03312, algorithm 1), and
 its restart of entries that stand for nothing (section III-C; Jukebox, 2005.00341, section 4).
 """
 
@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from einops import reduce, repeat
 from jaxtyping import Array, Float, Int32, Key
 
 import kernels
@@ -27,6 +28,11 @@ class Codebook:
     The first table quantises the latents, and each further one what those before have left. Entry 0
     of each further table is zero and stays so: a table can always leave things as they are, so that
     the error never grows with depth. Of entries at the same distance the first one is taken.
+
+    With scales, each table quantises the means of as many blocks as its scale has positions, and an
+    entry counts for the whole of its block. The codes of an image are those of all scales in turn,
+    each row by row. Where we differ from VAR: blocks are copied, not interpolated and convolved,
+    which keeps the law above, and every scale has a table of its own.
 
     Parameters: {"codebook": [R, K, D]}. Statistics: "counts" [R, K] and "sums" [R, K, D], the
     moving averages N and m, where entries follow them; "used" int32 [R, K], uses since the last
@@ -58,7 +64,7 @@ class Codebook:
     def init(self, key: Key[Array, ""]) -> dict[str, Any]:
         """Entries uniform in [-1 / K, 1 / K], as in the code of VQ-VAE."""
         options = self.options
-        shape = options.depth, options.codes, options.width
+        shape = options.tables, options.codes, options.width
         codebook = jax.random.uniform(key, shape, minval=-1, maxval=1) / options.codes
         return {"codebook": _with_zeros(codebook)}
 
@@ -73,9 +79,27 @@ class Codebook:
         return statistics
 
     def code_shape(self, height: int, width: int) -> tuple[int, ...]:
-        """One code for each position, or R with more than one table."""
+        """One code for each position, or R with more than one table; or those of all scales.
+
+        Raises:
+          ValueError: the latents do not have the size of the last scale.
+        """
+        self.options.check_size(height, width)
+        if self.options.scales:
+            return (sum(side**2 for side in self.options.scales),)
         depth = self.options.depth
         return (height, width) if depth == 1 else (height, width, depth)
+
+    def maps(self, code: Int32[Any, "B ..."]) -> tuple[Int32[Any, "B _ _"], ...]:
+        """The codes of each table; see `Quantiser`."""
+        if not self.options.scales:
+            tables = code[..., None] if self.options.depth == 1 else code
+            return tuple(tables[..., i] for i in range(self.options.depth))
+        found, first = [], 0
+        for side in self.options.scales:
+            found.append(code[:, first : first + side**2].reshape(-1, side, side))
+            first += side**2
+        return tuple(found)
 
     def centre(self, latents: Float[Array, "B h w D"]) -> Float[Array, "B h w D"]:
         """The latents themselves, float32."""
@@ -89,9 +113,9 @@ class Codebook:
     ) -> Quantised:
         """The nearest entries, and their sum; there is no randomness.
 
-        The loss is beta |z - sg(e)|^2, a mean over all values and summed over tables, where e is
-        the entry for z; and |sg(z) - e|^2 as well where entries are trained by their gradient
-        (1711.00937, eq. 3).
+        The loss is beta |z - sg(e)|^2, a mean over all values that a table reads and summed over
+        tables, where e is the entry for z; and |sg(z) - e|^2 as well where entries are trained by
+        their gradient (1711.00937, eq. 3).
         """
         del keys
         options, codebook = self.options, params["codebook"]
@@ -99,29 +123,40 @@ class Codebook:
             codebook = jax.lax.stop_gradient(codebook)
         left = latents.astype(jnp.float32)
         codes, loss, value = [], jnp.float32(0), jnp.zeros_like(left)
-        for table in codebook:
-            code = _nearest(left, table)
+        for i, table in enumerate(codebook):
+            read = self._read(left, i)
+            code = _nearest(read, table)
             entry = table[code]
             stopped = jax.lax.stop_gradient(entry)
-            loss += options.commitment * jnp.square(left - stopped).mean()
+            loss += options.commitment * jnp.square(read - stopped).mean()
             if options.update == "gradient":
-                loss += jnp.square(jax.lax.stop_gradient(left) - entry).mean()
+                loss += jnp.square(jax.lax.stop_gradient(read) - entry).mean()
             codes.append(code)
-            value, left = value + stopped, left - stopped
+            whole = _spread(stopped, left.shape)
+            value, left = value + whole, left - whole
         value = straight_through(latents.astype(jnp.float32), value)
         return Quantised(value, self._joined(codes), loss)
 
+    def _read(self, left, i):
+        """What table i reads of a map [B, h, w, D]: the map, or the means of its blocks."""
+        if not self.options.scales:
+            return left
+        side = self.options.scales[i]
+        return reduce(left, "b (s p) (t q) d -> b s t d", "mean", s=side, t=side)
+
     def _joined(self, codes):
+        if self.options.scales:
+            return jnp.concatenate([code.reshape(len(code), -1) for code in codes], axis=1)
         return codes[0] if len(codes) == 1 else jnp.stack(codes, axis=-1)
 
     def lookup(
         self, params: dict[str, Any], code: Int32[Array, "B ..."]
     ) -> Float[Array, "B height width D"]:
         """The entries of a code, summed over tables."""
-        codebook = params["codebook"]
-        if self.options.depth == 1:
-            return codebook[0][code]
-        return sum(table[code[..., i]] for i, table in enumerate(codebook))
+        entries = [
+            table[ours] for table, ours in zip(params["codebook"], self.maps(code), strict=True)
+        ]
+        return sum(_spread(entry, entries[-1].shape) for entry in entries)
 
     def update(
         self,
@@ -139,10 +174,11 @@ class Codebook:
         """
         options, before = self.options, params["codebook"]
         codebook, statistics = descended["codebook"], dict(statistics)
-        counts = batch_counts(code, options.codes, options.depth)
+        counts = batch_counts(self.maps(code), options.codes)
         metrics = usage(counts)
+        reads = self._reads(before, latents, code)
         if options.update == "moving_average":
-            sums = self._sums(before, latents, code)
+            sums = self._sums(reads, code)
             old, new = options.decay, 1 - options.decay
             statistics["counts"] = old * statistics["counts"] + new * counts
             statistics["sums"] = old * statistics["sums"] + new * sums
@@ -153,33 +189,34 @@ class Codebook:
             due = statistics["age"] % options.restart_every == 0
             first = statistics["age"] == 0
             dead = due & ((statistics["used"] == 0) | first)
-            codebook, statistics = self._restart(before, codebook, statistics, dead, latents, keys)
+            codebook, statistics = self._restart(reads, codebook, statistics, dead, keys)
             statistics["used"] = jnp.where(due, 0, statistics["used"])
             statistics["age"] += 1
         return {"codebook": _with_zeros(codebook)}, statistics, metrics
 
-    def _sums(self, codebook, latents, code):
+    def _reads(self, codebook, latents, code):
+        """What each table read of the latents when they were given this code."""
+        left, reads = latents.astype(jnp.float32), []
+        for i, (table, ours) in enumerate(zip(codebook, self.maps(code), strict=True)):
+            reads.append(self._read(left, i))
+            left = left - _spread(table[ours], left.shape)
+        return reads
+
+    def _sums(self, reads, code):
         """Sums [R, K, D] over the whole batch of the vectors that each entry stood for."""
-        left, sums = latents.astype(jnp.float32), []
-        code = code.reshape(*left.shape[:-1], -1)
-        for i, table in enumerate(codebook):
-            ours = code[..., i]
-            sums.append(_segment_sum(left, ours, self.options.codes))
-            left = left - table[ours]
+        pairs = zip(reads, self.maps(code), strict=True)
+        sums = [_segment_sum(read, ours, self.options.codes) for read, ours in pairs]
         return parallel.sum(jnp.stack(sums))
 
-    def _restart(self, before, codebook, statistics, dead, latents, keys):
+    def _restart(self, reads, codebook, statistics, dead, keys):
         """Dead entries on vectors drawn from the batch, a different one for each if it has as many.
 
-        `before` is the codebook that the batch was quantised with, and by which a vector is reduced
-        to what the tables before an entry's own leave of it.
+        `reads` is what each table read of the latents.
         """
-        options = self.options
-        left, restarted = _candidates(latents, keys, options.codes), []
-        for i, table in enumerate(before):
-            places = (jnp.cumsum(dead[i]) - 1) % left.shape[0]
-            restarted.append(left[places])
-            left = left - table[_nearest(left, table)]
+        restarted = []
+        for read, ours in zip(reads, dead, strict=True):
+            vectors = _candidates(read, keys, self.options.codes)
+            restarted.append(vectors[(jnp.cumsum(ours) - 1) % len(vectors)])
         restarted = jnp.stack(restarted)
         codebook = jnp.where(dead[..., None], restarted, codebook)
         if "counts" in statistics:
@@ -192,6 +229,14 @@ def _nearest(latents, table):
     """The nearest entry of each vector, int32 [B, ...]; it has no gradient."""
     flat, table = jax.lax.stop_gradient((latents.reshape(-1, latents.shape[-1]), table))
     return kernels.nearest_code(flat, table)[0].reshape(latents.shape[:-1])
+
+
+def _spread(values, shape):
+    """Each vector of a map [B, s, t, D] for the whole of its block of a map of this shape."""
+    if values.shape == shape:
+        return values
+    p, q = shape[1] // values.shape[1], shape[2] // values.shape[2]
+    return repeat(values, "b s t d -> b (s p) (t q) d", p=p, q=q)
 
 
 def _with_zeros(codebook):

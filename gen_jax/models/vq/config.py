@@ -1,6 +1,7 @@
 """Choices of quantisers and how an autoencoder is trained; importing this loads nothing heavy."""
 
 import math
+from itertools import pairwise
 from typing import ClassVar, Literal
 
 from gen_jax.config import Choice, frozen
@@ -34,6 +35,9 @@ class QuantiserOptions(Choice):
 
     make: ClassVar[str]
 
+    def check_size(self, height: int, width: int) -> None:
+        """Raises a ValueError where maps of latents of this size cannot be quantised."""
+
 
 @frozen
 class CodebookOptions(QuantiserOptions):
@@ -48,6 +52,9 @@ class CodebookOptions(QuantiserOptions):
     """Width D of the vectors."""
     depth: int = 1
     """Tables R; each after the first quantises what the ones before have left."""
+    scales: tuple[int, ...] = ()
+    """Sides of the square maps that a table each quantises, coarse to fine, the last one that of
+    the latents (next-scale prediction); each divides the next. Empty for `depth` whole maps."""
     commitment: float = 0.25
     """Weight beta of the term that draws the encoder's vectors to their entries."""
     update: Literal["moving_average", "gradient"] = "moving_average"
@@ -65,6 +72,14 @@ class CodebookOptions(QuantiserOptions):
         for name in ("codes", "width", "depth"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.scales and self.depth > 1:
+            raise ValueError("there is one table a scale: leave depth at 1")
+        if any(side < 1 for side in self.scales) or any(
+            fine <= coarse or fine % coarse for coarse, fine in pairwise(self.scales)
+        ):
+            raise ValueError(
+                f"scales go from coarse to fine, and each divides the next: got {self.scales}"
+            )
         if self.codes < 2:
             raise ValueError("a codebook of one entry tells nothing: codes must be at least 2")
         for name in ("commitment", "restart_every"):
@@ -73,6 +88,19 @@ class CodebookOptions(QuantiserOptions):
             raise ValueError(f"decay must be in [0, 1), got {self.decay}")
         if self.epsilon <= 0:
             raise ValueError(f"epsilon must be positive, got {self.epsilon}")
+
+    @property
+    def tables(self) -> int:
+        """Tables R."""
+        return len(self.scales) or self.depth
+
+    def check_size(self, height: int, width: int) -> None:
+        """Refuses latents whose sides are not those of the last scale."""
+        if self.scales and {height, width} != {self.scales[-1]}:
+            raise ValueError(
+                f"the scales {self.scales} end at {self.scales[-1]} x {self.scales[-1]}, and the "
+                f"latents are {height} x {width}"
+            )
 
 
 @frozen

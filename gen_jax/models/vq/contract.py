@@ -1,6 +1,6 @@
 """What stands between encoder and decoder, whatever its kind."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -50,6 +50,13 @@ class Quantiser(Protocol):
 
     def code_shape(self, height: int, width: int) -> tuple[int, ...]:
         """The shape of the code of one map of latents."""
+
+    def maps(self, code: Int32[Any, "B ..."]) -> tuple[Int32[Any, "B _ _"], ...]:
+        """The part of a code that each table gave, as maps; one where there is one table.
+
+        Raises:
+          ValueError: the latent is continuous.
+        """
 
     def centre(self, latents: Float[Array, "B height width inputs"]) -> Float[Array, "B h w D"]:
         """What a prior over latents draws: the latents themselves, or their mean, float32."""
@@ -117,12 +124,7 @@ def usage(counts: Float32[Array, "R K"]) -> dict[str, Float32[Array, ""]]:
     return {"perplexity": jnp.exp(entropy).mean(), "used": (counts > 0).mean()}
 
 
-def batch_counts(code: Int32[Array, "B ..."], codes: int, depth: int = 1) -> Float32[Array, "R K"]:
-    """How often each code occurs in the whole batch, in each of `depth` tables.
-
-    The last axis of the code is that of the tables where there are several.
-    """
-    flat = code.reshape(-1, depth)
-    tables = flat + codes * jnp.arange(depth)[None]
-    counts = jnp.bincount(tables.reshape(-1), length=codes * depth).reshape(depth, codes)
+def batch_counts(maps: Sequence[Int32[Array, "B _ _"]], codes: int) -> Float32[Array, "R K"]:
+    """How often each code occurs in the whole batch, in the maps of each table."""
+    counts = jnp.stack([jnp.bincount(each.reshape(-1), length=codes) for each in maps])
     return parallel.sum(counts.astype(jnp.float32))

@@ -70,6 +70,10 @@ class FSQ:
         """One code for each position."""
         return height, width
 
+    def maps(self, code: Int32[Any, "B height width"]) -> tuple[Int32[Any, "B height width"], ...]:
+        """The code itself."""
+        return (code,)
+
     def centre(self, latents: Float[Array, "B h w D"]) -> Float[Array, "B h w D"]:
         """The latents themselves, float32."""
         return latents.astype(jnp.float32)
@@ -118,7 +122,7 @@ class FSQ:
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Array]]:
         """Nothing changes; the usage of codes in the batch."""
         del params, latents, keys
-        return descended, statistics, usage(batch_counts(code, self.codes))
+        return descended, statistics, usage(batch_counts(self.maps(code), self.codes))
 
 
 def _last(row):

@@ -54,6 +54,10 @@ class Gaussian:
         """Raises a ValueError: there are no codes."""
         raise ValueError("a continuous latent has no codes")
 
+    def maps(self, code: Any) -> tuple[Array, ...]:
+        """Raises a ValueError: there are no codes."""
+        raise ValueError("a continuous latent has no codes")
+
     def centre(self, latents: Float[Array, "B h w inputs"]) -> Float[Array, "B h w D"]:
         """The mean of the posterior."""
         return moments(latents)[0]

@@ -27,12 +27,13 @@ class EvaluateConfig:
             raise ValueError("evaluate.images, .batch and .shown must be at least 1")
 
 
-def check_images(images: Images, model: AutoencoderConfig) -> None:
+def check_images(images: Images, model: AutoencoderConfig, quantiser: QuantiserOptions) -> None:
     """Raises a ValueError where an autoencoder of these sizes cannot take the images."""
     height, width, channels = images.images.shape[1:]
     if channels != model.channels:
         raise ValueError(f"the images have {channels} channels, the model takes {model.channels}")
     model.check_size(height, width)
+    quantiser.check_size(height // model.stride, width // model.stride)
 
 
 @frozen
@@ -58,5 +59,5 @@ class AutoencoderRunConfig(RunConfig):
         """The images of the splits that the phases need; refuses those that do not fit."""
         splits = {split: image_data.load(self.data, split) for split in self.splits(phases)}
         for images in splits.values():
-            check_images(images, self.model)
+            check_images(images, self.model, self.quantiser)
         return splits

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -116,8 +117,8 @@ def _figures(config, model, coded):
 
 def _counts(model, code):
     """How often each code was used, [R, K], in each table."""
-    tables = code.reshape(-1, getattr(model.quantiser.options, "depth", 1)).T
-    return np.stack([np.bincount(table, minlength=model.quantiser.codes) for table in tables])
+    maps, codes = model.quantiser.maps(code), model.quantiser.codes
+    return np.stack([np.bincount(each.reshape(-1), minlength=codes) for each in maps])
 
 
 def _evaluate(config, model, images, run: Run) -> dict[str, float]:
@@ -130,29 +131,32 @@ def _evaluate(config, model, images, run: Run) -> dict[str, float]:
     rows = np.concatenate([originals[:number], decoded, difference])
     pictures.save_png(path / "reconstruction.png", pictures.grid(rows, columns=number, scale=scale))
     if "code" in coded:
-        drawn = code_pictures(coded["code"][:number], model.quantiser.codes, model.shape[0])
+        maps = model.quantiser.maps(coded["code"][:number])
+        drawn = code_pictures(maps, model.quantiser.codes, model.shape[0])
         pictures.save_png(path / "codes.png", pictures.grid(drawn, columns=number, scale=scale))
         _draw_usage(path / "usage.png", _counts(model, coded["code"]))
     return _figures(config, model, coded)
 
 
-def code_pictures(code: np.ndarray, codes: int, height: int) -> np.ndarray:
+def code_pictures(maps: Sequence[np.ndarray], codes: int, height: int) -> np.ndarray:
     """Codes as images of this height, a colour for each, tables side by side.
 
     Args:
-      code: int [B, h, w] or [B, h, w, R].
+      maps: int [B, h, w] of each table; see `Quantiser.maps`.
       codes: K.
-      height: of the pictures in pixels, a multiple of h.
+      height: of the pictures in pixels, a multiple of every h.
 
     Returns:
       uint8 [B, height, width, 3].
     """
-    if code.ndim == 4:
-        code = np.concatenate(np.moveaxis(code, -1, 0), axis=2)
     hues = np.arange(codes) * 0.61803398875 % 1
     colours = (255 * pyplot.get_cmap("hsv")(hues)[:, :3]).astype(np.uint8)
-    side = max(1, height // code.shape[1])
-    return colours[code].repeat(side, axis=1).repeat(side, axis=2)
+    sides = [max(1, height // code.shape[1]) for code in maps]
+    drawn = [
+        colours[code].repeat(side, axis=1).repeat(side, axis=2)
+        for code, side in zip(maps, sides, strict=True)
+    ]
+    return np.concatenate(drawn, axis=2)
 
 
 def _draw_usage(path, counts):

@@ -126,5 +126,5 @@ class TwoStageConfig(RunConfig):
         images = {split: image_data.load(self.data, split) for split in splits}
         if not self.autoencoder:
             for some in images.values():
-                check_images(some, self.coder)
+                check_images(some, self.coder, self.quantiser)
         return images

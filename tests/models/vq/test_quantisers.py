@@ -67,8 +67,13 @@ def test_the_nearest_entry_stands_for_a_vector():
 
 @pytest.mark.parametrize(
     "quantiser",
-    [codebook(commitment=0), codebook(depth=3, commitment=0), FSQ(FSQOptions((5, 4, 3)))],
-    ids=["codebook", "residual", "fsq"],
+    [
+        codebook(commitment=0),
+        codebook(depth=3, commitment=0),
+        codebook(scales=(1, 2), commitment=0),
+        FSQ(FSQOptions((5, 4, 3))),
+    ],
+    ids=["codebook", "residual", "scales", "fsq"],
 )
 def test_the_gradient_of_the_decoder_goes_straight_through(quantiser):
     params, z = quantiser.init(KEY), latents()
@@ -128,10 +133,13 @@ def test_the_moving_average_is_its_closed_form_on_any_number_of_devices(devices)
     np.testing.assert_allclose(statistics["counts"][0], counts, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["moving_average", "gradient"])
-@pytest.mark.parametrize("depth", [1, 3])
-def test_restarts_are_the_same_on_any_number_of_devices(kind, depth):
-    quantiser = codebook(update=kind, restart_every=2, depth=depth)
+@pytest.mark.parametrize(
+    "options",
+    [{"depth": 1}, {"depth": 3, "update": "gradient"}, {"scales": (1, 2)}],
+    ids=["one", "residual", "scales"],
+)
+def test_restarts_are_the_same_on_any_number_of_devices(options):
+    quantiser = codebook(restart_every=2, **options)
     results = []
     for devices in (1, 2, 8):
         params = quantiser.init(KEY)
@@ -174,27 +182,50 @@ def test_a_dead_entry_revives_within_a_period_and_live_ones_stay(kind):
     assert (statistics["used"] == 0).all()
 
 
-def test_residual_tables_never_make_the_error_larger():
-    quantiser = codebook(depth=4)
+def partial(quantiser, code, tables):
+    """The code whose tables after the first few say zero."""
+    kept = [each if i < tables else 0 * each for i, each in enumerate(quantiser.maps(code))]
+    return quantiser._joined(kept)
+
+
+@pytest.mark.parametrize("options", [{"depth": 4}, {"scales": (1, 2, 4)}], ids=["depth", "scales"])
+def test_further_tables_never_make_the_error_larger(options):
+    quantiser = codebook(**options)
+    tables, z = quantiser.options.tables, jax.random.normal(jax.random.key(1), (8, 4, 4, 3))
     for scale in (0.1, 1.0, 30.0):
-        params = {"codebook": scale * jax.random.normal(KEY, (4, 8, 3))}
-        params["codebook"] = params["codebook"].at[1:, 0].set(0)
-        z, errors = latents(), []
+        codebooks = scale * jax.random.normal(KEY, (tables, 8, 3))
+        params, errors = {"codebook": codebooks.at[1:, 0].set(0)}, []
         code = quantiser.quantise(params, z).code
-        assert code.shape == (8, 2, 2, 4) == (8, *quantiser.code_shape(2, 2))
-        for depth in range(1, 5):
-            shorter = codebook(depth=depth)
-            table = {"codebook": params["codebook"][:depth]}
-            part = code[..., 0] if depth == 1 else code[..., :depth]
-            np.testing.assert_array_equal(shorter.quantise(table, z).code, part)
-            errors.append(jnp.square(z - shorter.lookup(table, part)).sum(-1))
+        assert code.shape == (8, *quantiser.code_shape(4, 4))
+        for number in range(1, tables + 1):
+            value = quantiser.lookup(params, partial(quantiser, code, number))
+            errors.append(jnp.square(z - value).sum((1, 2, 3)))
         for more, less in itertools.pairwise(errors):
-            assert (less <= more + 1e-5).all()
+            assert (less <= more * (1 + 1e-6)).all()
     assert float(errors[-1].mean()) < float(errors[0].mean())
 
 
+def test_each_scale_quantises_the_means_of_blocks_of_what_is_left():
+    quantiser = codebook(scales=(1, 2, 4))
+    codebooks = jax.random.normal(KEY, (3, 8, 3)).at[1:, 0].set(0)
+    params, z = {"codebook": codebooks}, jax.random.normal(jax.random.key(1), (5, 4, 4, 3))
+    quantised = quantiser.quantise(params, z)
+    left, tables = np.array(z, np.float64), np.asarray(codebooks, np.float64)
+    for table, code in zip(tables, quantiser.maps(quantised.code), strict=True):
+        side = code.shape[1]
+        step = 4 // side
+        for row, column in itertools.product(range(side), repeat=2):
+            rows, columns = (slice(place * step, (place + 1) * step) for place in (row, column))
+            mean = left[:, rows, columns].mean((1, 2))
+            nearest = ((mean[:, None] - table[None]) ** 2).sum(-1).argmin(-1)
+            np.testing.assert_array_equal(code[:, row, column], nearest)
+            left[:, rows, columns] -= table[nearest][:, None, None]
+    np.testing.assert_allclose(quantised.value, z - left, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(quantiser.lookup(params, quantised.code), quantised.value, atol=1e-5)
+
+
 def test_zero_stays_the_first_entry_of_the_residual_tables():
-    quantiser = codebook(depth=2, restart_every=1)
+    quantiser = codebook(scales=(1, 2), restart_every=1)
     params = quantiser.init(KEY)
     statistics = quantiser.init_statistics(params)
     for step in range(3):
@@ -274,6 +305,10 @@ def test_a_gaussian_latent_is_drawn_with_keys_and_its_mean_without():
         (CodebookOptions, {"epsilon": 0.0}, "epsilon must be positive"),
         (CodebookOptions, {"commitment": -1.0}, "commitment must not be negative"),
         (CodebookOptions, {"update": "adam"}, "update must be one of 'moving_average', 'gradient'"),
+        (CodebookOptions, {"scales": (1, 2), "depth": 2}, "one table a scale: leave depth at 1"),
+        (CodebookOptions, {"scales": (2, 1)}, "scales go from coarse to fine"),
+        (CodebookOptions, {"scales": (2, 3)}, "each divides the next"),
+        (CodebookOptions, {"scales": (0, 2)}, "scales go from coarse to fine"),
         (FSQOptions, {"levels": ()}, "levels must be at least 2 each, and not none"),
         (FSQOptions, {"levels": (8, 1)}, "levels must be at least 2 each"),
         (FSQOptions, {"levels": (1000,) * 4}, "do not fit in 32 bits"),
@@ -283,3 +318,11 @@ def test_a_gaussian_latent_is_drawn_with_keys_and_its_mean_without():
 def test_what_options_refuse(kind, options, message):
     with pytest.raises(ValueError, match=message):
         kind(**options)
+
+
+def test_latents_must_have_the_size_of_the_last_scale():
+    quantiser = codebook(scales=(1, 2))
+    assert quantiser.code_shape(2, 2) == (5,)
+    for size in ((4, 4), (2, 4)):
+        with pytest.raises(ValueError, match="end at 2 x 2, and the latents are"):
+            quantiser.code_shape(*size)
