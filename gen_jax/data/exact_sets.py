@@ -9,6 +9,7 @@ from jaxtyping import Float64, Int32, Integer
 
 from gen_jax.config import frozen
 from gen_jax.data.exact import Enumerated
+from gen_jax.data.streams import shard_of_step
 
 __all__ = [
     "EOS",
@@ -248,6 +249,35 @@ class BinaryPyramid:
         """The pixels of each level, as positions in the order of `data`."""
         first = np.cumsum([0, *(4**level for level in range(self.levels))])
         return tuple(tuple(range(a, b)) for a, b in pairwise(first))
+
+    def batch(
+        self, seed: int, step: int, size: int, *, shard: tuple[int, int] = (0, 1)
+    ) -> dict[str, np.ndarray]:
+        """Images with all their levels, "tokens" int32 [B, edges + 1]; see `Enumerated.batch`."""
+        stream, mine = shard_of_step(seed, step, size, shard)
+        uniform = stream.random((size, self.edges + 1))[mine]
+        flipped = uniform < np.append(0.5, np.full(self.edges, self.flip))
+        levels = [flipped[:, :1].reshape(-1, 1, 1)]
+        for group in self.groups[1:]:
+            above = levels[-1].repeat(2, axis=1).repeat(2, axis=2)
+            levels.append(above ^ flipped[:, group].reshape(above.shape))
+        flat = [level.reshape(len(level), -1) for level in levels]
+        return {"tokens": np.concatenate(flat, axis=1).astype(np.int32)}
+
+    def log_prob(self, tokens: Integer[np.ndarray, "B L"]) -> Float64[np.ndarray, " B"]:
+        """log p of images with all their levels, in nats.
+
+        Args:
+          tokens: bits, in the order of `data`.
+        """
+        sides = [2**level for level in range(self.levels)]
+        levels = np.split(tokens, np.cumsum([side**2 for side in sides])[:-1], axis=1)
+        levels = [each.reshape(-1, s, s) for each, s in zip(levels, sides, strict=True)]
+        flips = np.zeros(len(tokens))
+        for above, below in pairwise(levels):
+            flips += (above.repeat(2, axis=1).repeat(2, axis=2) != below).sum((1, 2))
+        kept = self.edges - flips
+        return flips * np.log(self.flip) + kept * np.log1p(-self.flip) - np.log(2)
 
     @cached_property
     def data(self) -> Enumerated:

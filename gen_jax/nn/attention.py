@@ -43,6 +43,7 @@ def dot_product_attention(
     *,
     mask: Bool[Array | np.ndarray, "B M"] | None = None,
     causal: bool = False,
+    groups: tuple[int, ...] = (),
 ) -> Float[Array, "B L H Dh"]:
     """Scaled dot-product attention, with softmax in float32 (Vaswani et al. 2017, equation 1).
 
@@ -56,9 +57,11 @@ def dot_product_attention(
       mask: which keys are valid; None for all. A query without any valid key gives finite values
         without meaning.
       causal: query i sees the keys 0 to i (L = M).
+      groups: sizes of groups of positions, of which the L are the first; a query then sees the keys
+        of its own group and of those before. Empty for groups of one.
     """
     k, v = rearrange(k, "b m k d -> b k d m"), rearrange(v, "b m k d -> b k m d")
-    return attend(q, k, v, mask=mask, causal=causal)
+    return attend(q, k, v, mask=mask, causal=causal, groups=groups)
 
 
 def attend(
@@ -68,6 +71,7 @@ def attend(
     *,
     mask: Bool[Array | np.ndarray, "B M"] | None = None,
     causal: bool = False,
+    groups: tuple[int, ...] = (),
 ) -> Float[Array, "B L H Dh"]:
     """`dot_product_attention` of keys and values that are stored as its two products read them."""
     length, width = q.shape[1], q.shape[-1]
@@ -75,8 +79,11 @@ def attend(
     scores = jnp.einsum("bkqd,bkdm->bkqm", q, k, preferred_element_type=jnp.float32)
     seen = None
     if causal:
-        groups = q.shape[2] // length
-        seen = jnp.tile(jnp.tril(jnp.ones((length, length), bool)), (groups, 1))[None, None]
+        place = jnp.arange(length)
+        if groups:  # the number of the group of each position
+            place = jnp.asarray(np.repeat(np.arange(len(groups)), groups)[:length])
+        shared = q.shape[2] // length
+        seen = jnp.tile(place[None] <= place[:, None], (shared, 1))[None, None]
     if mask is not None:
         mask = mask[:, None, None]
         seen = mask if seen is None else mask & seen

@@ -183,6 +183,9 @@ class TransformerConfig:
     """A position sees itself and those before it; else all."""
     window: int = 0
     """Inputs that a position sees, its own included; 0 for all. Causal networks only."""
+    groups: tuple[int, ...] = ()
+    """Sizes of groups of inputs, first to last: a position sees its own group and those before.
+    Empty for groups of one. Causal networks only."""
     extra_inputs: int = 0
     """Tokens from V up that are read but never predicted: a start, or one per class, or a mask."""
     memory: bool = False
@@ -208,6 +211,13 @@ class TransformerConfig:
             raise ValueError(f"kv_heads ({self.kv_heads}) must divide heads ({self.heads})")
         if self.window and not self.causal:
             raise ValueError("window is for causal networks; set it to 0")
+        if self.groups and (not self.causal or self.window):
+            raise ValueError("groups are for causal networks without a window; leave them empty")
+        if self.groups and (min(self.groups) < 1 or sum(self.groups) != self.context):
+            raise ValueError(
+                f"groups must be at least 1 each, and make up the context of {self.context}: got "
+                f"{self.groups}"
+            )
         if self.position in ("rotary", "both") and self.head_size % 2:
             raise ValueError(f"rotary positions need an even head width, got {self.head_size}")
         if not 0 <= self.dropout < 1:

@@ -170,6 +170,8 @@ class TokenNetwork:
     ) -> tuple[Float32[Array, "B N D"], tuple[KVCache, ...]]:
         """Hidden values of new inputs, which join those in the caches; for causal networks.
 
+        In a network with groups the new inputs are one group, and see each other.
+
         Args:
           prepared: of `prepare`.
           tokens: the new inputs.

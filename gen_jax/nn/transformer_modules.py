@@ -81,15 +81,17 @@ class SelfAttention(nn.Module):
 
     def __call__(self, x, positions, mask):  # mask: bool [B, L], the valid keys, or None
         q, k, v = self._project(x, positions)
-        if self.config.window and self.config.window < x.shape[1]:
-            return self._merge(local_attention(q, k, v, self.config.window, mask=mask))
-        return self._merge(dot_product_attention(q, k, v, mask=mask, causal=self.config.causal))
+        config = self.config
+        if config.window and config.window < x.shape[1]:
+            return self._merge(local_attention(q, k, v, config.window, mask=mask))
+        seen = {"causal": config.causal, "groups": config.groups}
+        return self._merge(dot_product_attention(q, k, v, mask=mask, **seen))
 
     def extend(self, x, positions, cache, column, first):
         """Of N new inputs, with the cache of this layer."""
         q, k, v = self._project(x, positions)
-        window = self.config.window
-        out, cache = kernels.decode_attention(q, k, v, cache, column, first, window=window)
+        seen = {"window": self.config.window, "causal": not self.config.groups}
+        out, cache = kernels.decode_attention(q, k, v, cache, column, first, **seen)
         return self._merge(out), cache
 
 

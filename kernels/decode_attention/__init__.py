@@ -36,11 +36,13 @@ def decode_attention(
     first: Int[AnyArray, " B"] | None = None,
     *,
     window: IntScalar = 0,
+    causal: bool = True,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B L H Dh"], KVCache]:
-    """Writes L new keys and values to the cache and attends from the new tokens, causally.
+    """Writes L new keys and values to the cache and attends from the new tokens.
 
-    The new token l stands in column `column` + l and sees the columns from `first` to its own.
+    The new token l stands in column `column` + l and sees the columns from `first` to its own, or
+    to the last new one where attention is not causal.
     Only the columns before `column` + L are read, rounded up to a bucket (see
     `kernels.decode_attention.buckets`), or those of the window, so that a step does not pay for
     the length of the cache. A row whose columns are all hidden gives finite values without
@@ -55,6 +57,7 @@ def decode_attention(
         int32 [B] where samples are at different columns (the write is then slower).
       first: int32 [B], the first column of each sample that holds a token; None for 0.
       window: the number of columns that a token sees, its own included; 0 for all.
+      causal: whether a new token sees only itself and those before it, or all new tokens.
       implementation: "reference" reads the whole cache; "buckets" (the default) what is needed.
 
     Returns:
@@ -62,11 +65,16 @@ def decode_attention(
 
     Raises:
       NotImplementedError: `implementation` is unknown or cannot take these arguments.
-      ValueError: the new tokens do not fit into the cache (when `column` is an int).
+      ValueError: the new tokens do not fit into the cache (when `column` is an int), or there is
+        a window and attention is not causal.
     """
+    if window and not causal:
+        raise ValueError("a window is of causal attention: set it to 0")
     length = cache.keys.shape[-1]
     if isinstance(column, int) and not 0 <= column <= length - q.shape[1]:
         raise ValueError(
             f"{q.shape[1]} new tokens at column {column} do not fit into a cache of {length}"
         )
-    return _decode_attention(implementation, q, k, v, cache, column, first, window=window)
+    return _decode_attention(
+        implementation, q, k, v, cache, column, first, window=window, causal=causal
+    )

@@ -41,7 +41,7 @@ def _prefill(shape, column, seed):
     return *example(seed, **shape), column
 
 
-def definition(q, k, v, cache, column, first=None, *, window=0) -> tuple:
+def definition(q, k, v, cache, column, first=None, *, window=0, causal=True) -> tuple:
     """Each sample, head and query on its own."""
     q, k, v = (np.asarray(a.astype(jnp.float32), np.float64) for a in (q, k, v))
     keys, values = (np.array(a.astype(jnp.float32), np.float64) for a in cache)
@@ -54,7 +54,7 @@ def definition(q, k, v, cache, column, first=None, *, window=0) -> tuple:
         for i in range(new):
             keys[b, :, column[b] + i], values[b, :, column[b] + i] = k[b, i], v[b, i]
         for i in range(new):
-            own = column[b] + i
+            own = column[b] + (i if causal else new - 1)
             seen = slice(max(first[b], own + 1 - window), own + 1)
             for h in range(heads):
                 j = h // (heads // k.shape[2])
@@ -74,16 +74,20 @@ def _whole_cache(q, k, v, cache, column, first=None):
     return out, KVCache(keys.transpose(0, 2, 3, 1), values.transpose(0, 2, 1, 3))
 
 
-def _at_edges(name, atol=2e-5, window=0, ragged=False, padded=False, edges=EDGES, **shape):
+def _at_edges(
+    name, atol=2e-5, window=0, causal=True, ragged=False, padded=False, edges=EDGES, **shape
+):
     arguments = functools.partial(_step, shape, edges, ragged=ragged, padded=padded)
     options = {"window": window} if window else {}
+    options |= {} if causal else {"causal": False}
     dtype = shape.get("dtype", "float32")
     return Case(name, arguments, options, seeds=len(edges), atol=(atol, 0.0), dtype=dtype)
 
 
-def _filled(column, **shape):
+def _filled(column, causal=True, **shape):
     arguments = functools.partial(_prefill, shape, column)
-    return Case(f"{shape['new']} tokens, prefill at {column}", arguments, atol=(2e-5, 0.0))
+    name = f"{shape['new']} tokens, prefill at {column}{', all seen' * (not causal)}"
+    return Case(name, arguments, {} if causal else {"causal": False}, atol=(2e-5, 0.0))
 
 
 def _timed(batch, heads, length, column):
@@ -112,6 +116,8 @@ SUITES = (
                 _at_edges(f"{new} tokens, window {window}", window=window, padded=True, new=new)
                 for new, window in ((1, 1), (3, 20), (1, 99), (3, 200))
             ),
+            _at_edges("4 tokens that see each other", causal=False, padded=True, new=4),
+            _filled(63, causal=False, new=16),
             _filled(0, new=1),
             _filled(0, new=100),
             _filled(63, new=2),

@@ -43,7 +43,7 @@ def write(cache, k, v, column):
     )
 
 
-def attend(q, keys, values, column, first, window, offset=0):
+def attend(q, keys, values, column, first, window, causal, offset=0):
     """q [B, L, H, Dh] over keys [B, Hkv, Dh, T] and values [B, Hkv, T, Dh].
 
     The first column of these keys and values is column `offset` of the cache.
@@ -54,7 +54,7 @@ def attend(q, keys, values, column, first, window, offset=0):
     scores = _product("blkgd,bkdt->bkglt", q, keys)
     columns = offset + jnp.arange(keys.shape[-1])[None, None]  # [1, 1, T]
     own = jnp.atleast_1d(column)[:, None, None] + jnp.arange(length)[None, :, None]
-    seen = columns <= own  # [1 or B, L, T]
+    seen = columns <= (own if causal else own[:, -1:])  # [1 or B, L, T]
     if window:
         seen = seen & (columns > own - window)
     if first is not None:
@@ -77,7 +77,7 @@ def _product(subscripts, a, b):
 
 
 @register("decode_attention", "reference")
-def decode_attention(q, k, v, cache, column, first, *, window):
+def decode_attention(q, k, v, cache, column, first, *, window, causal):
     """See `kernels.decode_attention`; it writes, then reads the whole cache."""
     cache = write(cache, k, v, column)
-    return attend(q, cache.keys, cache.values, column, first, window), cache
+    return attend(q, cache.keys, cache.values, column, first, window, causal), cache

@@ -271,6 +271,20 @@ def test_the_small_pyramid_is_that_of_its_closed_forms():
     np.testing.assert_allclose(
         marginal(pyramid.data, [1, 2, 3, 4]), pyramid.leaves.dense().ravel(), rtol=1e-12
     )
+    np.testing.assert_allclose(
+        pyramid.log_prob(pyramid.data.support), np.log(pyramid.data.prob), rtol=1e-12
+    )
+
+
+def test_images_drawn_from_the_pyramid_are_of_it():
+    pyramid = BinaryPyramid(4, 0.1)
+    tokens = pyramid.batch(0, 3, 4000)["tokens"]
+    assert tokens.shape == (4000, 85)
+    log_prob = pyramid.log_prob(tokens)
+    error = log_prob.std() / 4000**0.5
+    assert abs(-log_prob.mean() - pyramid.entropy) < 4 * error
+    halves = [pyramid.batch(0, 3, 4000, shard=(i, 2))["tokens"] for i in range(2)]
+    np.testing.assert_array_equal(np.concatenate(halves), tokens)
 
 
 @pytest.mark.parametrize(

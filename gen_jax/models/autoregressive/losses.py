@@ -38,8 +38,8 @@ class AutoregressiveModel:
     smoothing: float = 0.0
 
     def __post_init__(self):
-        if not self.network.config.causal:
-            raise ValueError("an autoregressive model needs a causal network")
+        if not self.network.config.causal or self.network.config.groups:
+            raise ValueError("an autoregressive model needs a causal network without groups")
         if not 0 <= self.smoothing < 1:
             raise ValueError(f"smoothing must be in [0, 1), got {self.smoothing}")
 
