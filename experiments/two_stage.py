@@ -2,11 +2,12 @@
 
 VQ-VAE (van den Oord et al. 2017, 1711.00937) and VQGAN (Esser et al. 2021, 2012.09841): codes one
 at a time. MaskGIT (Chang et al. 2022, 2202.04200): codes in rounds. Latent diffusion (Rombach et
-al. 2022, 2112.10752).
+al. 2022, 2112.10752). Next-scale prediction (Tian et al. 2024, 2404.02905).
 
     python -m experiments.two_stage                       # --prior ar
     python -m experiments.two_stage --prior masked        # 8 rounds
     python -m experiments.two_stage --prior one_shot      # all codes at once
+    python -m experiments.two_stage --prior next_scale    # codes of 1, 2 x 2, then 4 x 4 positions
     python -m experiments.two_stage --prior diffusion     # latents in 20 steps
         16-pixel shapes on two CPU cores; each trains an autoencoder first.
 
@@ -67,6 +68,13 @@ MASKED = dataclasses.replace(
 
 ONE_SHOT = dataclasses.replace(AR, workdir="runs/two_stage_one_shot", prior="one_shot")
 
+NEXT_SCALE = dataclasses.replace(
+    AR,
+    workdir="runs/two_stage_next_scale",
+    prior="next_scale",
+    quantiser=dataclasses.replace(AR.quantiser, scales=(1, 2, 4)),
+)
+
 DIFFUSION = dataclasses.replace(
     AR,
     workdir="runs/two_stage_diffusion",
@@ -78,7 +86,13 @@ DIFFUSION = dataclasses.replace(
 EXPERIMENT = cli.Experiment(
     name="two_stage",
     about="Images in two stages: an autoencoder, and a prior over its codes or latents.",
-    presets={"ar": AR, "masked": MASKED, "one_shot": ONE_SHOT, "diffusion": DIFFUSION},
+    presets={
+        "ar": AR,
+        "masked": MASKED,
+        "one_shot": ONE_SHOT,
+        "next_scale": NEXT_SCALE,
+        "diffusion": DIFFUSION,
+    },
     preset_by="prior",
 )
 

@@ -1,8 +1,9 @@
 """Codebooks: nearest entries, residual tables and scales, moving averages, restart of dead entries.
 
 VQ-VAE (van den Oord et al. 2017, 1711.00937): equations 1 to 3, and appendix A.1 for the moving
-averages. Maps from coarse to fine: VAR (Tian et al. 2024, 2404.02905, algorithms 1 and 2). Residual quantisation: SoundStream (Zeghidour et al. 2021, 2107.03312, algorithm 1), and
-its restart of entries that stand for nothing (section III-C; Jukebox, 2005.00341, section 4).
+averages. Residual quantisation: SoundStream (Zeghidour et al. 2021, 2107.03312, algorithm 1), and
+its restart of entries that stand for nothing (section III-C; Jukebox, 2005.00341, section 4). Maps
+from coarse to fine: VAR (Tian et al. 2024, 2404.02905, algorithms 1 and 2).
 """
 
 from typing import Any, ClassVar

@@ -6,7 +6,11 @@ from typing import Annotated, Literal
 from gen_jax import data as image_data
 from gen_jax.config import Choice, RunConfig, TrainConfig, frozen
 from gen_jax.data import DataConfig, Images
-from gen_jax.models.autoregressive.config import DecodingOptions, SamplingOptions
+from gen_jax.models.autoregressive.config import (
+    DecodingOptions,
+    SamplingOptions,
+    SpeculativeOptions,
+)
 from gen_jax.models.diffusion.config import DiffusionConfig
 from gen_jax.models.diffusion.solvers import DDIM, Solver
 from gen_jax.models.masked.config import IterativeOptions, MaskConfig, MaskGITOptions
@@ -23,12 +27,13 @@ from gen_jax.tasks.images.config import LabelledSampleConfig, check_label
 
 __all__ = ["EvaluateConfig", "Prior", "TwoStageConfig"]
 
-Prior = Literal["ar", "masked", "one_shot", "diffusion"]
+Prior = Literal["ar", "masked", "one_shot", "next_scale", "diffusion"]
 
 _SAMPLERS = {
     "ar": (SamplingOptions(), SamplingOptions),
     "masked": (MaskGITOptions(rounds=8, choice_temperature=1.0), IterativeOptions),
     "one_shot": (MaskGITOptions(rounds=1), MaskGITOptions),
+    "next_scale": (SamplingOptions(), SamplingOptions),
     "diffusion": (DDIM(steps=20, spacing="trailing", clip=False), Solver),
 }  # the usual one, and all that fit
 
@@ -54,7 +59,8 @@ class TwoStageConfig(RunConfig):
     """A prior over the codes or latents of an autoencoder, from data to samples."""
 
     prior: Prior = "ar"
-    """Codes one at a time; in rounds; all at once; or latents by diffusion."""
+    """Codes one at a time; in rounds; all at once; a scale at a time, for a codebook with scales;
+    or latents by diffusion."""
     data: DataConfig = DataConfig()
     autoencoder: str = ""
     """Work directory of a trained autoencoder; empty to train one first, as `coder`, `quantiser`,
@@ -74,7 +80,7 @@ class TwoStageConfig(RunConfig):
     """Condition on the classes of the data."""
     sample: LabelledSampleConfig = LabelledSampleConfig()
     sampler: Annotated[Choice, Usual, DecodingOptions, IterativeOptions, Solver] = UsualSampler()
-    """How the prior is drawn from; it must fit the prior. The usual one draws codes as they are,
+    """How the prior is drawn from; it must fit the prior. The usual one draws codes as they are, or
     takes MaskGIT in 8 rounds (choice_temperature 1) or one, or DDIM in 20 steps."""
     evaluate: EvaluateConfig = EvaluateConfig()
 
@@ -84,13 +90,15 @@ class TwoStageConfig(RunConfig):
 
     def __post_init__(self):
         model = self.model
-        if model.vocabulary or model.extra_inputs or model.memory or model.window:
+        own = model.vocabulary or model.extra_inputs or model.memory or model.window
+        if own or model.groups:
             raise ValueError(
-                "model.vocabulary, extra_inputs, memory and window follow from the codes and the "
-                "prior: leave them as they are"
+                "model.vocabulary, extra_inputs, memory, window and groups follow from the codes "
+                "and the prior: leave them as they are"
             )
         _, fitting = _SAMPLERS[self.prior]
-        if not isinstance(self.sampler, UsualSampler | fitting):
+        speculative = isinstance(self.sampler, SpeculativeOptions)
+        if speculative or not isinstance(self.sampler, UsualSampler | fitting):
             raise ValueError(f"--sampler {self.sampler.name} is not for --prior {self.prior}")
         if self.prior == "one_shot" and getattr(self.sampler, "rounds", 1) != 1:
             raise ValueError("--prior one_shot draws in one round: set sampler.rounds to 1")
@@ -106,6 +114,11 @@ class TwoStageConfig(RunConfig):
                 )
         elif isinstance(self.quantiser, GaussianOptions) and not self.autoencoder:
             raise ValueError(f"--prior {self.prior} is over codes, and a kl latent has none")
+        scales = getattr(self.quantiser, "scales", ())
+        if self.prior == "next_scale" and not scales and not self.autoencoder:
+            raise ValueError(
+                "--prior next_scale is over the codes of scales: set quantiser.scales, as in 1 2 4"
+            )
         if self.data.palette:
             raise ValueError("an autoencoder takes RGB images: leave data.palette off")
         check_label(self.sample.label, self.conditional, 0)

@@ -18,6 +18,7 @@ from gen_jax.models.diffusion import DiffusionModel, DiffusionSampler
 from gen_jax.models.diffusion.process import to_signal
 from gen_jax.models.diffusion.vlb import discretised_log_likelihood
 from gen_jax.models.masked import MaskedModel, log_prob_in_order
+from gen_jax.models.next_scale import NextScaleModel, NextScaleSampler, network_sizes
 from gen_jax.models.two_stage import TwoStageSampler
 from gen_jax.models.vq import Autoencoder, make_autoencoder
 from gen_jax.nn.transformer import TokenNetwork
@@ -150,6 +151,11 @@ def _load(config, splits, latents) -> tuple[Autoencoder, Any]:
             f"--prior {config.prior} is over codes, and the autoencoder in {config.autoencoder} "
             "has none"
         )
+    if config.prior == "next_scale" and not getattr(loaded.model.quantiser.options, "scales", ()):
+        raise ValueError(
+            f"--prior next_scale is over the codes of scales, and the autoencoder in "
+            f"{config.autoencoder} has none"
+        )
     for images in splits.values():
         if images.images.shape[1:] != loaded.model.shape:
             raise ValueError(
@@ -167,6 +173,11 @@ def _prior(config, autoencoder, classes):
         network = UNetNetwork(dataclasses.replace(config.unet, **sizes))
         model = DiffusionModel(network, config.diffusion, (height, width, channels))
         return model, DiffusionSampler(model, config.decoding)
+    if config.prior == "next_scale":
+        scales = autoencoder.quantiser.options.scales
+        sizes = network_sizes(autoencoder.quantiser.codes, scales, classes)
+        model = NextScaleModel(TokenNetwork(dataclasses.replace(config.model, **sizes)), scales)
+        return model, NextScaleSampler(model, config.decoding)
     length, causal = math.prod(autoencoder.code_shape), config.prior == "ar"
     sizes = dataclasses.replace(
         config.model,
@@ -228,7 +239,7 @@ def _code_nats(config, model, params, rows):
     draws, batch = config.evaluate.draws, config.evaluate.batch
     if config.prior == "masked":
         return masked_rounds.bound_of(model, params, rows, draws, batch)
-    if config.prior == "ar":
+    if config.prior in ("ar", "next_scale"):
         return -evaluation.log_prob(model, params, rows, batch)
     return -evaluation.map_rows(functools.partial(_log_prob_at_once, model), params, rows, batch)
 
