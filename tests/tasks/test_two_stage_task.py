@@ -51,12 +51,13 @@ def finished(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def coder(tmp_path_factory):
-    """The work directory of an autoencoder."""
+    """The work directory of an autoencoder whose codes are of scales: 1 + 4 + 16."""
     from experiments import vq_cifar
     from gen_jax.tasks.autoencoder.config import AutoencoderRunConfig
 
+    scales = dataclasses.replace(MINUTE.quantiser, scales=(1, 2, 4))
     run = AutoencoderRunConfig(
-        "", data=MINUTE.data, model=MINUTE.coder, quantiser=MINUTE.quantiser, train=_TRAIN
+        "", data=MINUTE.data, model=MINUTE.coder, quantiser=scales, train=_TRAIN
     )
     experiment = dataclasses.replace(vq_cifar.EXPERIMENT, presets={"minute": run})
     path = tmp_path_factory.mktemp("coder") / "run"
@@ -80,11 +81,12 @@ def test_the_command_all_leaves_everything(finished):
     keys = sampling.sample_keys(0, 0, 5)
     again = sampling.generate(loaded.sampler, loaded.params, keys, loaded.condition(5))
     np.testing.assert_allclose(again, images, atol=1e-4)
-    assert list(EXPERIMENT.presets) == ["ar", "masked", "one_shot", "diffusion"]
+    assert list(EXPERIMENT.presets) == ["ar", "masked", "one_shot", "next_scale", "diffusion"]
 
 
 @pytest.mark.parametrize(
-    ("prior", "nfe"), [("ar", 17), ("masked", 9), ("one_shot", 2), ("diffusion", 21)]
+    ("prior", "nfe"),
+    [("ar", 22), ("masked", 9), ("one_shot", 2), ("next_scale", 4), ("diffusion", 21)],
 )
 def test_every_prior_takes_the_autoencoder_of_a_run(tmp_path, capsys, coder, prior, nfe):
     options = ("--workdir", tmp_path, "--autoencoder", coder, "--prior", prior)
@@ -120,7 +122,7 @@ def test_codes_are_kept_and_a_damaged_file_is_named(tmp_path, capsys, coder):
     assert main("train", "--workdir", workdir, "--autoencoder", coder) == 0
     (file,) = (workdir / "codes").glob("train-*.npy")
     codes = np.load(file)
-    assert codes.shape == (648, 16)
+    assert codes.shape == (648, 21)
     assert (codes.min(), codes.max() < 6) == (0, True)
     before = file.stat().st_mtime_ns
     assert main("evaluate", "--workdir", workdir) == 2  # no samples yet
@@ -156,6 +158,10 @@ REFUSED = [
     ("--prior diffusion --diffusion.variance learned", "no bound for a learned variance"),
     ("--prior masked --quantiser kl", "--prior masked is over codes, and a kl latent has"),
     ("--prior gan", "gan"),
+    ("--sampler speculative", "--sampler speculative is not for --prior ar"),
+    ("--model.groups 4 12 --model.context 16", "follow from the codes and the prior"),
+    ("--prior next_scale", "--prior next_scale is over the codes of scales: set quantiser.scales"),
+    ("--quantiser.scales 1 2", "end at 2 x 2, and the latents are 4 x 4"),
     ("--data.palette", "an autoencoder takes RGB images"),
     ("--autoencoder /nowhere", "no run in /nowhere"),
     ("--coder.widths 4 4 4 --coder.patch 8", "height and width must be multiples of 32"),
