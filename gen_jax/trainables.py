@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 from jaxtyping import Array, Float, Key
 
 from gen_jax import parallel
@@ -29,11 +30,12 @@ __all__ = [
     "mean_gradients",
 ]
 
+_ADAMS_RMS = 0.2  # of a step of Adam over its rate (Liu et al. 2025, 2502.16982, section 2.2)
 _ALL_SAME = types.MappingProxyType({})  # rules of a state that no device changes by itself
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """Adam with clipping of the global norm, linear warm-up, and the decays asked for.
+    """Adam or Muon with clipping of the global norm, linear warm-up, and the decays asked for.
 
     The decay of weights is that of AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), of
     parameters of two or more axes; biases and the scales of normalisation are left alone.
@@ -44,15 +46,19 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
         rate = optax.warmup_cosine_decay_schedule(0, rate, warmup, config.steps, final)
     elif config.warmup:
         rate = optax.linear_schedule(0, rate, config.warmup)
-    adam = optax.adam(rate, b1=config.beta1, b2=config.beta2)
-    if config.weight_decay:
+    steps = optax.adam(rate, b1=config.beta1, b2=config.beta2)
+    if config.optimizer == "muon":
+        betas = {"adam_b1": config.beta1, "adam_b2": config.beta2}
+        decay = {"weight_decay": config.weight_decay}
+        steps = optax.contrib.muon(rate, consistent_rms=_ADAMS_RMS, **betas, **decay)
+    elif config.weight_decay:
         matrices = functools.partial(jax.tree.map, lambda leaf: leaf.ndim >= 2)
-        adam = optax.adamw(
+        steps = optax.adamw(
             rate, config.beta1, config.beta2, weight_decay=config.weight_decay, mask=matrices
         )
     if not config.clip_norm:
-        return adam
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adam)
+        return steps
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), steps)
 
 
 def mean_gradients(

@@ -47,5 +47,10 @@ class ExactConfig(RunConfig):
                 "model.vocabulary, extra_inputs and memory follow from the sets: leave them as "
                 "they are"
             )
+        if self.train.optimizer != "adam":
+            raise ValueError(
+                "the networks of the sets are stacked and have no matrices of their own: leave "
+                "train.optimizer at adam"
+            )
         if self.train.clip_norm:
             raise ValueError("train.clip_norm would couple the networks of the sets: set it to 0")
