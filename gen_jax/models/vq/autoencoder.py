@@ -148,7 +148,13 @@ class Autoencoder:
     def encode(
         self, params: dict[str, Any], x: Float[Array | np.ndarray, "B height width C"]
     ) -> Quantised:
-        """Images in [-1, 1] to their code, and to what the decoder reads; without randomness."""
+        """Images in [-1, 1] to their code, and to what the decoder reads; without randomness.
+
+        Raises:
+          ValueError: values are known, and one of them is not finite.
+        """
+        if is_concrete(x) and not np.isfinite(x).all():
+            raise ValueError("images to be encoded hold values that are not finite")
         latents = self.network.encode(params["network"], x, None)
         return self.quantiser.quantise(params["quantiser"], latents)
 

@@ -221,10 +221,12 @@ def _validate(config, space, model, params) -> dict[str, float]:
     code = _code_nats(config, model, params, rows)
     errors = _errors(config, space, space.images["train"].images[:_FITTED])
     deviation = math.sqrt(max(errors["mse"].mean(dtype=np.float64), 1e-8))
-    left = _errors(config, space, space.images["test"].images[chosen], deviation)["nats"]
+    left = _errors(config, space, space.images["test"].images[chosen], deviation)
     bits = 1 / np.log(2) / math.prod(space.model.shape)
-    nats = (code + left).astype(np.float64)
+    nats = (code + left["nats"]).astype(np.float64)
     return {
+        "codes_per_image": rows["tokens"].shape[1],
+        "reconstruction_mse": float(left["mse"].mean(dtype=np.float64)),
         "nats_per_code": float(code.mean(dtype=np.float64) / rows["tokens"].shape[1]),
         "nats_of_codes": float(code.mean(dtype=np.float64)),
         "bits_per_dim": float(nats.mean() * bits),

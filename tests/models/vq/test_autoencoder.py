@@ -177,3 +177,8 @@ def test_what_it_refuses():
         autoencoder("codebook", blocks=1).decode(params, jnp.zeros((1, 4, 6, 3)))
     with pytest.raises(ValueError, match="must be integers from 0 to 255"):
         model.loss(params, {"image": images() / 255.0}, keys.stream(0, "train", 0, 8))
+
+
+def test_images_that_are_not_finite_are_not_encoded():
+    with pytest.raises(ValueError, match="images to be encoded hold values that are not finite"):
+        autoencoder("codebook").encode({}, np.full((1, 8, 12, 3), np.nan, np.float32))
