@@ -45,7 +45,8 @@ class NextScaleModel:
 
     Attributes:
       network: with the sizes of `network_sizes`.
-      scales: the sides of the square maps, coarse to fine; each divides the next.
+      scales: the sides of the square maps, coarse to fine; each divides the next, and may be the
+        same.
 
     Raises:
       ValueError: at construction, where the network and the scales do not fit.
@@ -55,8 +56,7 @@ class NextScaleModel:
     scales: tuple[int, ...]
 
     def __post_init__(self):
-        coarse_to_fine = all(fine > coarse > 0 for coarse, fine in pairwise(self.scales))
-        if not self.scales or min(self.scales) < 1 or not coarse_to_fine:
+        if not self.scales or min(self.scales) < 1 or tuple(sorted(self.scales)) != self.scales:
             raise ValueError(f"scales must be sides from coarse to fine, got {self.scales}")
         if any(fine % coarse for coarse, fine in pairwise(self.scales)):
             raise ValueError(f"each scale must divide the next, got {self.scales}")

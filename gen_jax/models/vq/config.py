@@ -54,7 +54,8 @@ class CodebookOptions(QuantiserOptions):
     """Tables R; each after the first quantises what the ones before have left."""
     scales: tuple[int, ...] = ()
     """Sides of the square maps that a table each quantises, coarse to fine, the last one that of
-    the latents (next-scale prediction); each divides the next. Empty for `depth` whole maps."""
+    the latents (next-scale prediction); each divides the next, and may be the same. Empty for
+    `depth` whole maps."""
     commitment: float = 0.25
     """Weight beta of the term that draws the encoder's vectors to their entries."""
     update: Literal["moving_average", "gradient"] = "moving_average"
@@ -75,7 +76,7 @@ class CodebookOptions(QuantiserOptions):
         if self.scales and self.depth > 1:
             raise ValueError("there is one table a scale: leave depth at 1")
         if any(side < 1 for side in self.scales) or any(
-            fine <= coarse or fine % coarse for coarse, fine in pairwise(self.scales)
+            fine < coarse or fine % coarse for coarse, fine in pairwise(self.scales)
         ):
             raise ValueError(
                 f"scales go from coarse to fine, and each divides the next: got {self.scales}"

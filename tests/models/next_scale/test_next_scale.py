@@ -26,7 +26,7 @@ def model_of(vocabulary, scales, classes=0, **sizes):
     return NextScaleModel(TokenNetwork(TransformerConfig(**sizes)), scales)
 
 
-MODEL = model_of(5, (1, 2, 4), classes=3)
+MODEL = model_of(5, (1, 2, 2), classes=3)
 
 
 @functools.cache

@@ -70,7 +70,7 @@ def test_the_nearest_entry_stands_for_a_vector():
     [
         codebook(commitment=0),
         codebook(depth=3, commitment=0),
-        codebook(scales=(1, 2), commitment=0),
+        codebook(scales=(1, 1, 2), commitment=0),
         FSQ(FSQOptions((5, 4, 3))),
     ],
     ids=["codebook", "residual", "scales", "fsq"],
