@@ -81,8 +81,8 @@ def test_samples_of_the_small_pyramid_have_its_distribution():
 def test_a_trained_network_learns_the_pyramid_to_its_entropy():
     pyramid = BinaryPyramid(4, 0.1)
     model = model_of(2, (1, 2, 4, 8))
-    optimizer = optax.adam(optax.cosine_decay_schedule(1e-2, 200))
-    data = jnp.asarray(pyramid.batch(0, 0, 200 * 32)["tokens"]).reshape(200, 32, 85)
+    optimizer = optax.adam(optax.cosine_decay_schedule(1e-2, 120))
+    data = jnp.asarray(pyramid.batch(0, 0, 120 * 32)["tokens"]).reshape(120, 32, 85)
 
     def step(carry, tokens):
         params, state = carry
@@ -114,7 +114,7 @@ def test_cached_scales_have_the_logits_of_the_whole_sequence(label):
 
 def test_a_token_sees_coarser_scales_and_not_its_own():
     params = params_of_model()
-    tokens = np.random.default_rng(0).integers(0, 5, (1, 21))
+    tokens = np.random.default_rng(0).integers(0, 5, (1, 9))
     base = MODEL._nats(params, {"tokens": tokens}, None)
     for place, scale_end in ((0, 1), (3, 5)):
         changed = tokens.copy()
@@ -126,23 +126,25 @@ def test_a_token_sees_coarser_scales_and_not_its_own():
 
 
 def test_the_input_of_a_position_is_the_token_that_covers_it():
+    model = model_of(5, (1, 2, 4, 4), classes=3)
     first = np.arange(1, 5).reshape(2, 2)
-    np.testing.assert_array_equal(MODEL.parents(1), np.zeros(4))
-    np.testing.assert_array_equal(MODEL.parents(2), first.repeat(2, 0).repeat(2, 1).ravel())
-    tokens = np.arange(21)[None] % 5
-    np.testing.assert_array_equal(MODEL.inputs(2, tokens)[0], tokens[0, MODEL.parents(2)] + 5)
-    np.testing.assert_array_equal(MODEL.inputs(0, tokens, np.array([2])), [[12]])
+    np.testing.assert_array_equal(model.parents(1), np.zeros(4))
+    np.testing.assert_array_equal(model.parents(2), first.repeat(2, 0).repeat(2, 1).ravel())
+    np.testing.assert_array_equal(model.parents(3), np.arange(5, 21))
+    tokens = np.arange(37)[None] % 5
+    np.testing.assert_array_equal(model.inputs(2, tokens)[0], tokens[0, model.parents(2)] + 5)
+    np.testing.assert_array_equal(model.inputs(0, tokens, np.array([2])), [[17]])
 
 
 def test_labels_differ_and_the_loss_is_the_likelihood():
-    tokens = np.random.default_rng(0).integers(0, 5, (4, 21))
+    tokens = np.random.default_rng(0).integers(0, 5, (4, 9))
     batch = {"tokens": tokens, "label": np.array([0, 1, 2, 0])}
     params = params_of_model()
     value, parts = MODEL.loss(params, batch, None)
     log_prob = MODEL.log_prob(params, batch)
-    np.testing.assert_allclose(value, -log_prob.mean() / 21, rtol=1e-6)
-    whole = parts["loss_0"] + 4 * parts["loss_1"] + 16 * parts["loss_2"]
-    np.testing.assert_allclose(whole / 21, value, rtol=1e-6)
+    np.testing.assert_allclose(value, -log_prob.mean() / 9, rtol=1e-6)
+    whole = parts["loss_0"] + 4 * parts["loss_1"] + 4 * parts["loss_2"]
+    np.testing.assert_allclose(whole / 9, value, rtol=1e-6)
     other = MODEL.log_prob(params, batch | {"label": np.array([1, 1, 2, 0])})
     assert (np.asarray(other != log_prob) == [True, False, False, False]).all()
 
@@ -156,7 +158,7 @@ def test_a_stream_shows_scale_after_scale():
     sampler, params = NextScaleSampler(MODEL), params_of_model()
     states = sampling.stream(sampler, params, sampling.sample_keys(0, 0, 2), Condition())
     drawn = [np.asarray(sampler.finish(params, state)) for state in states]
-    assert [(tokens >= 0).sum() for tokens in drawn] == [2, 10, 42]
+    assert [(tokens >= 0).sum() for tokens in drawn] == [2, 10, 18]
     np.testing.assert_array_equal(drawn[0][:, 0], drawn[-1][:, 0])
 
 
