@@ -7,7 +7,7 @@ al. 2022, 2112.10752). Next-scale prediction (Tian et al. 2024, 2404.02905).
     python -m experiments.two_stage                       # --prior ar
     python -m experiments.two_stage --prior masked        # 8 rounds
     python -m experiments.two_stage --prior one_shot      # all codes at once
-    python -m experiments.two_stage --prior next_scale    # codes of 1, 2 x 2, then 4 x 4 positions
+    python -m experiments.two_stage --prior next_scale    # codes of 1, 1, 2 x 2 and 4 x 4 places
     python -m experiments.two_stage --prior diffusion     # latents in 20 steps
         16-pixel shapes on two CPU cores; each trains an autoencoder first.
 
@@ -72,7 +72,7 @@ NEXT_SCALE = dataclasses.replace(
     AR,
     workdir="runs/two_stage_next_scale",
     prior="next_scale",
-    quantiser=dataclasses.replace(AR.quantiser, scales=(1, 2, 4)),
+    quantiser=dataclasses.replace(AR.quantiser, codes=128, scales=(1, 1, 2, 4)),
 )
 
 DIFFUSION = dataclasses.replace(

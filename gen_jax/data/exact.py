@@ -1,12 +1,13 @@
 """A distribution over a few sequences, known in full: the truth that a strategy is measured by."""
 
 from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cached_property
 from math import comb
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float64, Int32, Integer
+from jaxtyping import Float64, Int32, Int64, Integer
 
 from gen_jax.data.streams import check_batch, check_tokens, generator, shard_of_step
 
@@ -54,7 +55,7 @@ class Enumerated:
         # A NaN fails both comparisons.
         if not (np.all(prob > 0) and abs(prob.sum() - 1) <= 1e-9):
             raise ValueError("prob is no distribution: not above 0 with sum 1")
-        if self._groups(range(self.length)).max() + 1 < len(support):
+        if self.agreement(range(self.length)).max() + 1 < len(support):
             raise ValueError("support holds a sequence twice; add its probabilities up")
 
     @classmethod
@@ -207,7 +208,7 @@ class Enumerated:
           ValueError: a position is out of range or named twice.
         """
         self._check_positions(positions)
-        return _entropy(np.bincount(self._groups(positions), self.prob))
+        return _entropy(np.bincount(self.agreement(positions), self.prob))
 
     def total_correlation(
         self, positions: tuple[int, ...] | None = None, given: tuple[int, ...] = ()
@@ -263,6 +264,16 @@ class Enumerated:
         sums = np.bincount(sizes, self.subset_entropies)
         return sums / [comb(self.length, m) for m in range(self.length + 1)]
 
+    def agreement(self, positions: Sequence[int]) -> Int64[np.ndarray, " sequences"]:
+        """A number for each sequence of the support: equal where they agree at some positions."""
+        groups, bound = np.zeros(len(self.support), np.int64), 1
+        for position in positions:
+            if bound > np.iinfo(np.int64).max // self.vocabulary:
+                groups = np.unique(groups, return_inverse=True)[1]
+                bound = int(groups.max()) + 1
+            groups, bound = self._keys(groups, position), bound * self.vocabulary
+        return np.unique(groups, return_inverse=True)[1]
+
     @cached_property
     def _one_hot(self) -> np.ndarray:
         one_hot = self.support[:, :, None] == np.arange(self.vocabulary)
@@ -280,16 +291,6 @@ class Enumerated:
     def _keys(self, groups: np.ndarray, position: int) -> np.ndarray:
         """int64 [sequences]: equal where rows have one group and one token at the position."""
         return groups * self.vocabulary + self.support[:, position]
-
-    def _groups(self, positions) -> np.ndarray:
-        """int64 [sequences]: equal where rows of the support agree at the positions; 0, 1, ..."""
-        groups, bound = np.zeros(len(self.support), np.int64), 1
-        for position in positions:
-            if bound > np.iinfo(np.int64).max // self.vocabulary:
-                groups = np.unique(groups, return_inverse=True)[1]
-                bound = int(groups.max()) + 1
-            groups, bound = self._keys(groups, position), bound * self.vocabulary
-        return np.unique(groups, return_inverse=True)[1]
 
     def _check(self, tokens: np.ndarray) -> np.ndarray:
         tokens = np.asarray(tokens)

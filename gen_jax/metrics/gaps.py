@@ -33,6 +33,7 @@ __all__ = [
     "random_order_gap",
     "total_variation",
     "valid_mass",
+    "valid_mass_of_groups",
 ]
 
 Groups = tuple[tuple[int, ...], ...]
@@ -129,6 +130,30 @@ def total_variation(p: Float[np.ndarray, "*V"], q: Float[np.ndarray, "*V"]) -> f
 def valid_mass(dist: Enumerated, law: Float[np.ndarray, "*V"]) -> float:
     """The probability under a law of a sequence that can occur."""
     return float(law[tuple(dist.support.T)].sum())
+
+
+def valid_mass_of_groups(dist: Enumerated, groups: Groups) -> float:
+    """The probability that ordered groups, each drawn in parallel, give what can occur.
+
+    It follows from the support alone: the vocabulary may be large, and the sequences long.
+
+    Args:
+      dist: p.
+      groups: a partition of the positions 0..L-1, in the order in which they are drawn.
+
+    Raises:
+      ValueError: the groups are no partition.
+    """
+    _check_partition(groups, dist.length)
+    earlier, log_q = (), np.zeros(len(dist.support))
+    for group in groups:
+        context = dist.agreement(earlier)
+        reached = np.bincount(context, dist.prob)[context]
+        for position in group:
+            alone = dist.agreement((*earlier, position))
+            log_q += np.log(np.bincount(alone, dist.prob)[alone] / reached)
+        earlier = (*earlier, *group)
+    return float(np.exp(log_q).sum())
 
 
 def coverage(dist: Enumerated, law: Float[np.ndarray, "*V"]) -> float:

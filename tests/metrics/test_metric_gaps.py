@@ -33,6 +33,7 @@ from gen_jax.metrics.gaps import (
     random_order_gap,
     total_variation,
     valid_mass,
+    valid_mass_of_groups,
 )
 from gen_jax.models.masked.schedules import Cosine, Optimal, Power
 
@@ -83,6 +84,8 @@ def test_the_sum_of_correlations_is_the_kl_of_the_law(dist):
         groups = (tuple(order[:cut]), tuple(order[cut:]))
         law = law_of_groups(dist, groups)
         np.testing.assert_allclose(law.sum(), 1, rtol=1e-12)
+        mass = valid_mass_of_groups(dist, groups)
+        np.testing.assert_allclose(mass, valid_mass(dist, law), rtol=1e-12)
         gap = kl_of_groups(dist, groups)
         np.testing.assert_allclose(kl(dist.dense(), law), gap, atol=1e-12)
         assert total_variation(dist.dense(), law) <= np.sqrt(max(gap, 0) / 2) + 1e-7

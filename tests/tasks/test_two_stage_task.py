@@ -95,6 +95,7 @@ def test_every_prior_takes_the_autoencoder_of_a_run(tmp_path, capsys, coder, pri
     report = summary(tmp_path)
     assert report["nfe"] == nfe
     assert ("bits_per_dim" in report) == (prior != "diffusion")
+    assert ("next_scale_nats_lost" in report) == (prior != "diffusion")
     np.testing.assert_array_equal(arrays(tmp_path)["labels"], range(5))
     assert not (tmp_path / "autoencoder").exists()
     capsys.readouterr()
@@ -148,6 +149,9 @@ def test_what_one_shot_loses_is_exact():
     assert report["distinct_codes_of_support"] == 2
     assert report["nats_of_codes_floor"] == pytest.approx(np.log(2))
     assert report["one_shot_mass_on_support"] == pytest.approx(0.5)
+    scales = _exactly(np.array([[0, 0, 1, 0, 0], [1, 1, 0, 0, 0], [1, 0, 1, 0, 0]]), 2, (1, 2))
+    assert scales["next_scale_mass_on_support"] == pytest.approx(1 / 3 + 2 / 3 * 0.5)
+    assert scales["next_scale_nats_lost"] == pytest.approx(2 / 3 * np.log(2))
 
 
 REFUSED = [

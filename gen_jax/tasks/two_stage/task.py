@@ -12,7 +12,9 @@ import numpy as np
 from gen_jax import config as config_lib
 from gen_jax import evaluation, loading, pictures, sampling
 from gen_jax.data import ShapesSet
+from gen_jax.data.exact import Enumerated
 from gen_jax.data.streams import shard_slice
+from gen_jax.metrics import gaps
 from gen_jax.models.autoregressive import AutoregressiveModel, AutoregressiveSampler
 from gen_jax.models.diffusion import DiffusionModel, DiffusionSampler
 from gen_jax.models.diffusion.process import to_signal
@@ -205,7 +207,7 @@ def _batch(config, space, step, shard, earlier):
     return image_files.batch_of(draw, config.train, reference, config.conditional)
 
 
-def _validate(config, space, model, params) -> dict[str, float]:
+def _validate(config, space, model, params) -> dict[str, int | float]:
     """The code length of test images, exactly or by its bound; nothing for latents.
 
     -log p(x) is at most that of the code and that of the image given its code, a normal around the
@@ -279,26 +281,33 @@ def _evaluate(config, space, model, run: Run) -> dict[str, float]:
     if config.data.name == "shapes" and not space.latents:
         support = ShapesSet(config.data.size).images()
         codes = code_files.encoded(space.model, space.params, support, False)
-        report |= _exactly(codes, space.model.quantiser.codes)
+        scales = getattr(space.model.quantiser.options, "scales", ())
+        report |= _exactly(codes, space.model.quantiser.codes, scales)
     return report
 
 
-def _exactly(codes, vocabulary):
+def _exactly(codes, vocabulary, scales=()):
     """What is known of the encoded support [N, L], all of whose images are equally likely.
 
     Drawn all at once from the exact marginals of each place, so much of the mass falls on codes
-    that some image has; the entropy of the codes is the floor of their code length.
+    that some image has; drawn scale by scale from the exact conditionals, so much, and so many nats
+    are lost. The entropy of the codes is the floor of their code length.
     """
-    distinct, counts = np.unique(codes, axis=0, return_counts=True)
-    share = counts / len(codes)
-    mass = np.ones(len(distinct))
-    for place in range(codes.shape[1]):
-        marginal = np.bincount(codes[:, place], minlength=vocabulary) / len(codes)
-        mass *= marginal[distinct[:, place]]
-    return {
+    distinct, counts = np.unique(codes.astype(np.int32), axis=0, return_counts=True)
+    dist = Enumerated(distinct, counts / len(codes), vocabulary)
+    at_once = (tuple(range(dist.length)),)
+    report = {
         "distinct_codes_of_support": len(distinct),
-        "nats_of_codes_floor": float(-(share * np.log(share)).sum()),
-        "one_shot_mass_on_support": float(mass.sum()),
+        "nats_of_codes_floor": dist.entropy,
+        "one_shot_mass_on_support": gaps.valid_mass_of_groups(dist, at_once),
+    }
+    if not scales:
+        return report
+    ends = np.cumsum([side**2 for side in scales])
+    groups = tuple(tuple(range(end - side**2, end)) for side, end in zip(scales, ends, strict=True))
+    return report | {
+        "next_scale_mass_on_support": gaps.valid_mass_of_groups(dist, groups),
+        "next_scale_nats_lost": gaps.kl_of_groups(dist, groups),
     }
 
 
