@@ -1,7 +1,7 @@
 """A distribution over a few sequences, known in full: the truth that a strategy is measured by."""
 
-from dataclasses import dataclass
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from math import comb
 from typing import Any
