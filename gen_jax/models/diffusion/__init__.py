@@ -1,9 +1,10 @@
 """Denoising diffusion: the process, the loss, the variational bound, and the solvers.
 
 Papers: DDPM (Ho et al. 2020, 2006.11239); cosine schedule and learned variance (Nichol & Dhariwal
-2021, 2102.09672); v-prediction (Salimans & Ho 2022, 2202.00512); DDIM (Song et al. 2020,
-2010.02502); DPM-Solver++ (Lu et al. 2022, 2211.01095); classifier-free guidance (Ho & Salimans
-2022, 2207.12598); spacings of the time steps (Lin et al. 2023, 2305.08891).
+2021, 2102.09672); beta with a linear root (Rombach et al. 2022, 2112.10752); v-prediction (Salimans
+& Ho 2022, 2202.00512); DDIM (Song et al. 2020, 2010.02502); DPM-Solver++ (Lu et al. 2022,
+2211.01095); classifier-free guidance (Ho & Salimans 2022, 2207.12598); spacings of the time steps
+(Lin et al. 2023, 2305.08891).
 
     q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I)             2006.11239 eq. 4
     L_simple     = E |eps - eps_theta(x_t, t)|^2                             2006.11239 eq. 14
@@ -17,8 +18,8 @@ Papers: DDPM (Ho et al. 2020, 2006.11239); cosine schedule and learned variance 
 
 Where we differ: time steps count from 0 to T - 1 here, from 1 to T in the papers; the bound is in
 bits per dimension; every solver is a table of coefficients for one affine update
-(`kernels.diffusion_step`), for any sub-sequence of the time steps, and no solver adds noise in its
-last step.
+(`kernels.diffusion_step`), for any sub-sequence of the time steps, and no solver adds noise in a
+step to the clean image.
 
 `config`, `schedule`, `time_grid` and `solvers` load no jax; names are imported when they are used.
 """

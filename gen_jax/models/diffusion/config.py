@@ -16,12 +16,13 @@ class DiffusionConfig:
 
     timesteps: int = 1000
     """Steps T of the forward process."""
-    schedule: Literal["linear", "cosine"] = "linear"
-    """beta linear in t (Ho et al. 2020), or alpha_bar a squared cosine (Nichol & Dhariwal 2021)."""
+    schedule: Literal["linear", "scaled_linear", "cosine"] = "linear"
+    """beta linear in t (Ho et al. 2020), its root linear in t (Rombach et al. 2022), or alpha_bar a
+    squared cosine (Nichol & Dhariwal 2021)."""
     beta_start: float = 1e-4
-    """First beta of the linear schedule."""
+    """First beta of the linear schedules."""
     beta_end: float = 0.02
-    """Last beta of the linear schedule."""
+    """Last beta of the linear schedules."""
     prediction: Prediction = "epsilon"
     """What the network predicts: the noise, the clean image, or v = alpha eps - sigma x0."""
     variance: Variance = "fixed_large"

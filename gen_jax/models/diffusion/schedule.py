@@ -23,6 +23,9 @@ class Schedule:
         process = self.process
         if process.schedule == "linear":
             return np.linspace(process.beta_start, process.beta_end, process.timesteps)
+        if process.schedule == "scaled_linear":
+            ends = np.sqrt([process.beta_start, process.beta_end])
+            return np.linspace(*ends, process.timesteps) ** 2
         # 2102.09672 eq. 17, with s = 0.008 and beta at most 0.999.
         t = np.arange(process.timesteps + 1) / process.timesteps
         f = np.cos((t + 0.008) / 1.008 * np.pi / 2) ** 2

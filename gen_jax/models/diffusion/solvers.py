@@ -6,7 +6,7 @@ levels; the sampling loop reads a row of it. A new solver of this form is one cl
 anywhere: it is an option of the command line from its definition on (see `config.Choice`).
 """
 
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -157,16 +157,35 @@ class DDIM(Solver):
     clipped_direction: bool = False
     """Take the direction to x_t from the clean image after clipping, which makes eta = 1 equal to
     DDPM with clipping too; otherwise it comes from the network's output as it is."""
+    offset: int = 0
+    """Added to the time steps of spacing "leading"; 1 in the code of latent diffusion."""
+    end: Literal["clean", "first"] = "clean"
+    """Where the last step goes: to the clean image, or to the noise of t = 0, as in the code of
+    latent diffusion."""
 
     def __post_init__(self):
         super().__post_init__()
         if self.eta < 0:
             raise ValueError(f"eta must not be negative, got {self.eta}")
+        TimeGrid(self.steps, self.spacing, self.offset)
 
     @property
     def noisy(self) -> bool:
         """Whether steps add noise."""
         return self.eta > 0
+
+    def timesteps(self, total: int) -> Int[np.ndarray, " S"]:
+        """See `Solver.timesteps`."""
+        return TimeGrid(self.steps, self.spacing, self.offset).timesteps(total)
+
+    def alpha_bars(
+        self, process: DiffusionConfig
+    ) -> tuple[Float[np.ndarray, " S"], Float[np.ndarray, " S"]]:
+        """See `Solver.alpha_bars`; the last step goes to `end`."""
+        alpha_bar, following = super().alpha_bars(process)
+        if self.end == "first":
+            following[-1] = Schedule(process).alpha_bar[0]
+        return alpha_bar, following
 
     def coefficients(
         self,

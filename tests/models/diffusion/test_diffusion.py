@@ -21,6 +21,7 @@ from gen_jax.models.diffusion.schedule import posterior_mean_weights, step_varia
 
 LINEAR = DiffusionConfig()
 COSINE = DiffusionConfig(schedule="cosine")
+SCALED = DiffusionConfig(schedule="scaled_linear", beta_start=0.0015, beta_end=0.0195)
 KEYS = jax.random.split(jax.random.key(0), 8)
 
 
@@ -42,7 +43,7 @@ def test_importing_what_the_command_line_needs_loads_no_jax():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"schedule": "sigmoid"}, "schedule must be one of 'linear', 'cosine', got 'sigmoid'"),
+        ({"schedule": "sigmoid"}, "schedule must be one of 'linear', 'scaled_linear', 'cos"),
         ({"prediction": "eps"}, "prediction must be one of 'epsilon', 'x0', 'v', got 'eps'"),
         ({"variance": "large"}, "variance must be one of"),
         ({"timesteps": 0}, "timesteps must be at least 1"),
@@ -74,6 +75,9 @@ def test_a_model_that_cannot_be():
 def test_known_constants_of_the_schedules():
     assert Schedule(LINEAR).alpha_bar[-1] == pytest.approx(4.0358e-5, rel=1e-4)
     assert Schedule(LINEAR).beta[[0, -1]] == pytest.approx([1e-4, 0.02])
+    scaled = Schedule(SCALED)
+    assert scaled.beta[[0, -1]] == pytest.approx([0.0015, 0.0195])
+    np.testing.assert_allclose(np.diff(np.sqrt(scaled.beta), n=2), 0, atol=1e-15)
     cosine = Schedule(COSINE)
     assert cosine.beta.max() == 0.999
     middle = np.cos((0.5 + 0.008) / 1.008 * np.pi / 2) ** 2 / np.cos(0.008 / 1.008 * np.pi / 2) ** 2
@@ -87,7 +91,7 @@ def test_signal_falls_all_the_way(process):
     assert alpha_bar[0] > 0.999 > 1e-3 > alpha_bar[-1] > 0
 
 
-@pytest.mark.parametrize("process", [LINEAR, COSINE])
+@pytest.mark.parametrize("process", [LINEAR, COSINE, SCALED])
 def test_posterior_is_the_product_of_its_two_gaussians(process):
     schedule, x0, x = Schedule(process), 0.3, -1.2
     weights = posterior_mean_weights(schedule.alpha_bar, schedule.alpha_bar_before)

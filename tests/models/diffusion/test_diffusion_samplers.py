@@ -141,6 +141,23 @@ def test_ddim_directions_agree_where_nothing_is_clipped():
         np.testing.assert_allclose(*ends, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize("end", ["clean", "first"])
+@pytest.mark.parametrize("offset", [0, 1])
+def test_ddim_ends_where_it_is_told_to(end, offset):
+    """Where the data is a point, the path from x_T is straight: x_t = alpha x_0 + sigma epsilon."""
+    solver, x0, epsilon = DDIM(10, clip=False, offset=offset, end=end), 0.7, -1.3
+    np.testing.assert_array_equal(solver.timesteps(1000), np.arange(900, -1, -100) + offset)
+    first, table = Schedule(LINEAR).alpha_bar[0], solver.table(LINEAR)
+    alpha_bar, _ = solver.alpha_bars(LINEAR)
+    x = np.sqrt(alpha_bar[0]) * x0 + np.sqrt(1 - alpha_bar[0]) * epsilon
+    for i in range(10):
+        c = type(table)(*(column[i] for column in table))
+        predicted = c.x0_x * x + c.x0_output * epsilon
+        x = c.next_x0 * predicted + c.next_x * x + c.next_output * epsilon
+    noisy = np.sqrt(first) * x0 + np.sqrt(1 - first) * epsilon
+    assert x == pytest.approx({"clean": x0, "first": noisy}[end], rel=1e-9)
+
+
 @pytest.mark.parametrize(("solver", "order"), [(DDIM(), 1), (DPMSolverPP(), 2)])
 def test_order_of_convergence(solver, order):
     # A grid even in log(alpha / sigma), between two noise levels, where the exact flow of the
@@ -198,6 +215,10 @@ def test_grids_that_cannot_be():
         TimeGrid(10, "karras")
     with pytest.raises(ValueError, match="steps must be at least 1"):
         TimeGrid(0)
+    with pytest.raises(ValueError, match="offset 100 must be below the stride of 10 steps, 100"):
+        TimeGrid(10, offset=100).timesteps(1000)
+    with pytest.raises(ValueError, match='offset 1 is for spacing "leading", not "trailing"'):
+        TimeGrid(10, "trailing", offset=1)
 
 
 @pytest.mark.parametrize(
@@ -208,6 +229,8 @@ def test_grids_that_cannot_be():
         (DDIM, {"steps": 0}, "steps must be at least 1, got 0"),
         (DDIM, {"eta": -0.1}, "eta must not be negative"),
         (DDIM, {"eta": float("inf")}, "eta must be finite"),
+        (DDIM, {"offset": -1}, "offset must not be negative, got -1"),
+        (DDIM, {"end": "noisy"}, "end must be one of 'clean', 'first'"),
         (DPMSolverPP, {"guidance": float("nan")}, "guidance must be finite"),
         (DPMSolverPP, {"clip": 1.0}, "clip must be of type bool"),
     ],
@@ -222,6 +245,7 @@ def test_a_solver_that_does_not_fit_the_process_is_refused_at_construction():
         (Ancestral(1001), LINEAR, "1001 sampling steps do not fit in 1000 time steps"),
         (DPMSolverPP(1000), LINEAR, "1000 sampling steps do not fit .* leaves out"),
         (DDIM(1), LINEAR, 'use "trailing"'),
+        (DDIM(1000, offset=1), LINEAR, "offset 1 must be below the stride of 1000 steps, 1"),
         (DDIM(guidance=2.0), DiffusionConfig(label_dropout=0.0), "trained with label_dropout"),
     ):
         with pytest.raises(ValueError, match=message):

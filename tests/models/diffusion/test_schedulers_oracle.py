@@ -31,7 +31,12 @@ BATCH, SHAPE = 2, (4, 4, 3)
 TOLERANCE = 5e-6  # of values of order 1, in float32
 
 PREDICTIONS = {"epsilon": "epsilon", "x0": "sample", "v": "v_prediction"}
-SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
+SCHEDULES = {
+    "linear": "linear",
+    "scaled_linear": "scaled_linear",
+    "cosine": "squaredcos_cap_v2",
+}
+BOTH_KINDS = ["linear", "cosine"]  # solvers read tables: those of two schedules say enough
 STEP_COUNTS = [1, 2, 3, 7, 10, 20, 50, 333, 999, 1000]
 
 
@@ -167,7 +172,7 @@ def test_time_steps_of_dpm_solver_are_those_of_diffusers(schedulers, spacing):
 
 @pytest.mark.oracle
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", BOTH_KINDS)
 @pytest.mark.parametrize(
     ("variance", "variance_type"),
     [
@@ -210,7 +215,7 @@ def test_every_step_of_ddpm_is_that_of_diffusers(
 
 @pytest.mark.oracle
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", BOTH_KINDS)
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("clip", [True, False])
 def test_every_step_of_ddim_is_that_of_diffusers(schedulers, prediction, schedule, eta, clip):
@@ -236,6 +241,28 @@ def test_every_step_of_ddim_is_that_of_diffusers(schedulers, prediction, schedul
                 use_clipped_model_output=clipped_direction,
             ).prev_sample
             assert_close(following, theirs)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("eta", [0.0, 0.5])
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("end", ["clean", "first"])
+def test_every_step_of_latent_diffusion_is_that_of_diffusers(schedulers, eta, offset, end):
+    process = DiffusionConfig(schedule="scaled_linear", beta_start=0.0015, beta_end=0.0195)
+    scheduler = schedulers.DDIMScheduler(
+        **options(process, steps_offset=offset, set_alpha_to_one=end == "clean", clip_sample=False)
+    )
+    with_our_table(scheduler, process).set_timesteps(7)
+    if end == "first":
+        scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]
+    sampler = sampler_of(process, DDIM(7, clip=False, eta=eta, offset=offset, end=end))
+    np.testing.assert_array_equal(sampler.timesteps, scheduler.timesteps.numpy())
+    for t, output, noise, x, following in walk(sampler):
+        variance_noise = to_torch(noise) if eta > 0 else None
+        step = scheduler.step(
+            to_torch(output), t, to_torch(x), eta=eta, variance_noise=variance_noise
+        )
+        assert_close(following, step.prev_sample)
 
 
 @pytest.mark.oracle
@@ -270,7 +297,7 @@ def test_a_step_of_ddim_between_two_given_times_is_that_of_diffusers(schedulers,
 
 @pytest.mark.oracle
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", BOTH_KINDS)
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 def test_every_step_of_dpm_solver_is_that_of_diffusers(schedulers, prediction, schedule, spacing):
     # DPMSolverMultistepScheduler does not clip.
