@@ -252,6 +252,7 @@ def test_experiments_are_listed_without_jax(without_jax):
         "autoencoders",
         "diffusers",
         "diffusers_training",
+        "latent_diffusion",
         "nanogpt",
         "transformers",
         "translation",

@@ -15,6 +15,7 @@ from gen_jax import cli, interop
 from gen_jax.nn.config import TransformerConfig
 from gen_jax.nn.transformer import TokenNetwork
 from gen_jax.nn.unet import UNetNetwork
+from latent_pipeline import write_pipeline
 
 ROOT = Path(__file__).parents[1]
 SMALL = (
@@ -71,13 +72,15 @@ def test_the_examples_of_the_readme_run_as_they_stand(folder, monkeypatch, capsy
     )
     params = TokenNetwork(gpt2).init(jax.random.key(0))
     interop.save_gpt2(folder / "gpt2", gpt2, params)
+    write_pipeline(folder / "ldm-celebahq-256")
     scope, python = {}, 0
     for _, _, language, text in blocks("README.md"):
         if language == "python":
             exec(compile(text, "README.md", "exec"), scope)
             python += 1
-    assert python == 4
+    assert python == 5
     assert scope["images"].shape == (16, 16, 16, 3)
+    assert scope["faces"].shape == (4, 8, 8, 3)
     assert scope["text"].shape == (2, 100)
     at_once, _, one_by_one = capsys.readouterr().out.splitlines()
     modes = {"0011", "1100"}

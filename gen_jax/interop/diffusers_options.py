@@ -14,10 +14,9 @@ from gen_jax.interop.config_json import (
     read_json,
     refusal,
 )
-from gen_jax.models.diffusion.config import DiffusionConfig
 from gen_jax.nn.config import UNetConfig
 
-__all__ = ["read_network", "read_process", "to_config", "to_options"]
+__all__ = ["read_network", "to_config", "to_options"]
 
 # Every option of UNet2DModel with its default.
 _DEFAULTS = {
@@ -85,32 +84,6 @@ _MOVING_AVERAGE = {
 }
 
 
-# The options of a scheduler that say which process a network was trained for, with the defaults of
-# DDPMScheduler. Those of DDIMScheduler and others say nothing of the variance.
-_SCHEDULER = "scheduler_config.json"
-_PROCESS = {
-    "num_train_timesteps": 1000,
-    "beta_start": 1e-4,
-    "beta_end": 0.02,
-    "beta_schedule": "linear",
-    "trained_betas": None,
-    "prediction_type": "epsilon",
-    "variance_type": "fixed_small",
-    "rescale_betas_zero_snr": False,
-}
-_PROCESS_VALUES = {
-    "beta_schedule": {"linear": "linear", "squaredcos_cap_v2": "cosine"},
-    "trained_betas": {None: None},
-    "prediction_type": {"epsilon": "epsilon", "sample": "x0", "v_prediction": "v"},
-    "variance_type": {
-        "fixed_small": "fixed_small",
-        "fixed_large": "fixed_large",
-        "learned_range": "learned",
-    },
-    "rescale_betas_zero_snr": {False: False},
-}
-
-
 def read_network(
     directory: str | os.PathLike,
 ) -> tuple[pathlib.Path, UNetConfig, tuple[int, int]]:
@@ -135,47 +108,6 @@ def read_network(
         name = options.get("_class_name") if isinstance(options, dict) else None
         raise ValueError(f"{path} is not of a UNet2DModel: _class_name={name!r}")
     return folder, *to_config(options)
-
-
-def read_process(directory: str | os.PathLike) -> DiffusionConfig | None:
-    """The process that the scheduler beside a network describes; None where there is no scheduler.
-
-    Args:
-      directory: has scheduler_config.json, or the folder "scheduler" with it (a pipeline).
-
-    Raises:
-      ValueError: the file is damaged, or it describes a process that cannot be expressed.
-    """
-    given = pathlib.Path(directory).expanduser()
-    paths = (given / _SCHEDULER, given / "scheduler" / _SCHEDULER)
-    path = next((path for path in paths if path.is_file()), None)
-    if path is None:
-        return None
-    stored = read_json(path)
-    if not isinstance(stored, dict):
-        raise ValueError(f"{path} is damaged: it holds no options")
-    options = _PROCESS | stored
-    problems = [
-        refusal(options, key, " or ".join(map(json.dumps, values)))
-        for key, values in _PROCESS_VALUES.items()
-        if not isinstance(options[key], (str, bool, type(None))) or options[key] not in values
-    ]
-    if not is_count(options["num_train_timesteps"]):
-        problems.append(refusal(options, "num_train_timesteps", f"1 to {LARGEST}"))
-    for key in ("beta_start", "beta_end"):
-        if type(options[key]) not in (int, float) or not 0 < options[key] < 1:
-            problems.append(refusal(options, key, "a number between 0 and 1"))
-    if problems:
-        raise ValueError(f"the process of {path} cannot be expressed: {'; '.join(problems)}")
-    values = {key: table[options[key]] for key, table in _PROCESS_VALUES.items()}
-    return DiffusionConfig(
-        timesteps=options["num_train_timesteps"],
-        schedule=values["beta_schedule"],
-        beta_start=float(options["beta_start"]),
-        beta_end=float(options["beta_end"]),
-        prediction=values["prediction_type"],
-        variance=values["variance_type"],
-    )
 
 
 def to_options(config: UNetConfig, height: int, width: int) -> dict:

@@ -99,7 +99,7 @@ def test_the_process_is_that_of_the_scheduler(published, tmp_path, place):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("beta_schedule", "scaled_linear"),
+        ("beta_schedule", "sigmoid"),
         ("trained_betas", [0.1]),
         ("variance_type", "fixed_small_log"),
         ("rescale_betas_zero_snr", True),
@@ -114,6 +114,15 @@ def test_a_scheduler_that_cannot_be_expressed_is_refused(published, tmp_path, ca
     (copy / "scheduler_config.json").write_text(json.dumps(SCHEDULER | {key: value}))
     assert main("sample", "--pretrained", copy, "--workdir", tmp_path / "run") == 2
     assert f"{key}={json.dumps(value)} (supported: " in refused_in(capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_pipeline_that_draws_latents_is_refused(published, tmp_path, capsys):
+    folder, _ = published
+    shutil.copytree(folder, copy := tmp_path / "copy")
+    (copy / "vqvae").mkdir()
+    assert main("sample", "--pretrained", copy, "--workdir", tmp_path / "run") == 2
+    assert "draws latents, not images: interop.load_diffusers_ldm reads it" in refused_in(capsys)
     assert not (tmp_path / "run").exists()
 
 

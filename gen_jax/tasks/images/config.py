@@ -8,7 +8,8 @@ from typing import Any
 from gen_jax import data as image_data
 from gen_jax.config import RunConfig, SampleConfig, frozen
 from gen_jax.data import DataConfig, Images
-from gen_jax.interop.diffusers_options import read_network, read_process
+from gen_jax.interop.diffusers_options import read_network
+from gen_jax.interop.diffusers_schedulers import read_process
 from gen_jax.models.diffusion.config import DiffusionConfig
 from gen_jax.models.diffusion.solvers import Ancestral, Solver
 from gen_jax.nn.config import UNetConfig
@@ -102,6 +103,10 @@ class ImagesConfig(RunConfig):
 
         The type that is computed with, and dropout, which training alone reads, stay.
         """
+        if (pathlib.Path(folder).expanduser() / "vqvae").is_dir():
+            raise ValueError(
+                f"{folder} draws latents, not images: interop.load_diffusers_ldm reads it"
+            )
         _, network, _ = read_network(folder)
         process = read_process(folder) or DiffusionConfig()
         if network.out_channels == 2 * network.channels:

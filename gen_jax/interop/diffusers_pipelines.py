@@ -1,0 +1,101 @@
+"""Whole pipelines in the format of diffusers: model_index.json and a folder for each part.
+
+`LDMPipeline` is latent diffusion without a condition (Rombach et al. 2022, 2112.10752): DDIM over
+the latents of a `VQModel`, which are divided by its `scaling_factor`, quantised and decoded.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+from typing import Any
+
+from gen_jax.interop.config_json import CONFIG, Refusals, read_json
+from gen_jax.interop.diffusers import load_diffusers_unet
+from gen_jax.interop.diffusers_autoencoder_options import read_layout
+from gen_jax.interop.diffusers_autoencoders import load_diffusers_vq
+from gen_jax.interop.diffusers_options import read_network
+from gen_jax.interop.diffusers_schedulers import read_ddim
+from gen_jax.models.diffusion.samplers import DiffusionSampler
+from gen_jax.models.two_stage import TwoStageSampler
+
+__all__ = ["load_diffusers_ldm"]
+
+_INDEX = "model_index.json"
+_PARTS = {"vqvae": "VQModel", "unet": "UNet2DModel", "scheduler": "DDIMScheduler"}
+
+
+def load_diffusers_ldm(
+    directory: str | os.PathLike, *, steps: int = 50
+) -> tuple[TwoStageSampler, dict[str, Any]]:
+    """The sampler in a folder that diffusers' `LDMPipeline` wrote, and its parameters.
+
+        sampler, params = load_diffusers_ldm("ldm-celebahq-256")
+        images = sampling.generate(sampler, params, sampling.sample_keys(0, 0, 4))
+
+    From the same noise the images are those of the pipeline, before it maps [-1, 1] to [0, 1] and
+    cuts off what is beyond. Another solver for the same network is
+    `TwoStageSampler(DiffusionSampler(sampler.prior.model, solver), sampler.autoencoder, True)`.
+
+    Args:
+      directory: holds model_index.json and the folders vqvae, unet and scheduler. Weights in
+        float16 or bfloat16 become float32.
+      steps: of DDIM with eta = 0, which the folder does not say; by default as in the pipeline.
+
+    Returns:
+      The sampler and its float32 parameters, {"prior": ..., "autoencoder": ...}. The UNet's
+      `sample_size` is that of the latents, from which the size of the images follows.
+
+    Raises:
+      FileNotFoundError: there is no model_index.json, a part of the pipeline, or weights.
+      ValueError: the folder is of another pipeline or has other parts, options cannot be expressed
+        (each is named), the parts do not fit each other, so many steps do not fit, or weights are
+        refused as in `load_diffusers_unet`.
+    """
+    directory = pathlib.Path(directory).expanduser()
+    _check_index(directory)
+    process, solver = read_ddim(directory / "scheduler", steps)
+    _check_parts(directory)
+    prior, prior_params = load_diffusers_unet(directory / "unet", process)
+    autoencoder, params = load_diffusers_vq(directory / "vqvae")
+    stride, (height, width, _) = autoencoder.network.config.stride, prior.shape
+    shape = (stride * height, stride * width, autoencoder.shape[-1])
+    autoencoder = dataclasses.replace(autoencoder, shape=shape)
+    sampler = TwoStageSampler(DiffusionSampler(prior, solver), autoencoder, latents=True)
+    return sampler, {"prior": prior_params, "autoencoder": params}
+
+
+def _check_index(directory):
+    """Refuses a folder that is not of an `LDMPipeline` of the parts that it has by default."""
+    path = directory / _INDEX
+    if not path.is_file():
+        raise FileNotFoundError(f"{directory} has no {_INDEX}")
+    stored = read_json(path)
+    name = stored.get("_class_name") if isinstance(stored, dict) else None
+    if name != "LDMPipeline":
+        raise ValueError(f"{path} is not of an LDMPipeline: _class_name={name!r}")
+    refusals = Refusals(dict.fromkeys(_PARTS) | stored)
+    for part, kind in _PARTS.items():
+        supported = ["diffusers", kind]
+        refusals.unless(
+            part, lambda value, supported=supported: value == supported, json.dumps(supported)
+        )
+    if refusals.problems:
+        raise ValueError(f"{path} has parts that are not supported: {'; '.join(refusals.problems)}")
+
+
+def _check_parts(directory):
+    """Refuses networks that the pipeline cannot put together, before any weights are read."""
+    folder, unet, _ = read_network(directory / "unet")
+    _, layout = read_layout(directory / "vqvae", "VQModel")
+    options = {"sample_size": None, "num_class_embeds": None} | read_json(folder / CONFIG)
+    refusals = Refusals(options)
+    refusals.unless("sample_size", lambda value: type(value) is int, "an integer, of the latents")
+    refusals.unless("num_class_embeds", lambda value: value is None, "null: there are no labels")
+    if refusals.problems:
+        raise ValueError(f"{folder} is not of an LDMPipeline: {'; '.join(refusals.problems)}")
+    if unet.channels != layout.quantiser.width:
+        raise ValueError(
+            f"{directory}: the UNet draws latents of {unet.channels} channels, but the VQModel "
+            f"decodes latents of {layout.quantiser.width}"
+        )
