@@ -15,7 +15,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "autoencoder": ["AutoencoderNetwork"],
         "attention": ["attend", "dot_product_attention", "local_attention", "rotate"],
-        "config": ["AutoencoderConfig", "TransformerConfig", "UNetConfig"],
+        "config": ["AutoencoderConfig", "DiscriminatorConfig", "TransformerConfig", "UNetConfig"],
+        "discriminator": ["PatchDiscriminator"],
         "encoder_decoder": ["EncoderDecoder"],
         "layers": ["Conv3x3", "Dropout", "GroupNorm", "sinusoidal_embedding"],
         "transformer": ["TokenNetwork"],

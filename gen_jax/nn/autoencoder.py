@@ -5,7 +5,7 @@ al. 2022 (2112.10752). Where we differ: images may be folded into patches first,
 residual block is closed at first (its last convolution is zero).
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -99,11 +99,14 @@ class AutoencoderNetwork:
       config: sizes.
       inputs: channels that the quantiser takes from the encoder.
       width: channels D that the decoder takes from the quantiser.
+      last_layer: where in the parameters the weights of the decoder's last convolution are.
     """
 
     config: AutoencoderConfig
     inputs: int
     width: int
+
+    last_layer: ClassVar[tuple[str, ...]] = ("decoder", "conv_out", "kernel")
 
     @property
     def _encoder(self):

@@ -4,7 +4,7 @@ from typing import Literal
 
 from gen_jax.config import frozen
 
-__all__ = ["AutoencoderConfig", "TransformerConfig", "UNetConfig"]
+__all__ = ["AutoencoderConfig", "DiscriminatorConfig", "TransformerConfig", "UNetConfig"]
 
 
 @frozen
@@ -118,6 +118,46 @@ class AutoencoderConfig:
                 f"images of {height} x {width} do not fit the autoencoder: height and width must "
                 f"be multiples of {self.stride} (patch x 2 per level of widths)"
             )
+
+
+@frozen
+class DiscriminatorConfig:
+    """The critic of patches of pix2pix (1611.07004), as VQGAN has it (2012.09841)."""
+
+    width: int = 64
+    """Channels of the first layer; they double from one to the next, up to eight times as many."""
+    layers: int = 3
+    """Convolutions of stride 2. A logit sees patches of 16, 34, 70 or 142 pixels with 1 to 4."""
+    groups: int = 32
+    """Groups of the group normalisation, which stands in all layers but the first and the last."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of convolutions; parameters, statistics and logits stay float32."""
+
+    def __post_init__(self):
+        for name in ("width", "layers", "groups"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if 2 * self.width % self.groups:
+            raise ValueError(f"groups ({self.groups}) must divide twice the width ({self.width})")
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each layer but the last, which has one for the logit."""
+        return tuple(self.width * min(2**i, 8) for i in range(self.layers + 1))
+
+    def logits_shape(self, height: int, width: int) -> tuple[int, int]:
+        """(h, w) of the logits of an image of this size.
+
+        Raises:
+          ValueError: the image is too small to have any.
+        """
+        shape = (height >> self.layers) - 2, (width >> self.layers) - 2
+        if min(shape) < 1:
+            raise ValueError(
+                f"images of {height} x {width} are too small for a discriminator of {self.layers} "
+                f"layers, which needs {3 * 2**self.layers} pixels a side: take fewer layers"
+            )
+        return shape
 
 
 def _check_convolutional(config, at_least_one):
