@@ -1,6 +1,7 @@
 """The discriminator of patches: sizes, what a logit sees, and agreement with PyTorch's layers."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +60,7 @@ def test_it_agrees_with_the_layers_of_pix2pix():
     config = DiscriminatorConfig(width=4, layers=4, groups=4)
     widths = [3, 4, 8, 16, 32, 32]
     layers = []
-    for i, (before, after) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+    for i, (before, after) in enumerate(itertools.pairwise(widths)):
         stride = 2 if i < 4 else 1
         layers.append(nn.Conv2d(before, after, kernel_size=4, stride=stride, padding=1))
         if i:
