@@ -15,6 +15,8 @@ class LinearCoder:
     inputs: int
     width: int
 
+    last_layer = ("decoder",)
+
     def init(self, key, height, width):
         encoder, decoder = jax.random.split(key)
         return {

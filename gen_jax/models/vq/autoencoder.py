@@ -14,17 +14,22 @@ from gen_jax.config import frozen, resolve
 from gen_jax.models.diffusion.process import split_each, to_signal
 from gen_jax.models.vq.config import AutoencoderOptions, QuantiserOptions
 from gen_jax.models.vq.contract import Quantised, Quantiser
+from gen_jax.models.vq.perceptual import LaplacianPyramid, Perceptual, perceptual_distance
 from gen_jax.nn.autoencoder import AutoencoderNetwork
 from gen_jax.nn.config import AutoencoderConfig
 
 __all__ = ["Autoencoder", "CodingNetwork", "Losses", "make_autoencoder"]
+
+_PYRAMID = LaplacianPyramid()
 
 
 @runtime_checkable
 class CodingNetwork(Protocol):
     """An encoder and a decoder: frozen and hashable. `nn.autoencoder.AutoencoderNetwork` is one.
 
-    It may also have `prepare(params)`, which computes once, before a loop, what its calls read.
+    It may also have `prepare(params)`, which computes once, before a loop, what its calls read, and
+    `last_layer`, the path in the parameters to the weights of the decoder's last layer, which
+    training against a critic asks for.
     """
 
     def init(self, key: Key[Array, ""], height: int, width: int) -> dict[str, Any]:
@@ -53,6 +58,8 @@ class Losses(NamedTuple):
     Attributes:
       total: the loss, [].
       reconstruction: its first part, [], a mean over the values of the images.
+      perceptual: the distance of features, [], before its weight; 0 where that is 0.
+      error: the sum of both, weighted, [], which is the total without the quantiser's terms.
       latents: what the quantiser read, [B, h, w, inputs].
       quantised: what it made of them.
       images: decoded, [B, height, width, C].
@@ -60,6 +67,8 @@ class Losses(NamedTuple):
 
     total: Any
     reconstruction: Any
+    perceptual: Any
+    error: Any
     latents: Any
     quantised: Quantised
     images: Any
@@ -78,6 +87,7 @@ class Autoencoder:
       quantiser: what stands between them.
       options: the loss.
       shape: (height, width, C) of the images.
+      perceptual: the features of the perceptual term, where `options.perceptual` weighs one.
 
     Raises:
       ValueError: at construction, where the network does not fit the images.
@@ -87,6 +97,7 @@ class Autoencoder:
     quantiser: Quantiser
     options: AutoencoderOptions
     shape: tuple[int, int, int]
+    perceptual: Perceptual = _PYRAMID
 
     def __post_init__(self):
         self.network.check(*self.shape)
@@ -131,19 +142,28 @@ class Autoencoder:
         own = quantised.loss
         if not self.quantiser.discrete:  # a sum over the latent, where ours is a mean over values
             own = own / x[0].size
-        reconstruction = error.mean()
-        return Losses(reconstruction + own, reconstruction, latents, quantised, images)
+        reconstruction = whole = error.mean()
+        distance, weight = jnp.float32(0), self.options.perceptual
+        if weight:
+            distance = perceptual_distance(self.perceptual, x, images)
+            whole = whole + weight * distance
+        return Losses(whole + own, reconstruction, distance, whole, latents, quantised, images)
 
     def loss(
         self, params: dict[str, Any], batch: Mapping[str, Any], keys: Key[Array, " B"]
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-        """The error of reconstruction and the quantiser's own terms; see `losses` for arguments.
+        """The error of reconstruction, and perceptual and the quantiser's terms; see `losses`.
 
         Entries that are moving averages have no gradient; `trainable.AutoencoderTrainable` moves
         them.
         """
         parts = self.losses(params, batch, keys)
-        return parts.total, {"reconstruction": parts.reconstruction}
+        return parts.total, self.metrics(parts)
+
+    def metrics(self, parts: Losses) -> dict[str, Float[Array, ""]]:
+        """Metrics of an evaluation: "reconstruction", and "perceptual" where there is a term."""
+        measured = {"reconstruction": parts.reconstruction}
+        return measured | ({"perceptual": parts.perceptual} if self.options.perceptual else {})
 
     def encode(
         self, params: dict[str, Any], x: Float[Array | np.ndarray, "B height width C"]
@@ -202,8 +222,12 @@ def make_autoencoder(
     quantiser: QuantiserOptions,
     options: AutoencoderOptions,
     shape: tuple[int, int, int],
+    perceptual: Perceptual = _PYRAMID,
 ) -> Autoencoder:
-    """The convolutional autoencoder of these sizes for images (height, width, C)."""
+    """The convolutional autoencoder of these sizes for images (height, width, C).
+
+    The features of a perceptual term are those of a Laplacian pyramid unless others are given.
+    """
     between = resolve(quantiser.make)(quantiser)
     coder = AutoencoderNetwork(network, between.inputs, between.width)
-    return Autoencoder(coder, between, options, shape)
+    return Autoencoder(coder, between, options, shape, perceptual)

@@ -4,16 +4,57 @@ import math
 from itertools import pairwise
 from typing import ClassVar, Literal
 
-from gen_jax.config import Choice, frozen
+from gen_jax.config import Choice, TrainConfig, frozen
 from gen_jax.models.options import check_not_negative
+from gen_jax.nn.config import DiscriminatorConfig
 
 __all__ = [
     "AutoencoderOptions",
     "CodebookOptions",
+    "CriticOptions",
     "FSQOptions",
     "GaussianOptions",
     "QuantiserOptions",
 ]
+
+
+@frozen
+class CriticOptions:
+    """The second player of VQGAN (2012.09841, eq. 5 to 7): a critic of patches of images."""
+
+    weight: float = 0.0
+    """Of the adversarial term, beside its adaptive weight; 0 for no critic. VQGAN's code has 0.8
+    for ImageNet."""
+    start: int = 10_000
+    """Steps without the adversarial term, in which the critic rests too."""
+    learning_rate: float = 2e-4
+    """Peak rate of the critic's Adam. Warm-up, decay, clipping and decay of weights are those of
+    the autoencoder, counted from `start`."""
+    beta1: float = 0.5
+    """Decay of its first moment."""
+    beta2: float = 0.9
+    """Decay of its second moment."""
+    network: DiscriminatorConfig = DiscriminatorConfig()
+
+    def __post_init__(self):
+        for name in ("weight", "start", "learning_rate"):
+            check_not_negative(name, getattr(self, name))
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+
+    def check(self, train: TrainConfig) -> None:
+        """Raises a ValueError where training ends before the critic starts."""
+        if self.weight and self.start >= train.steps:
+            raise ValueError(
+                f"the critic starts at step {self.start}, and training ends at {train.steps}: "
+                "start it earlier, or set critic.weight to 0"
+            )
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raises a ValueError where images of this size are too small for the critic."""
+        if self.weight:
+            self.network.logits_shape(height, width)
 
 
 @frozen
@@ -23,6 +64,13 @@ class AutoencoderOptions:
     loss: Literal["mse", "l1"] = "mse"
     """Error of reconstruction in [-1, 1]: squared (VQ-VAE) or absolute (VQGAN, latent diffusion);
     a mean over values."""
+    perceptual: float = 0.0
+    """Weight of the distance of features, those of a Laplacian pyramid unless others are given from
+    Python; 0 for none."""
+    critic: CriticOptions = CriticOptions()
+
+    def __post_init__(self):
+        check_not_negative("perceptual", self.perceptual)
 
 
 @frozen

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Key
+from jaxtyping import Array, Float, Int32, Key
 
 from gen_jax import parallel
 from gen_jax.config import TrainConfig, frozen
@@ -24,8 +24,9 @@ class AutoencoderTrainable:
     The state is {"params", "optimizer", "statistics"}: the parameters of the model, and what the
     quantiser carries along. Where entries of a codebook are moving averages they replace what the
     optimiser makes of them. The moving average of the loop is that of all parameters. Metrics are
-    "loss", "reconstruction", "gradient_norm", and for discrete codes "perplexity" and "used" of the
-    batch.
+    "loss", "reconstruction", "perceptual" where there is such a term, "gradient_norm", and for
+    discrete codes "perplexity" and "used" of the batch. A critic that the options of the model
+    describe is for `adversarial.AdversarialTrainable`.
 
     Attributes:
       model: the autoencoder.
@@ -50,16 +51,36 @@ class AutoencoderTrainable:
         self, state: dict[str, Any], batch: dict[str, Array], keys: Key[Array, " B"]
     ) -> tuple[dict[str, Any], dict[str, Array]]:
         """One step down the gradient, and one of the quantiser."""
-        params, quantiser = state["params"], self.model.quantiser
 
         def loss(params, batch, keys):
             parts = self.model.losses(params, batch, keys)
-            metrics = {"reconstruction": parts.reconstruction}
-            return parts.total, (metrics, (parts.latents, parts.quantised.code))
+            outputs = parts.latents, parts.quantised.code
+            return parts.total, (self.model.metrics(parts), outputs)
 
         gradients, metrics, (latents, code) = mean_gradients(
-            loss, params, batch, keys, self.accumulate, outputs=True
+            loss, state["params"], batch, keys, self.accumulate, outputs=True
         )
+        after, usage = self.moved(state, gradients, latents, code, keys)
+        return after, metrics | usage
+
+    def moved(
+        self,
+        state: dict[str, Any],
+        gradients: dict[str, Any],
+        latents: Float[Array, "B h w inputs"],
+        code: Int32[Array, "B ..."] | None,
+        keys: Key[Array, " B"],
+    ) -> tuple[dict[str, Any], dict[str, Array]]:
+        """The state after a step of the optimiser and one of the quantiser; metrics of both.
+
+        Args:
+          state: before the step; entries other than "params", "optimizer" and "statistics" stay.
+          gradients: by the parameters, means over the whole batch.
+          latents: what the quantiser read of this device's images.
+          code: what it gave them.
+          keys: one per image.
+        """
+        params, quantiser = state["params"], self.model.quantiser
         after = descend(make_optimizer(self.config), gradients, state)
         own, statistics, usage = quantiser.update(
             params["quantiser"],
@@ -69,10 +90,10 @@ class AutoencoderTrainable:
             code,
             keys,
         )
-        metrics |= {"gradient_norm": optax.tree.norm(gradients), **usage}
         deviation = _moved(params["deviation"], quantiser.centre(latents))
         params = after["params"] | {"quantiser": own, "deviation": deviation}
-        return after | {"params": params, "statistics": statistics}, metrics
+        metrics = {"gradient_norm": optax.tree.norm(gradients), **usage}
+        return state | after | {"params": params, "statistics": statistics}, metrics
 
     def averaged(self, state: dict[str, Any]) -> dict[str, Any]:
         """The parameters."""
