@@ -86,6 +86,22 @@ def test_every_quantiser_runs(tmp_path, capsys, options):
     capsys.readouterr()
 
 
+def test_a_critic_plays_and_is_left_behind(tmp_path, capsys):
+    options = "--quantiser fsq --objective.perceptual 1"
+    options += " --objective.critic.weight 0.5 --objective.critic.start 1"
+    for name, value in {"width": 2, "layers": 1, "groups": 2}.items():
+        options += f" --objective.critic.network.{name} {value}"
+    assert main("--workdir", tmp_path, *options.split()) == 0
+    lines = (tmp_path / "model" / "metrics.jsonl").read_text().splitlines()
+    before, after = (json.loads(line) for line in lines if "adaptive_weight" in line)
+    assert before["adaptive_weight"] == 0 < after["adaptive_weight"]
+    assert {"critic_loss", "critic_real", "critic_fake", "perceptual"} <= after.keys()
+    assert np.isfinite(summary(tmp_path)["reconstruction_mse"])
+    loaded = gen_jax.load(tmp_path)
+    assert loaded.params.keys() == {"network", "quantiser", "deviation"}
+    capsys.readouterr()
+
+
 def test_codes_are_drawn_in_colours():
     code = np.array([[[0, 1], [1, 0]]])
     drawn = code_pictures((code,), 2, 4)
@@ -103,6 +119,9 @@ REFUSED = [
     ("--model.channels 1", "the images have 3 channels, the model takes 1"),
     ("--quantiser.codes 1", "codes must be at least 2"),
     ("--quantiser fsq --quantiser.levels 8 1", "levels must be at least 2 each"),
+    ("--objective.perceptual -1", "perceptual must not be negative"),
+    ("--objective.critic.weight 1 --objective.critic.start 2", "training ends at 2: start it earl"),
+    ("--objective.critic.weight 1 --objective.critic.start 0", "16 x 16 are too small for a discr"),
     ("--quantiser vq", "unknown --quantiser"),
     ("--train.preview-every 2", "this experiment shows no samples while it trains"),
     ("evaluate", "train one first, or give its --workdir"),

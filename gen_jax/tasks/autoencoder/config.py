@@ -27,13 +27,19 @@ class EvaluateConfig:
             raise ValueError("evaluate.images, .batch and .shown must be at least 1")
 
 
-def check_images(images: Images, model: AutoencoderConfig, quantiser: QuantiserOptions) -> None:
+def check_images(
+    images: Images,
+    model: AutoencoderConfig,
+    quantiser: QuantiserOptions,
+    objective: AutoencoderOptions,
+) -> None:
     """Raises a ValueError where an autoencoder of these sizes cannot take the images."""
     height, width, channels = images.images.shape[1:]
     if channels != model.channels:
         raise ValueError(f"the images have {channels} channels, the model takes {model.channels}")
     model.check_size(height, width)
     quantiser.check_size(height // model.stride, width // model.stride)
+    objective.critic.check_size(height, width)
 
 
 @frozen
@@ -54,10 +60,11 @@ class AutoencoderRunConfig(RunConfig):
     def __post_init__(self):
         if self.data.palette:
             raise ValueError("an autoencoder takes RGB images: leave data.palette off")
+        self.objective.critic.check(self.train)
 
     def load(self, workdir: pathlib.Path, phases: tuple[str, ...]) -> dict[str, Images]:
         """The images of the splits that the phases need; refuses those that do not fit."""
         splits = {split: image_data.load(self.data, split) for split in self.splits(phases)}
         for images in splits.values():
-            check_images(images, self.model, self.quantiser)
+            check_images(images, self.model, self.quantiser, self.objective)
         return splits

@@ -13,7 +13,13 @@ from matplotlib import pyplot
 from gen_jax import evaluation, interop, pictures
 from gen_jax.config import RunConfig, TrainConfig
 from gen_jax.models.diffusion.process import to_signal
-from gen_jax.models.vq import Autoencoder, AutoencoderTrainable, make_autoencoder, usage
+from gen_jax.models.vq import (
+    AdversarialTrainable,
+    Autoencoder,
+    AutoencoderTrainable,
+    make_autoencoder,
+    usage,
+)
 from gen_jax.task import Context, Run, Stage, Task
 from gen_jax.tasks import image_files
 from gen_jax.tasks.autoencoder.config import AutoencoderRunConfig
@@ -47,10 +53,14 @@ def stage(
     train: TrainConfig,
     evaluate: Any = None,
 ) -> Stage:
-    """What trains an autoencoder on images, which are mirrored as config.data says."""
+    """What trains an autoencoder on images, which are mirrored as config.data says.
+
+    It is trained against a critic where the options of the model give one a weight.
+    """
+    critic = model.options.critic.weight > 0
     return Stage(
         name=name,
-        trainable=AutoencoderTrainable(model, train),
+        trainable=(AdversarialTrainable if critic else AutoencoderTrainable)(model, train),
         batch=functools.partial(_batch, config.data.flip, train, images),
         record={"image_shape": list(model.shape)},
         evaluate=evaluate,

@@ -121,6 +121,8 @@ class TwoStageConfig(RunConfig):
             )
         if self.data.palette:
             raise ValueError("an autoencoder takes RGB images: leave data.palette off")
+        if not self.autoencoder:
+            self.objective.critic.check(self.coder_train)
         check_label(self.sample.label, self.conditional, 0)
 
     @property
@@ -139,5 +141,5 @@ class TwoStageConfig(RunConfig):
         images = {split: image_data.load(self.data, split) for split in splits}
         if not self.autoencoder:
             for some in images.values():
-                check_images(some, self.coder, self.quantiser)
+                check_images(some, self.coder, self.quantiser, self.objective)
         return images
