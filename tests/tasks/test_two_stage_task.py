@@ -167,6 +167,7 @@ REFUSED = [
     ("--prior next_scale", "--prior next_scale is over the codes of scales: set quantiser.scales"),
     ("--quantiser.scales 1 2", "end at 2 x 2, and the latents are 4 x 4"),
     ("--data.palette", "an autoencoder takes RGB images"),
+    ("--objective.critic.weight 1", "the critic starts at step 10000, and training ends at 2"),
     ("--autoencoder /nowhere", "no run in /nowhere"),
     ("--coder.widths 4 4 4 --coder.patch 8", "height and width must be multiples of 32"),
 ]
