@@ -133,7 +133,8 @@ class AdversarialTrainable(AutoencoderTrainable):
             judged = self.critic(state["critic"]["params"], by["critic"].images)
             return by["error"].error - judged.mean(), {}
 
-        # What both copies share, and what `update` computes again, the compiler computes once.
+        # What both copies share, and what `update` computes again, is compiled once: on CPUs not so
+        # with dropout, whose masks are drawn in a loop there.
         last = functools.reduce(lambda tree, name: tree[name], path, params["network"])
         copies = {"error": last, "critic": last}
         gradients, _ = mean_gradients(apart, copies, batch, keys, self.accumulate)
