@@ -154,17 +154,15 @@ def test_before_the_start_there_is_no_critic_and_after_it_both_move(played):
     assert [int(state["step"]) for state in states] == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize(("devices", "slices"), [(8, 1), (2, 2)])
-def test_a_step_is_the_same_on_any_number_of_devices_and_in_slices(played, devices, slices):
-    config = dataclasses.replace(TRAIN, accumulate=slices)
-    states, metrics = play(AdversarialTrainable(autoencoder(), config), 2, devices)
+def test_a_step_is_the_same_on_several_devices_and_in_slices(played):
+    config = dataclasses.replace(TRAIN, accumulate=2)
+    states, metrics = play(AdversarialTrainable(autoencoder(), config), 2, devices=4)
     for ours, theirs in zip(metrics, played[1], strict=False):
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3), ours, theirs)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4)
     jax.tree.map(close, states[2], played[0][2])
 
 
-@pytest.mark.usefixtures("optimised")
 def test_it_resumes_bit_for_bit(tmp_path):
     mesh = Mesh(np.array(jax.devices()[:1]), (parallel.AXIS,))
     model = autoencoder(Codebook(CodebookOptions(codes=6, width=4, restart_every=2)))
