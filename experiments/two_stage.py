@@ -24,6 +24,7 @@ from experiments import vq_cifar
 from gen_jax import cli
 from gen_jax.config import TrainConfig
 from gen_jax.models.diffusion.config import DiffusionConfig
+from gen_jax.models.vq.config import GaussianOptions
 from gen_jax.nn.config import TransformerConfig, UNetConfig
 from gen_jax.tasks.images.config import LabelledSampleConfig
 from gen_jax.tasks.two_stage.config import TwoStageConfig
@@ -79,8 +80,9 @@ DIFFUSION = dataclasses.replace(
     AR,
     workdir="runs/two_stage_diffusion",
     prior="diffusion",
+    quantiser=GaussianOptions(width=4, weight=0.1),
     diffusion=dataclasses.replace(AR.diffusion, reference=640),
-    train=dataclasses.replace(AR.train, steps=1500, learning_rate=4e-3),
+    train=dataclasses.replace(AR.train, steps=2500, learning_rate=4e-3),
 )
 
 EXPERIMENT = cli.Experiment(
