@@ -10,7 +10,7 @@ AT_START = 3  # of them fall anywhere in the first moments of a process
 STEPS = 140
 
 
-@pytest.mark.parametrize("kind", [(), ("--game",)], ids=["model", "game"])
+@pytest.mark.parametrize("kind", [(), pytest.param(("--game",), marks=pytest.mark.slow)])
 def test_a_run_killed_ten_times_ends_as_one_that_was_not(toy, folder, kind):
     """Every other checkpoint of the game is in the middle of a round, which has two turns."""
     every = 5 if kind else 4

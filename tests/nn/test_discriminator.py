@@ -54,10 +54,8 @@ def test_the_published_size():
 
 @pytest.mark.oracle
 def test_it_agrees_with_the_layers_of_pix2pix():
-    import torch
-    from torch import nn
-
-    config = DiscriminatorConfig(width=4, layers=4, groups=4)
+    torch = pytest.importorskip("torch")
+    nn, config = torch.nn, DiscriminatorConfig(width=4, layers=4, groups=4)
     widths = [3, 4, 8, 16, 32, 32]
     layers = []
     for i, (before, after) in enumerate(itertools.pairwise(widths)):

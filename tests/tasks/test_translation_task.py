@@ -109,10 +109,11 @@ def test_a_masked_model_is_decoded_in_other_ways(runs, tmp_path):
     assert summary(copy)["samples"] == 5
 
 
+_LATENT = ["--strategy", "one_shot", "--latent.kind", "gaussian", "--no-copies"]
+
+
 @pytest.mark.parametrize(
-    "options",
-    [["--strategy", "ctc"], ["--strategy", "one_shot", "--latent.kind", "gaussian", "--no-copies"]],
-    ids=["ctc", "latent"],
+    "options", [["--strategy", "ctc"], pytest.param(_LATENT, marks=pytest.mark.slow)]
 )
 def test_other_strategies_run(tmp_path, options):
     assert main("--workdir", tmp_path / "run", *options, *USUAL) == 0

@@ -272,7 +272,7 @@ def _reconstruct(model, params, rows):
     return {"mse": jnp.square(decoded - x).mean(axis=(1, 2, 3)), "nats": nats}
 
 
-def _evaluate(config, space, model, run: Run) -> dict[str, float]:
+def _evaluate(config, space, model, run: Run) -> dict[str, int | float]:
     """The likelihood of the test set, the quality of samples, and what one shot must lose."""
     images = run.kept_samples()["images"]
     params = space.both(run.params)
