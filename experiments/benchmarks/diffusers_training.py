@@ -135,12 +135,7 @@ class Sides:
         for leaf, gradient in expected.items():
             largest = max(np.abs(gradient).max(), 1e-6)
             difference = max(difference, float(np.abs(ours[leaf] - gradient).max() / largest))
-        if not difference <= self.config.tolerance:
-            raise FloatingPointError(
-                f"the gradients of both sides differ by {difference:.2g}, above "
-                f"{self.config.tolerance}: not timed"
-            )
-        return difference
+        return timing.agreement(difference, self.config.tolerance, "the gradients of both sides")
 
     def _tensor(self, array):
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)

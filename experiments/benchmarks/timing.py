@@ -14,7 +14,7 @@ import tyro
 
 from gen_jax import arguments, cli
 
-__all__ = ["Peer", "alternate", "machine", "main", "require", "torch_device"]
+__all__ = ["Peer", "agreement", "alternate", "machine", "main", "require", "torch_device"]
 
 
 class Peer:
@@ -58,6 +58,17 @@ def require(*packages: str) -> None:
         raise ValueError(
             f"{' and '.join(missing)} not installed; install the extra: pip install -e '.[oracles]'"
         )
+
+
+def agreement(difference: float, tolerance: float, what: str = "the two sides") -> float:
+    """The difference, which must be small enough for speeds to be compared.
+
+    Raises:
+      FloatingPointError: it is above the tolerance, or no number; the message says what differs.
+    """
+    if not difference <= tolerance:
+        raise FloatingPointError(f"{what} differ by {difference:.2g}, above {tolerance}: not timed")
+    return difference
 
 
 def torch_device() -> str:

@@ -151,11 +151,7 @@ class Sides:
         with torch.no_grad():
             expected = self.model(torch.from_numpy(whole).long().to(self.device)).logits
         difference = float(np.abs(expected.cpu().numpy() - logits).max())
-        if not difference <= self.config.tolerance:
-            raise FloatingPointError(
-                f"the logits of the two sides differ by {difference:.2g}, above "
-                f"{self.config.tolerance}: not timed"
-            )
+        timing.agreement(difference, self.config.tolerance, "the logits of the two sides")
         if (ours != theirs).any():
             place = int((ours != theirs).any(axis=0).argmax())
             raise FloatingPointError(f"greedy texts differ from token {place} on: not timed")

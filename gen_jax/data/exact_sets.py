@@ -259,7 +259,7 @@ class BinaryPyramid:
         flipped = uniform < np.append(0.5, np.full(self.edges, self.flip))
         levels = [flipped[:, :1].reshape(-1, 1, 1)]
         for group in self.groups[1:]:
-            above = levels[-1].repeat(2, axis=1).repeat(2, axis=2)
+            above = _children(levels[-1])
             levels.append(above ^ flipped[:, group].reshape(above.shape))
         flat = [level.reshape(len(level), -1) for level in levels]
         return {"tokens": np.concatenate(flat, axis=1).astype(np.int32)}
@@ -270,12 +270,10 @@ class BinaryPyramid:
         Args:
           tokens: bits, in the order of `data`.
         """
-        sides = [2**level for level in range(self.levels)]
-        levels = np.split(tokens, np.cumsum([side**2 for side in sides])[:-1], axis=1)
-        levels = [each.reshape(-1, s, s) for each, s in zip(levels, sides, strict=True)]
+        levels = [tokens[:, g].reshape(-1, 2**i, 2**i) for i, g in enumerate(self.groups)]
         flips = np.zeros(len(tokens))
         for above, below in pairwise(levels):
-            flips += (above.repeat(2, axis=1).repeat(2, axis=2) != below).sum((1, 2))
+            flips += (_children(above) != below).sum((1, 2))
         kept = self.edges - flips
         return flips * np.log(self.flip) + kept * np.log1p(-self.flip) - np.log(2)
 
@@ -318,6 +316,11 @@ def bit_entropy(probability: float) -> float:
     """h(p), in nats: the entropy of a bit that is set with probability p in [0, 1]."""
     p = np.array([probability, 1 - probability])
     return float(-p @ np.log(np.where(p > 0, p, 1)))
+
+
+def _children(level: np.ndarray) -> np.ndarray:
+    """[B, 2 s, 2 s]: for each pixel of the next level, the pixel [B, s, s] above it."""
+    return level.repeat(2, axis=1).repeat(2, axis=2)
 
 
 def _all_bits(length: int) -> np.ndarray:

@@ -28,8 +28,8 @@ class CriticOptions:
     start: int = 10_000
     """Steps without the adversarial term, in which the critic rests too."""
     learning_rate: float = 2e-4
-    """Peak rate of the critic's Adam. Warm-up, decay, clipping and decay of weights are those of
-    the autoencoder, counted from `start`."""
+    """Peak rate of the critic. Its optimiser, warm-up, decay, clipping and decay of weights are
+    those of the autoencoder, counted from `start`."""
     beta1: float = 0.5
     """Decay of its first moment."""
     beta2: float = 0.9
@@ -78,10 +78,12 @@ class QuantiserOptions(Choice):
     """What stands between encoder and decoder.
 
     The class attribute `name` is the choice on the command line, and `make` names the class of
-    `models.vq` whose only field is these options.
+    `models.vq` whose only field is these options; `scales` are the sides of its maps, coarse to
+    fine, where it has some.
     """
 
     make: ClassVar[str]
+    scales: ClassVar[tuple[int, ...]] = ()
 
     def check_size(self, height: int, width: int) -> None:
         """Raises a ValueError where maps of latents of this size cannot be quantised."""

@@ -114,8 +114,7 @@ class TwoStageConfig(RunConfig):
                 )
         elif isinstance(self.quantiser, GaussianOptions) and not self.autoencoder:
             raise ValueError(f"--prior {self.prior} is over codes, and a kl latent has none")
-        scales = getattr(self.quantiser, "scales", ())
-        if self.prior == "next_scale" and not scales and not self.autoencoder:
+        if self.prior == "next_scale" and not (self.quantiser.scales or self.autoencoder):
             raise ValueError(
                 "--prior next_scale is over the codes of scales: set quantiser.scales, as in 1 2 4"
             )

@@ -153,7 +153,7 @@ def _load(config, splits, latents) -> tuple[Autoencoder, Any]:
             f"--prior {config.prior} is over codes, and the autoencoder in {config.autoencoder} "
             "has none"
         )
-    if config.prior == "next_scale" and not getattr(loaded.model.quantiser.options, "scales", ()):
+    if config.prior == "next_scale" and not loaded.model.quantiser.options.scales:
         raise ValueError(
             f"--prior next_scale is over the codes of scales, and the autoencoder in "
             f"{config.autoencoder} has none"
@@ -281,7 +281,7 @@ def _evaluate(config, space, model, run: Run) -> dict[str, int | float]:
     if config.data.name == "shapes" and not space.latents:
         support = ShapesSet(config.data.size).images()
         codes = code_files.encoded(space.model, space.params, support, False)
-        scales = getattr(space.model.quantiser.options, "scales", ())
+        scales = space.model.quantiser.options.scales
         report |= _exactly(codes, space.model.quantiser.codes, scales)
     return report
 
