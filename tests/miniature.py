@@ -8,7 +8,7 @@ from gen_jax.config import TrainConfig
 
 __all__ = ["TRAIN", "arrays", "summary"]
 
-# Two steps with all that a run leaves on the way, on eight devices.
+# Two steps with all that a run leaves on the way.
 TRAIN = TrainConfig(
     steps=2,
     batch=8,

@@ -31,7 +31,7 @@ def blocks(page):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, one_device):
     """A directory with a run of the main job, as small as can be."""
     path = tmp_path_factory.mktemp("docs") / "a folder"
     path.mkdir()

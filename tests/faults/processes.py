@@ -24,13 +24,16 @@ MINUTE = (
 )
 
 
+# Programs as users have them, where those of the tests are compiled in a hurry.
+OPTIMISED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""}
+
+
 def _environment():
-    """That of a user's process on the CPU; every program that it compiles is kept for the next."""
+    """That of a process on the CPU; every program that it compiles is kept for the next."""
     path = os.pathsep.join(filter(None, [str(ROOT), str(HERE), os.environ.get("PYTHONPATH")]))
     return os.environ | {
         "PYTHONPATH": path,
         "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }

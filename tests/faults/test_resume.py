@@ -3,6 +3,7 @@ import os
 
 import pytest
 from processes import (
+    OPTIMISED,
     assert_one_line,
     assert_same_leaves,
     read_leaves,
@@ -27,6 +28,7 @@ def stored(folder):
 
 
 def test_half_a_run_resumed_equals_a_whole_one(experiment, folder):
+    experiment.environment |= OPTIMISED
     every = ("--train.checkpoint-every", 5)
     whole = experiment.run("train", "--workdir", "whole", "--train.steps", 10, *every)
     assert whole.returncode == 0, whole.stderr

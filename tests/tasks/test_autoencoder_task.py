@@ -19,6 +19,8 @@ from gen_jax.tasks.autoencoder.task import code_pictures
 from miniature import TRAIN, summary
 from refusals import refused_in
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 MINUTE = AutoencoderRunConfig(
     workdir="",
     data=DataConfig(),
@@ -35,7 +37,7 @@ def main(*argv):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, one_device):
     """The work directory of the command `all`."""
     path = tmp_path_factory.mktemp("autoencoder") / "my run"
     assert main("--workdir", path) == 0

@@ -21,7 +21,9 @@ from miniature import TRAIN, summary
 from miniature import arrays as samples
 from refusals import refused_in
 
-# The least that the experiment can be asked for on eight devices.
+pytestmark = pytest.mark.usefixtures("one_device")
+
+# The least that the experiment can be asked for.
 MINUTE = PixelsConfig(
     workdir="",
     data=DataConfig(palette=True),
@@ -38,7 +40,7 @@ def main(*argv):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, one_device):
     """The work directory of the command `all`."""
     path = tmp_path_factory.mktemp("pixels") / "my run"
     assert main("--workdir", path) == 0

@@ -20,6 +20,8 @@ from gen_jax.tasks.two_stage.task import _exactly
 from miniature import TRAIN, arrays, summary
 from refusals import refused_in
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 _TRAIN = dataclasses.replace(TRAIN, preview_every=0, evaluate_every=0)
 MINUTE = TwoStageConfig(
     workdir="",
@@ -42,7 +44,7 @@ def main(*argv):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, one_device):
     """The work directory of the command `all`, with an autoencoder of its own."""
     path = tmp_path_factory.mktemp("two stages") / "my run"
     assert main("--workdir", path) == 0
@@ -50,7 +52,7 @@ def finished(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def coder(tmp_path_factory):
+def coder(tmp_path_factory, one_device):
     """The work directory of an autoencoder whose codes are of scales: 1 + 4 + 16."""
     from experiments import vq_cifar
     from gen_jax.tasks.autoencoder.config import AutoencoderRunConfig
