@@ -4,7 +4,7 @@ import os
 import pathlib
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Integer, UInt8
 
 from gen_jax import extras
 
@@ -42,6 +42,22 @@ class EventLog:
         for name, value in record.items():
             if name != "step" and isinstance(value, int | float):
                 self._writer.add_scalar(name, value, record["step"])
+        self._writer.flush()
+
+    def count(self, step: int, name: str, counts: Integer[np.ndarray, " K"]) -> None:
+        """Adds how often each of K things came as a histogram over their numbers, from 0."""
+        numbers = np.arange(len(counts))
+        self._writer.add_histogram_raw(
+            name,
+            min=0,
+            max=len(counts) - 1,
+            num=int(counts.sum()),
+            sum=int(counts @ numbers),
+            sum_squares=int(counts @ numbers**2),
+            bucket_limits=(numbers + 0.5).tolist(),
+            bucket_counts=counts.tolist(),
+            global_step=step,
+        )
         self._writer.flush()
 
     def show(self, step: int, shown: str | UInt8[np.ndarray, "height width 3"]) -> None:

@@ -92,9 +92,12 @@ def _begin(run):
     Returns:
       What each stage starts from, by name; None for fresh parameters.
     """
-    previews = any(stage.training(run.config).preview_every for stage in run.task.stages)
-    if previews and (run.task.show is None or len(run.task.stages) > 1):
-        raise ValueError("this experiment shows no samples while it trains: leave preview_every")
+    for stage in run.task.stages:
+        samples = run.task.show is not None and stage is run.task.stages[-1]
+        if stage.training(run.config).preview_every and not (samples or stage.show):
+            raise ValueError(
+                "this experiment shows no samples while it trains: leave preview_every"
+            )
     initial = {stage.name: _initial(run, stage) for stage in run.task.stages}
     for stage in run.task.stages:
         given = initial[stage.name] is not None
@@ -137,7 +140,7 @@ def _train_stage(run, stage, earlier, initial):
             mesh=parallel.data_mesh(),
             record={"config": cli.stored_form(run.config)} | dict(stage.record),
             evaluate=stage.evaluate,
-            preview=functools.partial(_preview, run) if config.preview_every else None,
+            preview=functools.partial(_preview, run, stage, earlier),
             initial=initial,
         )
     except training.Interrupted as stop:
@@ -146,12 +149,18 @@ def _train_stage(run, stage, earlier, initial):
         raise SystemExit(128 + stop.signum) from None
 
 
-def _preview(run, step, averaged):
-    """Draws samples with these parameters, and leaves them in the folder previews."""
-    params = jax.device_put(jax.device_get(averaged))
-    chunks = run.generate(params, run.config.train.preview, progress=False)
-    shown = run.task.show(np.concatenate([chunk.samples for chunk in chunks]))
-    name = f"{step:08d}.{'txt' if isinstance(shown, str) else 'png'}"
+def _preview(run, stage, earlier, step, averaged):
+    """Shows what the stage has learned, by samples or its own way, in the folder previews."""
+    several = len(run.task.stages) > 1
+    if stage.show is not None:
+        shown = stage.show(jax.device_put(jax.device_get(averaged)))
+    else:
+        params = {**earlier, stage.name: averaged} if several else averaged
+        params, number = jax.device_put(jax.device_get(params)), stage.training(run.config).preview
+        chunks = run.generate(params, number, progress=False)
+        shown = run.task.show(np.concatenate([chunk.samples for chunk in chunks]))
+    suffix = "txt" if isinstance(shown, str) else "png"
+    name = f"{stage.name + '_' if several else ''}{step:08d}.{suffix}"
     path = run.workdir.path / "previews"
     path.mkdir(exist_ok=True)
     if isinstance(shown, str):

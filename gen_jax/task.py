@@ -54,7 +54,10 @@ class Stage:
         without its data.
       must_match: names of entries of the record by which parameters are read, such as the
         tokenizer: a run that starts from the parameters of another one must have the same.
-      evaluate: metrics of the averaged parameters, every `config.train.evaluate_every` steps.
+      evaluate: metrics of the averaged parameters, every `config.train.evaluate_every` steps; see
+        `training.fit`.
+      show: show(averaged parameters) is one picture or text for the previews of training; None
+        where the samples of the task are shown, if this is its last stage.
       initial: parameters to start from, say published ones, and to sample where nothing was
         trained; None for fresh ones.
       unit: what the rate of training counts, and how many of them an example has.
@@ -66,7 +69,8 @@ class Stage:
     batch: Callable[[int, tuple[int, int], Mapping[str, Any]], dict[str, np.ndarray]]
     record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     must_match: tuple[str, ...] = ()
-    evaluate: Callable[[Any], dict[str, float]] | None = None
+    evaluate: Callable[[Any], dict[str, Any]] | None = None
+    show: Callable[[Any], str | np.ndarray] | None = None
     initial: Callable[[], Any] | None = None
     unit: str = "images"
     units_per_example: int = 1

@@ -93,7 +93,7 @@ def fit(
     *,
     mesh: Mesh,
     record: dict | None = None,
-    evaluate: Callable[[Any], dict[str, float]] | None = None,
+    evaluate: Callable[[Any], dict[str, Any]] | None = None,
     preview: Callable[[int, Any], Any] | None = None,
     initial: Any | None = None,
     progress: bool | None = None,
@@ -112,7 +112,7 @@ def fit(
       mesh: all devices.
       record: JSON values to keep in each checkpoint.
       evaluate: metrics of the moving average, logged every `config.evaluate_every` steps under
-        "eval/".
+        "eval/". An array of integers [K] counts K things: TensorBoard alone gets it, a histogram.
       preview: preview(step, moving average) shows samples on the first host, every
         `config.preview_every` steps; what it returns, a text or a picture, TensorBoard gets too.
       initial: what to start from in the place of `trainable.averaged`, say pretrained weights; it
@@ -258,8 +258,7 @@ class _Loop:
                 raise Interrupted(signum, done)
             if self.evaluate and _is_due(done, self.config.evaluate_every):
                 with self._apart():
-                    report = self.evaluate(self._whole(state).ema)
-                    self._write({"step": done} | _prefixed("eval/", report))
+                    self._report(done, self.evaluate(self._whole(state).ema))
             if self.main and self.preview and _is_due(done, self.config.preview_every):
                 with self._apart():
                     self._preview(state, done)
@@ -341,6 +340,15 @@ class _Loop:
             f"{left}. Try a lower --train.learning-rate in another --workdir"
         )
 
+    def _report(self, step, report):
+        """Writes the figures of an evaluation, and draws its counts."""
+        counts = {name: v for name, v in report.items() if isinstance(v, np.ndarray)}
+        figures = {f"eval/{name}": v for name, v in report.items() if name not in counts}
+        self._write({"step": step} | figures)
+        if self.events is not None:
+            for name, counted in counts.items():
+                self.events.count(step, f"eval/{name}", counted)
+
     def _write(self, record):
         for log in self.logs:
             log.write(record)
@@ -368,10 +376,6 @@ class _Loop:
 
 def _is_due(step, every):
     return every > 0 and step % every == 0
-
-
-def _prefixed(prefix, metrics):
-    return {prefix + name: value for name, value in metrics.items()}
 
 
 class StopSignal:

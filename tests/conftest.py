@@ -3,8 +3,8 @@
 Annotations of shapes are checked, ranks are not promoted silently, and warnings are errors.
 Programs are compiled once for all workers and processes, and for the next run of the suite; with
 few optimisations, without the emitters of fusions and in one piece, which takes a transformer a
-third of the time. Accelerators, a whole run with its resume, and what asks for `optimised` are tested
-with programs as users have them.
+third of the time. Accelerators, a whole run with its resume, and what asks for `optimised` are
+tested with programs as users have them.
 """
 
 import gc
@@ -19,8 +19,10 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-QUICK = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-os.environ["XLA_FLAGS"] = f"{QUICK} {os.environ.get('XLA_FLAGS', '')}"  # the last of a name counts
+os.environ["XLA_FLAGS"] = (
+    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 "
+    + os.environ.get("XLA_FLAGS", "")  # the last of a name counts
+)
 gc.set_threshold(100_000, 20, 50)  # a heap of traced programs is large, and little of it garbage
 
 import jaxtyping  # noqa: E402
@@ -44,6 +46,14 @@ def pytest_configure(config):
             for name in ("torch", "torch._dynamo", "diffusers", "transformers"):
                 if importlib.util.find_spec(name.partition(".")[0]):
                     importlib.import_module(name)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """All tests of a file run in one worker, so that what they share is made once."""
+    from xdist.scheduler import LoadFileScheduling
+
+    return LoadFileScheduling(config, log)
 
 
 _MAPS, _MOST_MAPS = Path("/proc/self/maps"), 20_000

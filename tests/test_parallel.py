@@ -30,7 +30,9 @@ raise SystemExit(cli.main(ddpm_cifar.EXPERIMENT))
 def start(path, processes, index, port, command="train", program=("-m", "experiments.ddpm_cifar")):
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // processes}",
+        "XLA_FLAGS": (
+            f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={4 // processes}"
+        ),
     }
     distributed = (
         f"--distributed.coordinator 127.0.0.1:{port} --distributed.processes {processes} "

@@ -155,6 +155,20 @@ def test_tensorboard_has_the_records_and_the_previews(tmp_path):
     assert text.decode() == "    two\n    lines\n"
 
 
+def test_tensorboard_has_the_counts_of_an_evaluation(tmp_path):
+    """Of which metrics.jsonl has the figures alone."""
+    config = dataclasses.replace(CONFIG, evaluate_every=4, tensorboard=True, steps=4)
+    report = {"used": 0.5, "usage": np.array([3, 0, 7])}
+    fit(tmp_path, config, evaluate=lambda averaged: report)
+    (line,) = (line for line in records(tmp_path) if "eval/used" in line)
+    assert line == {"step": 4, "eval/used": 0.5}
+    histogram = events(tmp_path / "tensorboard")["eval/usage", 4].histo
+    assert list(histogram.bucket) == [3, 0, 7]
+    assert list(histogram.bucket_limit) == [0.5, 1.5, 2.5]
+    assert (histogram.num, histogram.sum, histogram.sum_squares) == (10, 14, 28)
+    assert (histogram.min, histogram.max) == (0, 2)
+
+
 def test_tensorboard_without_its_package_is_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     with pytest.raises(ValueError, match=r"install gen_jax\[tensorboard\]"):

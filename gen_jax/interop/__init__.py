@@ -16,7 +16,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "save_diffusers_vq",
         ],
         "diffusers": ["load_diffusers_unet", "save_diffusers_unet"],
-        "diffusers_pipelines": ["load_diffusers_ldm"],
+        "diffusers_pipelines": ["load_diffusers_ldm", "save_diffusers_ldm"],
         "transformers": ["load_gpt2", "load_llama", "load_transformers", "save_gpt2"],
     },
 )

@@ -11,12 +11,12 @@ from typing import Any
 
 from gen_jax.interop.config_json import LARGEST, Refusals, is_count, read_json
 from gen_jax.models.diffusion.config import DiffusionConfig
-from gen_jax.models.diffusion.solvers import DDIM
+from gen_jax.models.diffusion.solvers import DDIM, Solver
 from gen_jax.models.diffusion.time_grid import TimeGrid
 
-__all__ = ["read_ddim", "read_process"]
+__all__ = ["SCHEDULER", "read_ddim", "read_process", "to_ddim_options"]
 
-_SCHEDULER = "scheduler_config.json"
+SCHEDULER = "scheduler_config.json"
 
 # The options that say which process a network was trained for, with the defaults of DDPMScheduler.
 # Those of DDIMScheduler and others say nothing of the variance.
@@ -46,8 +46,10 @@ _PROCESS_VALUES = {
     "rescale_betas_zero_snr": {False: False},
 }
 
-# What DDIMScheduler knows beside the process, with its defaults. The first versions of diffusers
-# wrote the last three; it reads them no longer.
+_PROCESS_OF_DDIM = {key: value for key, value in _PROCESS.items() if key != "variance_type"}
+
+# What DDIMScheduler knows beside the process, with its defaults, and what the first versions of
+# diffusers wrote, which it reads no longer.
 _DDIM = {
     "clip_sample": True,
     "clip_sample_range": 1.0,
@@ -57,10 +59,8 @@ _DDIM = {
     "thresholding": False,
     "dynamic_thresholding_ratio": 0.995,
     "sample_max_value": 1.0,
-    "timestep_values": None,
-    "timesteps": None,
-    "tensor_format": None,
 }
+_OLD_DDIM = {"timestep_values": None, "timesteps": None, "tensor_format": None}
 
 
 def read_process(directory: str | os.PathLike) -> DiffusionConfig | None:
@@ -73,7 +73,7 @@ def read_process(directory: str | os.PathLike) -> DiffusionConfig | None:
       ValueError: the file is damaged, or it describes a process that cannot be expressed.
     """
     given = pathlib.Path(directory).expanduser()
-    paths = (given / _SCHEDULER, given / "scheduler" / _SCHEDULER)
+    paths = (given / SCHEDULER, given / "scheduler" / SCHEDULER)
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
         return None
@@ -98,15 +98,15 @@ def read_ddim(directory: str | os.PathLike, steps: int) -> tuple[DiffusionConfig
         or are unknown, or so many steps do not fit.
     """
     TimeGrid(steps)  # refuses what is no number of steps
-    path = pathlib.Path(directory).expanduser() / _SCHEDULER
+    path = pathlib.Path(directory).expanduser() / SCHEDULER
     if not path.is_file():
-        raise FileNotFoundError(f"{path.parent} has no {_SCHEDULER}")
+        raise FileNotFoundError(f"{path.parent} has no {SCHEDULER}")
     stored = _read(path)
     if (name := stored.get("_class_name")) != "DDIMScheduler":
         raise ValueError(f"{path} is not of a DDIMScheduler: _class_name={name!r}")
-    known = _PROCESS.keys() - {"variance_type"} | _DDIM.keys()
+    known = _PROCESS_OF_DDIM.keys() | _DDIM.keys() | _OLD_DDIM.keys()
     unknown = sorted(key for key in stored.keys() - known if not key.startswith("_"))
-    refusals = Refusals(_PROCESS | _DDIM | stored)
+    refusals = Refusals(_PROCESS | _DDIM | _OLD_DDIM | stored)
     refusals.problems += [f"{key}={json.dumps(stored[key])} (unknown)" for key in unknown]
     _check_process(refusals)
     _check_ddim(refusals, steps)
@@ -124,6 +124,45 @@ def read_ddim(directory: str | os.PathLike, steps: int) -> tuple[DiffusionConfig
     )
     solver.check(process)
     return process, solver
+
+
+def to_ddim_options(process: DiffusionConfig, solver: Solver) -> dict[str, Any]:
+    """The content of scheduler_config.json of a `DDIMScheduler` for the process and the solver.
+
+    The number of steps is not in it, nor what only training reads.
+
+    Raises:
+      ValueError: `DDIMScheduler` cannot express the solver.
+    """
+    if not isinstance(solver, DDIM):
+        raise ValueError(f"an LDMPipeline draws with ddim, not {solver.name}")
+    if solver.eta or solver.guidance != 1 or solver.clipped_direction:
+        raise ValueError(
+            "the scheduler has neither eta nor guidance nor clipped_direction: leave these"
+        )
+    of_process = {
+        "num_train_timesteps": process.timesteps,
+        "beta_start": process.beta_start,
+        "beta_end": process.beta_end,
+        "beta_schedule": process.schedule,
+        "prediction_type": process.prediction,
+    }
+    for key, table in _PROCESS_VALUES.items():
+        if key in of_process:
+            names = {ours: theirs for theirs, ours in table.items()}
+            of_process[key] = names[of_process[key]]
+    of_solver = {
+        "clip_sample": solver.clip,
+        "set_alpha_to_one": solver.end == "clean",
+        "steps_offset": solver.offset,
+        "timestep_spacing": solver.spacing,
+    }
+    options = _PROCESS_OF_DDIM | _DDIM | of_process | of_solver
+    refusals = Refusals(options | _OLD_DDIM)
+    _check_ddim(refusals, solver.steps)
+    if refusals.problems:
+        raise ValueError(f"diffusers cannot express the solver: {'; '.join(refusals.problems)}")
+    return {"_class_name": "DDIMScheduler"} | options
 
 
 def _read(path):

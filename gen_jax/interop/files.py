@@ -175,7 +175,13 @@ def write(
     tensors = {n: np.ascontiguousarray(tensor, np.float32) for n, tensor in tensors.items()}
     directory.mkdir(parents=True, exist_ok=True)
     _replace(directory / weights, safetensors.numpy.save(tensors, metadata={"format": "pt"}))
-    _replace(directory / CONFIG, (json.dumps(options, indent=2, sort_keys=True) + "\n").encode())
+    write_json(directory / CONFIG, options)
+
+
+def write_json(path: pathlib.Path, options: Mapping) -> None:
+    """Writes a file of options into a folder that is made where there is none, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _replace(path, (json.dumps(options, indent=2, sort_keys=True) + "\n").encode())
 
 
 def _replace(path, content):

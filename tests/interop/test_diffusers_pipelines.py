@@ -1,9 +1,11 @@
 """Pipelines of diffusers: refusals, and agreement with the peer."""
 
+import dataclasses
 import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -11,9 +13,27 @@ from gen_jax import interop, sampling
 from gen_jax.condition import Condition
 from gen_jax.interop.diffusers_options import to_config
 from gen_jax.interop.diffusers_schedulers import read_ddim
-from gen_jax.models.diffusion import DDIM, DiffusionConfig
+from gen_jax.models.autoregressive import AutoregressiveModel, AutoregressiveSampler
+from gen_jax.models.diffusion import (
+    DDIM,
+    Ancestral,
+    DiffusionConfig,
+    DiffusionModel,
+    DiffusionSampler,
+)
+from gen_jax.models.two_stage import TwoStageSampler
+from gen_jax.models.vq import (
+    AutoencoderOptions,
+    CodebookOptions,
+    FSQOptions,
+    GaussianOptions,
+    make_autoencoder,
+)
+from gen_jax.nn.config import AutoencoderConfig, TransformerConfig, UNetConfig
+from gen_jax.nn.transformer import TokenNetwork
 from gen_jax.nn.unet import UNetNetwork
 from latent_pipeline import SCHEDULER, write_json, write_pipeline
+from random_networks import random_params
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -21,6 +41,13 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 PROCESS = DiffusionConfig(
     schedule="scaled_linear", beta_start=0.0015, beta_end=0.0195, variance="fixed_small"
 )
+
+
+UNET = UNetConfig(widths=(4,), blocks=1, attention=(), groups=2, dropout=0.0)
+CODER = AutoencoderConfig(widths=(4, 4), blocks=1, groups=2)
+SOLVER = DDIM(5, clip=False)
+KL = GaussianOptions(width=3)
+CODES = CodebookOptions(codes=5, width=3, update="gradient", restart_every=0)
 
 
 def edit(path, **changes):
@@ -129,6 +156,11 @@ def test_no_number_of_steps(folder):
         ("unet/config.json", {"out_channels": 6}, "predicts 6 channels for images of 3"),
         ("unet/config.json", {"act_fn": "relu"}, 'act_fn="relu"'),
         ("vqvae/config.json", {"_class_name": "AutoencoderKL"}, "is not of a VQModel"),
+        (
+            "model_index.json",
+            {"vqvae": ["diffusers", "AutoencoderKL"]},
+            "is not of a AutoencoderKL: _class_name='VQModel'",
+        ),
         ("vqvae/config.json", {"norm_type": "spatial"}, 'norm_type="spatial"'),
         ("unet/config.json", {"layers_per_block": 2}, "does not fit the network: missing"),
     ],
@@ -166,6 +198,63 @@ def test_a_damaged_file_is_named(copy, file):
     with pytest.raises(ValueError, match=f"{file} is damaged") as raised:
         interop.load_diffusers_ldm(copy)
     assert "\n" not in str(raised.value)
+
+
+def diffusion(process=PROCESS, solver=SOLVER, unet=UNET, quantiser=KL, shape=(4, 4, 3)):
+    """Latent diffusion of the smallest networks, and random parameters."""
+    prior = DiffusionSampler(DiffusionModel(UNetNetwork(unet), process, shape), solver)
+    height, width, _ = shape
+    images = (2 * height, 2 * width, 3)
+    autoencoder = make_autoencoder(CODER, quantiser, AutoencoderOptions(), images)
+    params = {
+        "prior": random_params(prior.model),
+        "autoencoder": random_params(autoencoder) | {"deviation": jnp.float32(0.5)},
+    }
+    return TwoStageSampler(prior, autoencoder, latents=True), params
+
+
+@pytest.mark.parametrize("quantiser", [KL, CODES])
+def test_a_pipeline_that_is_written_comes_back(tmp_path, quantiser):
+    """With its steps, which are not in the file."""
+    solver = DDIM(4, "trailing", clip=False, end="first")
+    process = DiffusionConfig(schedule="cosine", prediction="v", variance="fixed_small")
+    sampler, params = diffusion(process, solver, quantiser=quantiser)
+    interop.save_diffusers_ldm(tmp_path, sampler, params)
+    again, loaded = interop.load_diffusers_ldm(tmp_path, steps=4)
+    assert again.prior.solver == solver
+    keys = sampling.sample_keys(0, 0, 2)
+    one, other = sampling.generate(sampler, params, keys), sampling.generate(again, loaded, keys)
+    np.testing.assert_allclose(other, one, atol=1e-5)
+    assert one.std() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"solver": DDIM(5, clip=False, eta=0.5)}, "neither eta nor guidance"),
+        ({"solver": Ancestral(clip=False)}, "an LDMPipeline draws with ddim, not ddpm"),
+        ({"solver": DDIM(5, "linspace", clip=False)}, 'timestep_spacing="linspace"'),
+        ({"shape": (4, 8, 3)}, "square latents, and a UNet without classes"),
+        ({"quantiser": FSQOptions(levels=(3, 3, 3))}, "diffusers has no quantiser 'fsq'"),
+        ({"unet": dataclasses.replace(UNET, classes=2)}, "a UNet without classes"),
+    ],
+)
+def test_what_a_pipeline_cannot_be_is_refused(tmp_path, changes, message):
+    sampler, params = diffusion(**changes)
+    with pytest.raises(ValueError, match=message) as raised:
+        interop.save_diffusers_ldm(tmp_path / "folder", sampler, params)
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "folder").exists()
+
+
+def test_codes_are_no_pipeline(tmp_path):
+    autoencoder = make_autoencoder(CODER, CODES, AutoencoderOptions(), (8, 8, 3))
+    sizes = TransformerConfig(vocabulary=5, context=16, layers=1, width=4, heads=1, extra_inputs=1)
+    prior = AutoregressiveSampler(AutoregressiveModel(TokenNetwork(sizes)), 0, 16)
+    sampler = TwoStageSampler(prior, autoencoder)
+    with pytest.raises(ValueError, match="draws latents by diffusion, not codes"):
+        interop.save_diffusers_ldm(tmp_path / "folder", sampler, {})
+    assert not (tmp_path / "folder").exists()
 
 
 @pytest.fixture(scope="module")
@@ -242,6 +331,27 @@ def test_images_of_the_same_noise_agree(
     np.testing.assert_allclose(ours.clip(0, 1), images, atol=1e-4)
     assert ((ours > 0) & (ours < 1)).mean() > 0.9  # most are not cut off
     assert images.std() > 0.05
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("quantiser", [KL, CODES])
+def test_the_peer_draws_our_images(peers, tmp_path, monkeypatch, quantiser):
+    import torch
+
+    process = DiffusionConfig(schedule="cosine", prediction="v", variance="fixed_small")
+    solver = DDIM(5, "trailing", clip=False)
+    sampler, params = diffusion(process, solver, quantiser=quantiser)
+    interop.save_diffusers_ldm(tmp_path, sampler, params)
+    theirs = peers.LDMPipeline.from_pretrained(tmp_path)
+    theirs.set_progress_bar_config(disable=True)
+    keys = sampling.sample_keys(0, 0, 2)
+    noise = np.moveaxis(np.array(sampler.init(params, keys, Condition()).x), -1, 1).copy()
+    module = type(theirs).__module__
+    monkeypatch.setattr(f"{module}.randn_tensor", lambda *_, **__: torch.from_numpy(noise))
+    images = theirs(batch_size=2, num_inference_steps=5, output_type="np").images
+    ours = np.asarray(sampling.generate(sampler, params, keys)) / 2 + 0.5
+    np.testing.assert_allclose(ours.clip(0, 1), images, atol=1e-4)
+    assert images.std() > 0.01
 
 
 # The sizes in config.json of the UNet of CompVis/ldm-celebahq-256.

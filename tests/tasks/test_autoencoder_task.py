@@ -26,7 +26,7 @@ MINUTE = AutoencoderRunConfig(
     data=DataConfig(),
     model=AutoencoderConfig(widths=(4,), blocks=1, groups=2, middle_attention=False, patch=4),
     quantiser=CodebookOptions(codes=6, width=3, restart_every=1),
-    train=dataclasses.replace(TRAIN, preview_every=0),
+    train=TRAIN,
     evaluate=EvaluateConfig(images=11, batch=8, shown=5),
 )
 MINIATURE = dataclasses.replace(EXPERIMENT, presets={"minute": MINUTE})
@@ -47,7 +47,9 @@ def finished(tmp_path_factory, one_device):
 def test_the_command_all_leaves_everything(finished):
     names = {path.name for path in finished.iterdir() if not path.name.startswith(".")}
     pictures = {"reconstruction.png", "codes.png", "usage.png"}
-    assert names == {"config.json", "model", "summary.json"} | pictures
+    assert names == {"config.json", "model", "previews", "summary.json"} | pictures
+    with Image.open(finished / "previews" / "00000002.png") as sheet:
+        assert sheet.size == (5 * 65 - 1, 3 * 65 - 1)
     report = summary(finished)
     assert report["codes_per_image"] == 16
     assert report["bits_per_image"] == pytest.approx(16 * np.log2(6))
@@ -119,7 +121,6 @@ REFUSED = [
     ("--objective.critic.weight 1 --objective.critic.start 2", "training ends at 2: start it earl"),
     ("--objective.critic.weight 1 --objective.critic.start 0", "16 x 16 are too small for a discr"),
     ("--quantiser vq", "unknown --quantiser"),
-    ("--train.preview-every 2", "this experiment shows no samples while it trains"),
     ("evaluate", "train one first, or give its --workdir"),
 ]
 

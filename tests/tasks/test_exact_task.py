@@ -124,6 +124,14 @@ def test_bad_input_is_one_line(tmp_path, capsys, options, message):
     assert message in refused_in(capsys)
 
 
+def test_no_samples_are_shown(tmp_path, capsys):
+    options = ["--workdir", str(tmp_path / "run"), "--train.preview-every", "2"]
+    assert cli.main(EXPERIMENT, options) == 2
+    message = "error: this experiment shows no samples while it trains: leave preview_every"
+    assert capsys.readouterr().err.splitlines() == [message]
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 def test_facts_agree_with_what_was_run():
     known = facts.facts(dataclasses.replace(TINY, samples=5000))

@@ -4,12 +4,14 @@ import dataclasses
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 import gen_jax
 from experiments.two_stage import EXPERIMENT
-from gen_jax import cli, sampling
+from gen_jax import cli, interop, sampling
 from gen_jax.data import DataConfig
 from gen_jax.models.autoregressive.config import SamplingOptions
 from gen_jax.models.vq.config import CodebookOptions
@@ -28,11 +30,11 @@ MINUTE = TwoStageConfig(
     data=DataConfig(),
     coder=AutoencoderConfig(widths=(4,), blocks=1, groups=2, middle_attention=False, patch=4),
     quantiser=CodebookOptions(codes=6, width=4, restart_every=1),
-    coder_train=_TRAIN,
+    coder_train=TRAIN,
     model=TransformerConfig(layers=1, width=8, heads=1),
     unet=UNetConfig(widths=(4,), blocks=1, attention=(), groups=2, dropout=0.0),
     diffusion=EXPERIMENT.presets["ar"].diffusion,
-    train=_TRAIN,
+    train=TRAIN,
     sample=LabelledSampleConfig(number=5, micro_batch=8),
     evaluate=EvaluateConfig(images=11, draws=2, batch=8),
 )
@@ -69,7 +71,7 @@ def coder(tmp_path_factory, one_device):
 
 def test_the_command_all_leaves_everything(finished):
     names = {path.name for path in finished.iterdir() if not path.name.startswith(".")}
-    pictures = {"samples.png", "samples.npz", "samples", "trajectory.png"}
+    pictures = {"samples.png", "samples.npz", "samples", "trajectory.png", "previews"}
     assert names == {"config.json", "autoencoder", "prior", "codes", "summary.json"} | pictures
     report = summary(finished)
     assert (report["nfe"], report["codes_per_image"]) == (17, 16)
@@ -84,6 +86,18 @@ def test_the_command_all_leaves_everything(finished):
     again = sampling.generate(loaded.sampler, loaded.params, keys, loaded.condition(5))
     np.testing.assert_allclose(again, images, atol=1e-4)
     assert list(EXPERIMENT.presets) == ["ar", "masked", "one_shot", "next_scale", "diffusion"]
+
+
+def test_each_stage_shows_what_it_has_learned(finished):
+    """The autoencoder images beside what comes back, and the prior the samples of the run."""
+    previews = finished / "previews"
+    names = ["autoencoder_00000002.png", "prior_00000002.png"]
+    assert sorted(path.name for path in previews.iterdir()) == names
+    with Image.open(previews / names[0]) as sheet:
+        assert sheet.size == (5 * 65 - 1, 3 * 65 - 1)
+    with Image.open(previews / names[1]) as last, Image.open(finished / "samples.png") as drawn:
+        difference = np.asarray(last).astype(int) - np.asarray(drawn)
+    assert abs(difference).max() <= 1
 
 
 @pytest.mark.parametrize(
@@ -182,12 +196,20 @@ def test_bad_input_is_refused_in_one_line(tmp_path, capsys, line, message):
     assert not (tmp_path / "run").exists()
 
 
-def test_no_stage_shows_samples_where_there_are_two(tmp_path, capsys):
-    for options in (("--train.preview-every", 2), ("--coder-train.preview-every", 2)):
-        assert main("--workdir", tmp_path / "run", *options) == 2
-        message = "error: this experiment shows no samples while it trains: leave preview_every"
-        assert capsys.readouterr().err.splitlines()[-1] == message
-        assert not (tmp_path / "run").exists()
+def test_latent_diffusion_is_exported_and_codes_are_not(tmp_path, capsys, finished):
+    options = ("--prior", "diffusion", "--quantiser", "kl", "--train.preview-every", 0)
+    assert main("train", "--workdir", tmp_path, *options) == 0
+    assert main("export", "--workdir", tmp_path) == 0
+    sampler, params = interop.load_diffusers_ldm(tmp_path / "diffusers", steps=20)
+    ours = gen_jax.load(tmp_path)
+    assert sampler.prior.solver == ours.sampler.prior.solver
+    assert sampler.autoencoder.shape == (16, 16, 3)
+    jax.tree.map(np.testing.assert_array_equal, params, ours.params)
+    capsys.readouterr()
+    assert main("export", "--workdir", finished) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "error: an LDMPipeline draws latents by diffusion, not codes"
+    assert not (finished / "diffusers").exists()
 
 
 def test_the_prior_names_the_preset():

@@ -55,7 +55,8 @@ def stage(
 ) -> Stage:
     """What trains an autoencoder on images, which are mirrored as config.data says.
 
-    It is trained against a critic where the options of the model give one a weight.
+    It is trained against a critic where the options of the model give one a weight. Its previews
+    are of training images.
     """
     critic = model.options.critic.weight > 0
     return Stage(
@@ -64,6 +65,7 @@ def stage(
         batch=functools.partial(_batch, config.data.flip, train, images),
         record={"image_shape": list(model.shape)},
         evaluate=evaluate,
+        show=functools.partial(_show, model, images, train.preview),
         train=train,
     )
 
@@ -99,9 +101,28 @@ def _coded(config, model, images, params):
     return rows["image"], coded
 
 
-def _validate(config, model, images, params) -> dict[str, float]:
-    """How near decoded test images are to what was encoded, and how evenly codes are used."""
-    return _figures(config, model, _coded(config, model, images, params)[1])
+def _show(model, images, number, params):
+    """The first images, below them what comes back, and the difference."""
+    originals = images.images[:number]
+    coded = _there_and_back(model, params, {"image": originals})
+    return _compared(originals, np.asarray(coded["images"]))
+
+
+def _compared(originals, decoded):
+    """Images [B, H, W, C] over what came back in [-1, 1], and the difference, as one picture."""
+    decoded = pictures.to_uint8(decoded)
+    difference = np.abs(decoded.astype(int) - originals).astype(np.uint8)
+    rows = np.concatenate([originals, decoded, difference])
+    scale = image_files.scale(originals.shape[1])
+    return pictures.grid(rows, columns=len(originals), scale=scale)
+
+
+def _validate(config, model, images, params) -> dict[str, Any]:
+    """How near decoded test images are to what was encoded, and how often each code was used."""
+    coded = _coded(config, model, images, params)[1]
+    counts = _counts(model, coded["code"]) if "code" in coded else ()
+    names = [f"code_usage_{i}" if len(counts) > 1 else "code_usage" for i in range(len(counts))]
+    return _figures(config, model, coded) | dict(zip(names, counts, strict=True))
 
 
 def _figures(config, model, coded):
@@ -135,15 +156,13 @@ def _evaluate(config, model, images, run: Run) -> dict[str, float]:
     """The figures of the test set, and pictures of them."""
     originals, coded = _coded(config, model, images, run.params)
     number, path = min(config.evaluate.shown, len(originals)), run.workdir.path
-    decoded = pictures.to_uint8(coded["images"][:number])
-    difference = np.abs(decoded.astype(int) - originals[:number]).astype(np.uint8)
-    scale = image_files.scale(model.shape[0])
-    rows = np.concatenate([originals[:number], decoded, difference])
-    pictures.save_png(path / "reconstruction.png", pictures.grid(rows, columns=number, scale=scale))
+    compared = _compared(originals[:number], coded["images"][:number])
+    pictures.save_png(path / "reconstruction.png", compared)
     if "code" in coded:
         maps = model.quantiser.maps(coded["code"][:number])
         drawn = code_pictures(maps, model.quantiser.codes, model.shape[0])
-        pictures.save_png(path / "codes.png", pictures.grid(drawn, columns=number, scale=scale))
+        sheet = pictures.grid(drawn, columns=number, scale=image_files.scale(model.shape[0]))
+        pictures.save_png(path / "codes.png", sheet)
         _draw_usage(path / "usage.png", _counts(model, coded["code"]))
     return _figures(config, model, coded)
 

@@ -86,6 +86,7 @@ class TwoStageConfig(RunConfig):
 
     task = "two_stage"
     make_task = "gen_jax.tasks.two_stage.task:make"
+    commands = ("train", "sample", "evaluate", "export")
     resumable = (*RunConfig.resumable, "autoencoder")
 
     def __post_init__(self):

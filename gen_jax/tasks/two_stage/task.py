@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gen_jax import config as config_lib
-from gen_jax import evaluation, loading, pictures, sampling
+from gen_jax import evaluation, interop, loading, pictures, sampling
 from gen_jax.data import ShapesSet
 from gen_jax.data.exact import Enumerated
 from gen_jax.data.streams import shard_slice
@@ -65,6 +65,7 @@ def make(config: TwoStageConfig, context: Context) -> Task:
         write=_write,
         show=lambda samples: image_files.sheet(pictures.to_uint8(samples)),
         evaluate=functools.partial(_evaluate, config, space, model),
+        commands={"export": _export},
         sizes={f"{split}_images": len(images) for split, images in context.data.items()},
         results=("samples.png", "samples.npz", "samples", "trajectory.png"),
     )
@@ -309,6 +310,13 @@ def _exactly(codes, vocabulary, scales=()):
         "next_scale_mass_on_support": gaps.valid_mass_of_groups(dist, groups),
         "next_scale_nats_lost": gaps.kl_of_groups(dist, groups),
     }
+
+
+def _export(run: Run) -> dict:
+    """Writes latent diffusion as a folder of diffusers; other priors have no such format."""
+    path, task = run.workdir.path / "diffusers", run.task
+    interop.save_diffusers_ldm(path, task.sampler, task.sampler_params(run.params))
+    return {"exported": str(path)}
 
 
 def _write(run: Run, samples: np.ndarray, report: dict) -> dict:
