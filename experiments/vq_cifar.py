@@ -72,6 +72,7 @@ CPU = AutoencoderRunConfig(
         ema_warmup=True,
         checkpoint_every=1000,
         evaluate_every=1000,
+        preview_every=1000,
     ),
 )
 
@@ -81,7 +82,12 @@ PAPER = AutoencoderRunConfig(
     model=AutoencoderConfig(widths=(256, 256, 256), blocks=1, middle_attention=False, groups=32),
     quantiser=CodebookOptions(codes=512, width=64),
     train=TrainConfig(
-        steps=250_000, batch=128, learning_rate=2e-4, warmup=0, evaluate_every=10_000
+        steps=250_000,
+        batch=128,
+        learning_rate=2e-4,
+        warmup=0,
+        evaluate_every=10_000,
+        preview_every=10_000,
     ),
     evaluate=EvaluateConfig(images=10_000, batch=256),
 )
@@ -106,6 +112,7 @@ VQGAN = AutoencoderRunConfig(
         beta2=0.9,
         ema=0.999,
         evaluate_every=10_000,
+        preview_every=10_000,
     ),
     evaluate=EvaluateConfig(images=10_000, batch=256),
 )

@@ -2,13 +2,14 @@
 
 Annotations of shapes are checked, ranks are not promoted silently, and warnings are errors.
 Programs are compiled once for all workers and processes, and for the next run of the suite; with
-few optimisations, without the emitters of fusions and in one piece, which takes a transformer a
-third of the time. Accelerators, a whole run with its resume, and what asks for `optimised` are
-tested with programs as users have them.
+few optimisations, in one piece, and with the older emitters of fusions where jaxlib has them, which
+takes a transformer a third of the time. Accelerators, a whole run with its resume, and what asks
+for `optimised` are tested with programs as users have them.
 """
 
 import gc
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 import warnings
@@ -19,10 +20,10 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-os.environ["XLA_FLAGS"] = (
-    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 "
-    + os.environ.get("XLA_FLAGS", "")  # the last of a name counts
-)
+_FLAGS = ["--xla_cpu_parallel_codegen_split_count=1"]
+if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):
+    _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+os.environ["XLA_FLAGS"] = " ".join([*_FLAGS, os.environ.get("XLA_FLAGS", "")])  # the last counts
 gc.set_threshold(100_000, 20, 50)  # a heap of traced programs is large, and little of it garbage
 
 import jaxtyping  # noqa: E402
