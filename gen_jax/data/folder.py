@@ -12,6 +12,7 @@ from gen_jax.data.images import Images
 __all__ = ["SUFFIXES", "read"]
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # by content: Pillow would start a program for PostScript
 
 
 def read(directory: str | Path, split: Split, size: int) -> Images:
@@ -102,7 +103,7 @@ def _in_test(path: Path, root: Path) -> bool:
 
 def _square(path: Path, size: int) -> np.ndarray:
     try:
-        with Image.open(path) as file:
+        with Image.open(path, formats=_FORMATS) as file:
             image = ImageOps.exif_transpose(file)
             has_alpha = image.mode in ("LA", "RGBA", "PA") or "transparency" in image.info
             if has_alpha:

@@ -4,6 +4,9 @@ A set that is prepared in a format of random access (array_record) is read by Nu
 prepares CIFAR-10 with TensorFlow; the builder here prepares it without, and the result is the
 same data set, readable by any other user of TFDS.
 
+A data set is files, and nothing in them is run: TFDS imports the module of any feature that a file
+names, and Pillow starts Ghostscript for an image that is PostScript; both are refused here.
+
 Importing this module takes two seconds, for tensorflow_datasets. The rest of the package reaches it
 as `gen_jax.data.tfds_source`, which is imported at its first use.
 """
@@ -18,7 +21,7 @@ from typing import Any
 import numpy as np
 import requests
 import tensorflow_datasets as tfds
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from tensorflow_datasets.core.download import download_manager
 from tensorflow_datasets.image_classification import cifar
 
@@ -32,6 +35,37 @@ _ARCHIVE = "cifar-10-binary.tar.gz"
 _TIMEOUT_SECONDS = 20
 
 
+@contextlib.contextmanager
+def _nothing_in_files_is_run() -> Iterator[None]:
+    """Refuses features of other packages than TFDS, and leaves Ghostscript alone.
+
+    Raises:
+      ValueError: a file names such a feature.
+    """
+    connector, refused = tfds.features.FeatureConnector, []
+    find, ghostscript = connector.__dict__["cls_from_name"], EpsImagePlugin.gs_binary
+
+    def checked(cls, name):
+        if name not in cls._registered_features and not name.startswith("tensorflow_datasets."):
+            refused.append(name)
+            raise ValueError(name)
+        return find.__func__(cls, name)
+
+    connector.cls_from_name, EpsImagePlugin.gs_binary = classmethod(checked), False
+    try:
+        yield
+    except Exception:
+        if not refused:
+            raise
+        raise ValueError(
+            f"the data set has a feature of the class {refused[0]}, whose module would be run: "
+            "only features of TFDS itself are read"
+        ) from None
+    finally:
+        connector.cls_from_name, EpsImagePlugin.gs_binary = find, ghostscript
+
+
+@_nothing_in_files_is_run()
 def read(name: str, split: Split, directory: str | Path = "") -> Images:
     """Reads one split of a TFDS data set of images, decoded once into one array.
 
@@ -48,13 +82,15 @@ def read(name: str, split: Split, directory: str | Path = "") -> Images:
     Raises:
       ConnectionError: CIFAR-10 could not be downloaded.
       FileNotFoundError: the set is not prepared in the directory.
-      ValueError: the archive has another checksum, or the set is no set of images of one size.
+      ValueError: the archive has another checksum, the set is no set of images of one size, or it
+        has features of other packages.
     """
     data_dir = _data_dir(directory)
     builder = _prepared_cifar10(data_dir) if name == "cifar10" else _builder(name, data_dir)
     return _decode(name, _source(builder, name, split, data_dir))
 
 
+@_nothing_in_files_is_run()
 def read_text(name: str, split: Split, directory: str | Path = "", characters: int = 0) -> str:
     """Reads one split of a TFDS data set of text: its documents, joined by line ends.
 
@@ -66,7 +102,8 @@ def read_text(name: str, split: Split, directory: str | Path = "", characters: i
 
     Raises:
       FileNotFoundError: the set is not prepared in the directory.
-      ValueError: it has no such split, no feature `text`, or a text that is not UTF-8.
+      ValueError: it has no such split, no feature `text`, features of other packages, or a text
+        that is not UTF-8.
     """
     data_dir = _data_dir(directory)
     builder = _builder(name, data_dir)
@@ -92,6 +129,7 @@ def read_text(name: str, split: Split, directory: str | Path = "", characters: i
     return text[:characters] if characters else text
 
 
+@_nothing_in_files_is_run()
 def read_pairs(
     name: str, split: str, directory: str | Path, source: str, target: str, limit: int = 0
 ) -> tuple[list[str], list[str]]:
@@ -111,7 +149,8 @@ def read_pairs(
 
     Raises:
       FileNotFoundError: the set is not prepared in the directory.
-      ValueError: it has no such split or language, or a text that is not UTF-8.
+      ValueError: it has no such split or language, features of other packages, or a text that is
+        not UTF-8.
     """
     # Where TensorFlow is missing, TFDS leaves its builders of translations out until asked for.
     with contextlib.suppress(ImportError):

@@ -1,6 +1,8 @@
+import os
+
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from gen_jax.data import DataConfig, load
 
@@ -98,6 +100,24 @@ def test_an_unreadable_image_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"bad\.png cannot be read") as caught:
         read(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_picture_that_is_postscript_starts_no_program(tmp_path, monkeypatch):
+    """Pillow goes by the content of a file, and leaves PostScript to Ghostscript."""
+    program = tmp_path / "bin" / "gs"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\ntouch '{tmp_path / 'it was run'}'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    content = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+    for i in range(20):
+        (pictures / f"{i}.png").write_text(content)
+    with pytest.raises(ValueError, match=r"\d\.png cannot be read as an image"):
+        read(pictures)
+    assert not (tmp_path / "it was run").exists()
 
 
 def test_a_truncated_image_is_named(tmp_path):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import requests
 import tensorflow_datasets as tfds
+from PIL import Image
 
 from gen_jax.data import DataConfig, cifar10, load, tfds_source
 
@@ -117,6 +118,59 @@ def test_sets_that_are_not_there_are_named(tmp_path):
         read(tmp_path, name="mnist")
     with pytest.raises(FileNotFoundError, match="knows no data set 'nothing_of_the_kind'"):
         read(tmp_path, name="nothing_of_the_kind")
+
+
+@pytest.fixture
+def prepared(tmp_path):
+    """A set of four small images in a folder of its own, as TFDS leaves it."""
+
+    class Small(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        name = "small"
+        VERSION = tfds.core.Version("1.0.0")
+        pkg_dir_path = None
+
+        def _info(self):
+            features = tfds.features.FeaturesDict({"image": tfds.features.Image(shape=(2, 2, 3))})
+            return tfds.core.DatasetInfo(builder=self, features=features)
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for i in range(4):
+                yield i, {"image": Image.fromarray(np.full((2, 2, 3), i, np.uint8))}
+
+    builder = Small(data_dir=tmp_path / "data", file_format="array_record")
+    builder.download_and_prepare()
+    return tmp_path / "data"
+
+
+def test_a_set_that_is_only_files_is_read(prepared):
+    assert sorted(read(prepared, name="small").images[:, 0, 0, 0]) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_feature_of_another_package_is_not_imported(prepared, tmp_path, monkeypatch, legacy):
+    """Which TFDS would do, from the current directory too."""
+    (tmp_path / "evil.py").write_text("raise SystemExit('it was run')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (path,) = prepared.rglob("features.json")
+    stored = json.loads(path.read_text())
+    inner = stored["featuresDict"]["features"]["image"]
+    if legacy:
+        stored = {"type": "evil.Feature", "content": {}}
+    else:
+        inner["pythonClassName"] = "evil.Feature"
+    path.write_text(json.dumps(stored))
+    before = tfds.features.FeatureConnector.__dict__["cls_from_name"]
+    with pytest.raises(
+        ValueError, match=r"a feature of the class evil\.Feature, whose mod"
+    ) as caught:
+        read(prepared, name="small")
+    assert "\n" not in str(caught.value)
+    assert "evil" not in sys.modules
+    assert tfds.features.FeatureConnector.__dict__["cls_from_name"] is before
 
 
 def test_tensorflow_is_never_imported(tmp_path):
