@@ -11,17 +11,38 @@ from jax.experimental import multihost_utils
 
 from gen_jax.config import DistributedConfig
 
-__all__ = ["gather", "meet", "start"]
+__all__ = ["check_platform", "gather", "meet", "start"]
 
 _PATIENCE = 600  # seconds that the first host waits for the last
 
 
 def start(config: DistributedConfig) -> None:
-    """Joins the processes of a run on several hosts; call it before anything touches a device."""
+    """Joins the processes of a run on several hosts; call it before anything touches a device.
+
+    Raises:
+      ValueError: there is no device of the platforms that JAX_PLATFORMS names.
+    """
     if config.coordinator == "auto":
         jax.distributed.initialize()
     elif config.coordinator:
         jax.distributed.initialize(config.coordinator, config.processes, config.index)
+    check_platform()
+
+
+def check_platform() -> None:
+    """Refuses to go on where jax has no device.
+
+    Raises:
+      ValueError: as `start` does.
+    """
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # of an unknown one, and of a missing plugin
+        reason = str(error).partition(" (")[0].rstrip(". ") or "its plugin is not installed"
+        raise ValueError(
+            f"jax finds no device of JAX_PLATFORMS={jax.config.jax_platforms} ({reason}): leave it "
+            "unset to take what there is, or install the jax of that platform"
+        ) from None
 
 
 def meet(place: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import tyro
 
-from gen_jax import arguments, cli
+from gen_jax import arguments, cli, hosts
 
 __all__ = ["Peer", "agreement", "alternate", "machine", "main", "require", "torch_device"]
 
@@ -46,6 +46,7 @@ def main(kind: type, benchmark: Callable[[Any], Any], about: str) -> int:
     def run():
         with arguments.refusals_in_one_line():
             config = tyro.cli(kind, description=about)
+        hosts.check_platform()
         print(json.dumps(benchmark(config)))
 
     return cli.guarded(run)

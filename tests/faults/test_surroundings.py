@@ -69,6 +69,14 @@ def test_the_fake_jax_would_be_noticed(preset, no_jax):
     assert preset.run("--workdir", "run", env=no_jax).returncode == 99
 
 
+def test_a_platform_that_is_not_there_is_named(preset, folder):
+    environment = preset.environment | {"JAX_PLATFORMS": "abacus"}
+    refused = preset.run("train", "--workdir", "run", env=environment)
+    assert refused.returncode == 2
+    assert_one_line(refused.stderr, "jax finds no device of JAX_PLATFORMS=abacus", "leave it unset")
+    assert not (folder / "run").exists()
+
+
 @contextlib.contextmanager
 def closed_port():
     """A local port that nobody listens on, and nobody else can take."""
