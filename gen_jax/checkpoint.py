@@ -125,6 +125,8 @@ def restore(
     Raises:
       FileNotFoundError: there is no checkpoint, or not this step.
       DamagedCheckpoint: the step asked for, or every step, is damaged.
+      OSError, MemoryError: a file is there and cannot be read, or there is no memory for it; that
+        is no damage, and no reason to take another step.
       ValueError: names, shapes or dtypes are not the expected ones, or the checkpoint is of another
         version of gen_jax.
     """
@@ -176,6 +178,7 @@ def _read_meta(manager, step):
         meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
         body, digest = meta["body"], meta["digest"]
     except Exception as error:  # Orbax promises no type for what a damaged file raises
+        _check_readable(manager, step, error)
         raise DamagedCheckpoint(f"{problem} cannot be read ({_first_line(error)})") from error
     if hashlib.sha256(body.encode()).hexdigest() != digest:
         raise DamagedCheckpoint(f"{problem} is not what was saved")
@@ -202,6 +205,7 @@ def _read_leaves(manager, step, name, leaves):
     try:
         return read(leaves)
     except Exception as error:  # as above; look for the leaf that is to blame
+        _check_readable(manager, step, error)
         for leaf in leaves:
             try:
                 read([leaf])
@@ -213,6 +217,34 @@ def _read_leaves(manager, step, name, leaves):
         raise DamagedCheckpoint(
             f"checkpoint of step {step} is damaged: {name} cannot be read ({_first_line(error)})"
         ) from error
+
+
+def _check_readable(manager, step, error):
+    """Raises what keeps the files of a step from being read, where that is why there was an error.
+
+    Orbax and TensorStore say of a file without permission that it is not there, and of others
+    little: the files are read once more.
+    """
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        raise MemoryError(f"checkpoint of step {step} does not fit") from error
+
+    def refuse(reason):
+        absent = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+        if not isinstance(reason, absent):
+            raise OSError(
+                f"checkpoint of step {step} cannot be read: {reason.filename}: {reason.strerror}"
+            ) from reason
+
+    for folder, _, names in os.walk(manager.directory / str(step), onerror=refuse):
+        for name in names:
+            path = os.path.join(folder, name)
+            try:
+                with open(path, "rb") as file:
+                    while file.read(2**20):
+                        pass
+            except OSError as reason:
+                reason.filename = path
+                refuse(reason)
 
 
 def _check_layout(name, expected, digests, step):

@@ -184,6 +184,32 @@ def test_a_checkpoint_of_another_version_is_refused(saved, monkeypatch, number, 
         assert not isinstance(caught.value, checkpoint.DamagedCheckpoint)
 
 
+@pytest.mark.parametrize("part", ["meta/metadata", "params/manifest.ocdbt", "state/d/*"])
+def test_a_file_that_cannot_be_read_is_no_damage(saved, part):
+    """A link to itself stands for what a user without permission, or a broken disk, would get."""
+    (path,) = (saved / "2").glob(part)
+    content = path.read_bytes()
+    path.unlink()
+    path.symlink_to(path)
+    for step in (None, 2):
+        with pytest.raises(OSError, match="checkpoint of step 2 cannot be read") as caught:
+            checkpoint.restore(saved, ABSTRACT, step=step)
+        assert f"{path}: Too many levels of symbolic links" in str(caught.value)
+        assert "\n" not in str(caught.value)
+    path.unlink()
+    path.write_bytes(content)
+    assert checkpoint.restore(saved, ABSTRACT).step == 2
+
+
+def test_too_little_memory_is_no_damage(saved, monkeypatch):
+    def restore(*arguments, **options):
+        raise MemoryError
+
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", restore)
+    with pytest.raises(MemoryError, match="checkpoint of step 2 does not fit"):
+        checkpoint.restore(saved, ABSTRACT)
+
+
 def test_a_missing_step_is_no_damage(saved):
     with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 3 .*\[1, 2\]"):
         checkpoint.restore(saved, ABSTRACT, step=3)
