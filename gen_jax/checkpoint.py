@@ -11,6 +11,7 @@ import logging
 import os
 import pathlib
 import re
+import shutil
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -107,6 +108,9 @@ def save(
             )
             manager.wait_until_finished()
     except (ValueError, OSError) as error:  # ValueError where TensorStore could not write
+        if jax.process_index() == 0:  # what is half-written would keep a full disk full
+            for left in path.glob(f"{step}.orbax-checkpoint-tmp*"):
+                shutil.rmtree(left, ignore_errors=True)
         raise OSError(f"checkpoint of step {step} not saved in {path}: {_reason(error)}") from error
 
 

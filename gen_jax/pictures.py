@@ -1,14 +1,15 @@
 """Arrays to picture files; a file appears whole under its name or not at all."""
 
 import math
-import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
+
+from gen_jax import whole_file
 
 __all__ = ["grid", "save_gif", "save_images", "save_png", "to_uint8"]
 
@@ -86,7 +87,8 @@ def save_png(path: str | Path, array: Picture) -> None:
       OSError: the file cannot be written.
     """
     image = _image(array)
-    _write_whole(Path(path), lambda file: image.save(file, format="PNG"))
+    with whole_file.replacing(path, durable=False) as file:
+        image.save(file, format="PNG")
 
 
 def save_gif(path: str | Path, frames: Sequence[Picture], milliseconds: int) -> None:
@@ -112,12 +114,9 @@ def save_gif(path: str | Path, frames: Sequence[Picture], milliseconds: int) -> 
         raise ValueError("frames differ in size; a GIF needs frames of one size")
     durations = [milliseconds] * (len(images) - 1) + [max(milliseconds, _HOLD_MILLISECONDS)]
     first, rest = images[0], images[1:]
-    _write_whole(
-        Path(path),
-        lambda file: first.save(
-            file, format="GIF", save_all=True, append_images=rest, duration=durations, loop=0
-        ),
-    )
+    more = {"append_images": rest, "duration": durations, "loop": 0}
+    with whole_file.replacing(path, durable=False) as file:
+        first.save(file, format="GIF", save_all=True, **more)
 
 
 def save_images(
@@ -150,14 +149,3 @@ def _image(array: np.ndarray) -> Image.Image:
             f"not {array.dtype} {list(array.shape)}"
         )
     return Image.fromarray(array)
-
-
-def _write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
-        with temporary.open("xb") as file:
-            write(file)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gen_jax import parallel, sampling
+from gen_jax import parallel, sampling, whole_file
 from gen_jax.condition import Condition
 from gen_jax.config import RunConfig, TrainConfig
 from gen_jax.sampling import Sampler
@@ -189,9 +189,8 @@ class Run:
 
     def keep_samples(self, **arrays: Any) -> None:
         """Writes samples.npz whole: the arrays, the step and the seed."""
-        temporary = self.workdir.path / ".samples.npz"
-        np.savez(temporary, **arrays, step=self.step, seed=self.config.sample.seed)
-        temporary.replace(self.workdir.path / "samples.npz")
+        with whole_file.replacing(self.workdir.path / "samples.npz") as file:
+            np.savez(file, **arrays, step=self.step, seed=self.config.sample.seed)
 
     def kept_samples(self) -> dict[str, np.ndarray]:
         """The arrays in samples.npz, which must be of the restored checkpoint.
@@ -218,7 +217,4 @@ class Run:
 
     def keep_text(self, name: str, content: str) -> None:
         """Writes a UTF-8 file of the work directory whole."""
-        path = self.workdir.path / name
-        temporary = path.with_name(f".{path.name}")
-        temporary.write_text(content, encoding="utf-8", newline="")
-        temporary.replace(path)
+        whole_file.write(self.workdir.path / name, content)

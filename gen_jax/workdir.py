@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 
 from gen_jax import config as config_lib
+from gen_jax import whole_file
 
 __all__ = ["MetricsLog", "Workdir", "WorkdirError"]
 
@@ -188,13 +189,7 @@ class Workdir:
     def write_json(self, name: str, values: dict) -> pathlib.Path:
         """Writes a JSON file whole: a reader sees the old one or the new one."""
         path = self.path / name
-        temporary = path.with_name(f".{name}.{os.getpid()}")
-        try:
-            with _naming(path):
-                temporary.write_text(json.dumps(values, indent=2) + "\n")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        whole_file.write(path, json.dumps(values, indent=2) + "\n")
         return path
 
 
@@ -203,17 +198,6 @@ def _remove_empty(directories):
     for directory in reversed(directories):
         with contextlib.suppress(OSError):
             directory.rmdir()
-
-
-@contextlib.contextmanager
-def _naming(path):
-    """Names the file in errors of the system: a write that fails does not."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is not None or error.errno is None:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 class MetricsLog:
@@ -230,10 +214,7 @@ class MetricsLog:
 
     def __init__(self, path: pathlib.Path, step: int = 0):
         kept = [line for line in self.read(path) if line["step"] <= step]
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        with _naming(path):
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(temporary, path)
+        whole_file.write(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._path = path
         self._file = open(path, "a")  # noqa: SIM115, closed by close()
 
@@ -269,7 +250,7 @@ class MetricsLog:
 
     def write(self, record: dict) -> None:
         """Appends one record, which has a "step"."""
-        with _naming(self._path):
+        with whole_file.naming(self._path):
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
 

@@ -2,12 +2,12 @@
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32, Integer
 
+from gen_jax import whole_file
 from gen_jax.data.streams import check_tokens
 from gen_jax.data.text import digest
 
@@ -88,13 +88,7 @@ class StoredTokenizer:
         }
 
     def save(self, path: str | os.PathLike) -> None:
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            temporary.write_bytes(self._content().encode())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        whole_file.write(path, self._content())
 
     def checked(self, ids: Ids) -> Integer[np.ndarray, " L"]:
         """Tokens as an array.

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import os
 import pathlib
 import re
 from collections.abc import Iterable, Mapping
@@ -15,6 +14,7 @@ import safetensors
 import safetensors.numpy
 from flax import traverse_util
 
+from gen_jax import whole_file
 from gen_jax.interop.config_json import CONFIG, read_json
 
 __all__ = [
@@ -173,21 +173,11 @@ def write(
 ) -> None:
     """Writes config.json and the weights as float32; a reader sees each file whole, old or new."""
     tensors = {n: np.ascontiguousarray(tensor, np.float32) for n, tensor in tensors.items()}
-    directory.mkdir(parents=True, exist_ok=True)
-    _replace(directory / weights, safetensors.numpy.save(tensors, metadata={"format": "pt"}))
+    with whole_file.replacing(directory / weights) as file:
+        file.write(safetensors.numpy.save(tensors, metadata={"format": "pt"}))
     write_json(directory / CONFIG, options)
 
 
 def write_json(path: pathlib.Path, options: Mapping) -> None:
     """Writes a file of options into a folder that is made where there is none, whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _replace(path, (json.dumps(options, indent=2, sort_keys=True) + "\n").encode())
-
-
-def _replace(path, content):
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    whole_file.write(path, json.dumps(options, indent=2, sort_keys=True) + "\n")

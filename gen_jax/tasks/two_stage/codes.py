@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import json
-import os
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gen_jax import checkpoint, evaluation
+from gen_jax import checkpoint, evaluation, whole_file
 from gen_jax.data import Images
 from gen_jax.models.diffusion.process import to_signal
 from gen_jax.models.vq import Autoencoder
@@ -107,13 +106,6 @@ def _read(path, record):
 
 def _write(path, record, codes):
     """Both files whole, the codes first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            np.save(file, codes)
-        os.replace(temporary, path)
-        temporary.write_text(json.dumps({"digest": checkpoint.digest(codes)}), encoding="utf-8")
-        os.replace(temporary, record)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file.replacing(path) as file:
+        np.save(file, codes)
+    whole_file.write(record, json.dumps({"digest": checkpoint.digest(codes)}))
