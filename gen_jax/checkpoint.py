@@ -94,7 +94,8 @@ def save(
                     f"checkpoint of step {step} not saved: {name}.{leaf} is not finite"
                 )
             digests[f"{name}.{leaf}"] = digest(value)
-    body = json.dumps({"format": FORMAT, "digests": digests, "record": dict(record)})
+    content = {"format": FORMAT, "step": step, "digests": digests, "record": dict(record)}
+    body = json.dumps(content)
     arguments = {name: ocp.args.PyTreeSave(item) for name, item in items.items()}
     meta = {"body": body, "digest": hashlib.sha256(body.encode()).hexdigest()}
     path = pathlib.Path(directory).absolute()
@@ -192,6 +193,11 @@ def _read_meta(manager, step):
         raise ValueError(
             f"checkpoint of step {step} in {manager.directory} is of {age} version of gen_jax "
             f"(format {meta['format']}, not {FORMAT}); train again in another --workdir"
+        )
+    if (saved := meta.get("step", step)) != step:
+        raise DamagedCheckpoint(
+            f"checkpoint of step {step} is damaged: its record is of step {saved}, as where a "
+            "folder was copied under another name"
         )
     return meta
 

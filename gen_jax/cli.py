@@ -116,7 +116,7 @@ def execute(
     workdir = Workdir(config.workdir)
     path = workdir.path
     training, several = "train" in phases, bool(config.distributed.coordinator)
-    if not training and not config.pretrained and not (path / "config.json").exists():
+    if not training and not config.pretrained and workdir.stored_config() is None:
         raise WorkdirError(f"no run in {path}; train one first, or give its --workdir")
     if several and phases != ("train",):
         raise ValueError("several hosts train together; sample and evaluate on one of them")
@@ -197,7 +197,7 @@ def stored_run(path: str | os.PathLike, kind: type[RunConfig] | None = None) -> 
     """The configuration in config.json of a work directory, with `path` as its own.
 
     Args:
-      path: the directory; where there is no config.json, the result is None.
+      path: the directory; where there is neither config.json nor a checkpoint, the result is None.
       kind: the class that the configuration must be of; None for that of its task.
 
     Raises:

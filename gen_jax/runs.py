@@ -43,7 +43,8 @@ def run(name: str, config: RunConfig, workdir: Workdir, phases: tuple[str, ...],
         if phases != ("train",):
             current.params, current.step = restore(current)
             report["step"] = current.step
-            if main and workdir.stored_config() is None:  # of published weights
+            unknown = not (workdir.path / "config.json").exists()
+            if main and unknown:  # of published weights, or lost
                 cli.store(workdir, config)
         commands = task.commands | {"sample": sample, "evaluate": evaluate}
         for phase in phases:

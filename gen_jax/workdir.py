@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import pathlib
@@ -12,6 +13,9 @@ from gen_jax import config as config_lib
 from gen_jax import whole_file
 
 __all__ = ["MetricsLog", "Workdir", "WorkdirError"]
+
+
+_CHECKPOINTS = ("checkpoints/[0-9]*", "*/checkpoints/[0-9]*")  # of a run, or of its stages
 
 
 class WorkdirError(ValueError):
@@ -94,8 +98,7 @@ class Workdir:
 
     def has_checkpoints(self) -> bool:
         """Whether there are checkpoints, of the run or of one of its stages."""
-        places = ("checkpoints/[0-9]*", "*/checkpoints/[0-9]*")
-        return any(any(self.path.glob(place)) for place in places)
+        return any(any(self.path.glob(place)) for place in _CHECKPOINTS)
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -130,12 +133,33 @@ class Workdir:
                     _remove_empty(made)
 
     def stored_config(self) -> dict | None:
-        """The configuration in config.json, or None where there is none.
+        """The configuration in config.json; where that is lost, the one in the last checkpoint.
+
+        None where there is neither.
 
         Raises:
           WorkdirError: the file cannot be read, is not valid JSON, or is no object.
         """
-        return self.read_json("config.json", "restore it or start afresh")
+        stored = self.read_json("config.json", "restore it or start afresh")
+        return self._recorded_config() if stored is None else stored
+
+    def _recorded_config(self):
+        """The configuration in the record of the checkpoint that was written last.
+
+        `checkpoint.restore` reads the same file with Orbax, which takes a second to import. A
+        record that is damaged is passed over here, and named there.
+        """
+        files = [f for place in _CHECKPOINTS for f in self.path.glob(f"{place}/meta/metadata")]
+        for path in sorted(files, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+            try:
+                meta = json.loads(path.read_bytes())
+                if hashlib.sha256(meta["body"].encode()).hexdigest() == meta["digest"]:
+                    return json.loads(meta["body"])["record"].get("config")
+            except OSError as error:
+                raise WorkdirError(f"{path} cannot be read ({error.strerror})") from error
+            except (ValueError, KeyError, TypeError, AttributeError):
+                continue
+        return None
 
     def check_config(self, current: dict, free: tuple[str, ...]) -> None:
         """Refuses a configuration that changes what was being trained.

@@ -201,6 +201,14 @@ def test_a_file_that_cannot_be_read_is_no_damage(saved, part):
     assert checkpoint.restore(saved, ABSTRACT).step == 2
 
 
+def test_a_step_under_another_number_is_damage(saved):
+    shutil.copytree(saved / "2", saved / "7")
+    with pytest.raises(checkpoint.DamagedCheckpoint, match=r"step 7 .* its record is of step 2"):
+        checkpoint.restore(saved, ABSTRACT, step=7)
+    with pytest.warns(UserWarning, match="its record is of step 2"):
+        assert checkpoint.restore(saved, ABSTRACT).step == 2
+
+
 def test_too_little_memory_is_no_damage(saved, monkeypatch):
     def restore(*arguments, **options):
         raise MemoryError

@@ -9,6 +9,7 @@ from experiments.ddpm_cifar import EXPERIMENT
 from gen_jax import cli
 from gen_jax.models.diffusion import DiffusionConfig
 from gen_jax.tasks import image_files
+from gen_jax.workdir import WorkdirError
 
 # The least that the experiment can be asked for on eight devices.
 MINUTE = (
@@ -115,6 +116,17 @@ def test_the_pictures_are_those_of_the_samples(finished):
         assert moving.info["loop"] == 0
     with Image.open(finished / "trajectory.png") as sheet:
         assert sheet.size == (4 * 65 - 1, 8 * 65 - 1)
+
+
+def test_a_lost_configuration_is_that_of_the_last_checkpoint(copy):
+    path = copy / "config.json"
+    stored = json.loads(path.read_text())
+    path.unlink()
+    with pytest.raises(WorkdirError, match=r"another configuration .*train\.batch"):
+        perform("train", "--workdir", copy, *MINUTE.split(), "--train.batch", 16)
+    assert not path.exists()
+    perform("train", "--workdir", copy)
+    assert json.loads(path.read_text()) == stored | {"workdir": str(copy)}
 
 
 def test_a_trained_run_is_sampled_in_other_ways_without_its_preset(copy, capsys):
