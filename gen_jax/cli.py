@@ -189,8 +189,13 @@ def store(workdir: Workdir, config: RunConfig) -> None:
 
 
 def stored_form(config: RunConfig) -> dict:
-    """What config.json holds: the name of the task, and the fields."""
-    return {"task": config.task} | config_lib.to_dict(config)
+    """What config.json holds: the name of the task, and the fields.
+
+    Those of `distributed` are of the processes, not of the run, which others may go on with.
+    """
+    fields = config_lib.to_dict(config)
+    del fields["distributed"]
+    return {"task": config.task} | fields
 
 
 def stored_run(path: str | os.PathLike, kind: type[RunConfig] | None = None) -> RunConfig | None:
@@ -208,6 +213,7 @@ def stored_run(path: str | os.PathLike, kind: type[RunConfig] | None = None) -> 
     if values is None:
         return None
     task = values.pop("task", None)
+    values.pop("distributed", None)  # which older versions stored
     if task is None:
         raise WorkdirError(f"{path} is of an older version; train again in another --workdir")
     if kind is not None and task != kind.task:

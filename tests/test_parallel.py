@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -72,6 +73,11 @@ def test_two_processes_of_two_devices_are_one_of_four(tmp_path, port):
     two = run(tmp_path / "two", 2, port)
     assert len(set(one)) == len(one) == 6
     np.testing.assert_allclose(two, one, rtol=1e-5)
+
+    # One process goes on with the run of two, without being told that there were two.
+    assert "distributed" not in json.loads((tmp_path / "two" / "config.json").read_text())
+    shutil.rmtree(tmp_path / "two" / "model" / "checkpoints" / "6")
+    np.testing.assert_allclose(run(tmp_path / "two", 1, port), one, rtol=1e-5)
 
 
 @pytest.mark.slow

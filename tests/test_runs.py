@@ -390,7 +390,7 @@ def test_a_run_from_before_a_field_came_is_resumed_at_its_default(tmp_path):
         return {name: value for name, value in values.items() if name not in names}
 
     config = PointConfig(workdir=str(tmp_path))
-    stored = without(cli.stored_form(config), "pretrained", "distributed")
+    stored = without(cli.stored_form(config), "pretrained")
     stored["train"] = without(stored["train"], "beta1", "weight_decay")
     workdir = Workdir(tmp_path)
     workdir.create()
