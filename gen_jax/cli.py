@@ -258,6 +258,11 @@ def guarded(run: Callable[[], None]) -> int:
       The exit code: 0, 2 for bad input, 1 for a run that failed, 130 for SIGINT.
     """
     sys.unraisablehook = _unraisable
+    with _streams():
+        return _exit_code(run)
+
+
+def _exit_code(run):
     try:
         run()
     except ValueError as error:
@@ -358,9 +363,11 @@ def _description(experiment, default):
     return "\n".join(lines)
 
 
-def resume_command(experiment: str, config: RunConfig) -> str:
-    """The command line that goes on with a run."""
-    return f"python -m experiments.{experiment} train --workdir {shlex.quote(str(config.workdir))}"
+def resume_command(experiment: str, config: RunConfig, phases: tuple[str, ...]) -> str:
+    """The command line that goes on with a run of these phases, the first of which is training."""
+    command = "train" if phases == ("train",) else "all"
+    workdir = shlex.quote(str(config.workdir))
+    return f"python -m experiments.{experiment} {command} --workdir {workdir}"
 
 
 def print_summary(title: str, rows: Mapping[str, object]) -> None:
@@ -379,6 +386,46 @@ def _is_ours(error):
         trace = trace.tb_next
     module = trace.tb_frame.f_globals.get("__name__", "")
     return module.partition(".")[0] in ("gen_jax", "experiments", "kernels", "__main__")
+
+
+class _Messages:
+    """Standard error; what cannot be written there is a message lost, and stops nothing."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def write(self, text):
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def _streams():
+    """Standard streams that stop nothing: closed ones, as by `2>&-`, lead nowhere.
+
+    The next file that is opened would take their number, and get what others print.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    nowhere = open(os.devnull, "w")  # noqa: SIM115
+    out, err = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = out or nowhere, _Messages(err or nowhere)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = out, err
+        nowhere.close()
 
 
 def _unraisable(what):

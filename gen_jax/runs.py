@@ -145,7 +145,7 @@ def _train_stage(run, stage, earlier, initial):
             initial=initial,
         )
     except training.Interrupted as stop:
-        command = cli.resume_command(run.name, run.config)
+        command = cli.resume_command(run.name, run.config, run.phases)
         print(f"{stop}; saved. Resume with:\n  {command}", file=sys.stderr)
         raise SystemExit(128 + stop.signum) from None
 

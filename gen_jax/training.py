@@ -100,8 +100,9 @@ def fit(
 ) -> Trained:
     """Trains from the latest checkpoint in the work directory, or from the start.
 
-    SIGTERM and SIGINT finish the step, save, and raise `Interrupted`; a second signal ends the
-    process at once. Losses are read one step late, so that the devices are never waited for.
+    SIGTERM, SIGHUP and SIGINT finish the step, save, and raise `Interrupted`, also where they come
+    with the last step; a second signal ends the process at once. Losses are read one step late, so
+    that the devices are never waited for.
 
     Args:
       config: of the loop.
@@ -144,7 +145,10 @@ def fit(
     state = parallel.replicate(mesh, state)
     loop = _Loop(config, trainable, workdir, record or {}, evaluate, preview)
     with loop.open(start, progress), StopSignal() as stop:
-        return loop.run(make_step(trainable, config, mesh), state, start, batch, mesh, stop)
+        trained = loop.run(make_step(trainable, config, mesh), state, start, batch, mesh, stop)
+    if stop.signum:
+        raise Interrupted(stop.signum, config.steps)
+    return trained
 
 
 def check_start(config: TrainConfig, trainable: Trainable, mesh: Mesh, given: bool) -> None:
@@ -379,7 +383,9 @@ def _is_due(step, every):
 
 
 class StopSignal:
-    """Catches SIGTERM and SIGINT while open: the first is remembered, a second ends the process.
+    """Catches signals while open: the first is remembered, a second ends the process.
+
+    They are SIGTERM, SIGINT, and SIGHUP where it is not ignored, as under nohup.
 
     Attributes:
       signum: the signal that came, or None.
@@ -391,8 +397,9 @@ class StopSignal:
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGTERM, signal.SIGINT):
-                self._before[signum] = signal.signal(signum, self._receive)
+            for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
+                    self._before[signum] = signal.signal(signum, self._receive)
         return self
 
     def __exit__(self, *_):
@@ -405,4 +412,5 @@ class StopSignal:
         self.signum = signum
         name = signal.Signals(signum).name
         message = f"\n{name}: finishing the step and saving; once more to stop at once\n"
-        os.write(sys.stderr.fileno(), message.encode())
+        with contextlib.suppress(OSError):  # nobody may be reading; the step is saved all the same
+            os.write(2, message.encode())

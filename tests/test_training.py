@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import signal
 import struct
 import sys
 
@@ -174,6 +175,30 @@ def test_tensorboard_without_its_package_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"install gen_jax\[tensorboard\]"):
         fit(tmp_path / "run", dataclasses.replace(CONFIG, tensorboard=True))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_signal_during_the_last_save_is_not_forgotten(tmp_path, monkeypatch):
+    save = checkpoint.save
+
+    def save_and_signal(*arguments, **options):
+        signal.raise_signal(signal.SIGTERM)
+        save(*arguments, **options)
+
+    monkeypatch.setattr(checkpoint, "save", save_and_signal)
+    config = dataclasses.replace(CONFIG, steps=2, checkpoint_every=2)
+    with pytest.raises(training.Interrupted, match="stopped by SIGTERM after step 2"):
+        fit(tmp_path, config)
+    assert checkpoint.steps(tmp_path / "checkpoints") == [2]
+
+
+def test_a_hangup_that_is_ignored_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with training.StopSignal() as stop:
+            signal.raise_signal(signal.SIGHUP)
+        assert stop.signum is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_average_with_warm_up_starts_at_the_parameters(tmp_path):

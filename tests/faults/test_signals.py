@@ -70,6 +70,39 @@ def test_a_second_signal_stops_at_once(toy, folder, second):
     assert saved_steps(folder / "run")[-1] == 12
 
 
+def test_a_hangup_saves_too(toy, folder):
+    """As where the connection to the machine is lost."""
+    with toy.start("--workdir", "run", "--pause", 0.05) as process:
+        wait_until(lambda: records(folder / "run"), process)
+        process.send_signal(signal.SIGHUP)
+        _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGHUP, stderr
+    assert "stopped by SIGHUP" in stderr
+    assert saved_steps(folder / "run")
+
+
+@pytest.mark.parametrize("kind", ["closed", "full", "broken pipe"])
+def test_messages_that_nobody_reads_stop_nothing(toy, folder, kind):
+    options = ("--train.steps", 9999, "--train.checkpoint-every", 9999, "--pause", 0.02)
+    command = toy.command("--workdir", "run", *options)
+    if kind == "closed":
+        command = ["sh", "-c", 'exec "$@" 2>&-', "sh", *command]
+        stream = os.open(os.devnull, os.O_WRONLY)
+    elif kind == "full":
+        stream = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reader, stream = os.pipe()
+        os.close(reader)
+    started = subprocess.Popen(command, cwd=folder, env=toy.environment, stderr=stream)
+    os.close(stream)
+    with started as process:
+        wait_until(lambda: len(records(folder / "run")) > 5, process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 143
+    (step,) = saved_steps(folder / "run")
+    assert 5 < step == records(folder / "run")[-1]["step"]
+
+
 def test_ctrl_c_reaches_the_whole_group_and_leaves_nothing_behind(toy, folder):
     with toy.start("--workdir", "run", "--pause", 0.05, start_new_session=True) as process:
         wait_until(lambda: records(folder / "run"), process)
