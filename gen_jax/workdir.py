@@ -149,6 +149,8 @@ class Workdir:
         `checkpoint.restore` reads the same file with Orbax, which takes a second to import. A
         record that is damaged is passed over here, and named there.
         """
+        if not os.path.isdir(self.path):  # a name that is too long is refused by `create`
+            return None
         files = [f for place in _CHECKPOINTS for f in self.path.glob(f"{place}/meta/metadata")]
         for path in sorted(files, key=lambda path: path.stat().st_mtime_ns, reverse=True):
             try:
