@@ -12,6 +12,7 @@ import os
 import pathlib
 import re
 import shutil
+import time
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -109,9 +110,8 @@ def save(
             )
             manager.wait_until_finished()
     except (ValueError, OSError) as error:  # ValueError where TensorStore could not write
-        if jax.process_index() == 0:  # what is half-written would keep a full disk full
-            for left in path.glob(f"{step}.orbax-checkpoint-tmp*"):
-                shutil.rmtree(left, ignore_errors=True)
+        if jax.process_index() == 0:
+            _remove_half_written(path, step)
         raise OSError(f"checkpoint of step {step} not saved in {path}: {_reason(error)}") from error
 
 
@@ -265,6 +265,20 @@ def _check_layout(name, expected, digests, step):
             f"checkpoint of step {step} holds another {name}: it lacks {missing[:5]}, and has "
             f"{extra[:5]} besides; was it another configuration?"
         )
+
+
+def _remove_half_written(path, step):
+    """Removes what a failed save leaves, which would keep a full disk full.
+
+    Writes that are under way may add to it for a moment.
+    """
+    for _ in range(20):
+        left = list(path.glob(f"{step}.orbax-checkpoint-tmp*"))
+        if not left:
+            return
+        for folder in left:
+            shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.1)
 
 
 def _move_aside(path):

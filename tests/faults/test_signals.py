@@ -72,7 +72,8 @@ def test_a_second_signal_stops_at_once(toy, folder, second):
 
 def test_a_hangup_saves_too(toy, folder):
     """As where the connection to the machine is lost."""
-    with toy.start("--workdir", "run", "--pause", 0.05) as process:
+    options = ("--workdir", "run", "--train.steps", 999, "--pause", 0.05)
+    with toy.start(*options) as process:
         wait_until(lambda: records(folder / "run"), process)
         process.send_signal(signal.SIGHUP)
         _, stderr = process.communicate(timeout=30)
