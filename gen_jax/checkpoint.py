@@ -6,7 +6,6 @@ A checkpoint is a few named trees (say "ema" and "state") and a JSON record.
 
 import dataclasses
 import hashlib
-import json
 import logging
 import os
 import pathlib
@@ -22,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from gen_jax.sealed import seal, unseal
 from gen_jax.trees import named_leaves
 
 __all__ = ["DamagedCheckpoint", "Restored", "digest", "restore", "save", "steps"]
@@ -96,9 +96,8 @@ def save(
                 )
             digests[f"{name}.{leaf}"] = digest(value)
     content = {"format": FORMAT, "step": step, "digests": digests, "record": dict(record)}
-    body = json.dumps(content)
+    meta = seal(content)
     arguments = {name: ocp.args.PyTreeSave(item) for name, item in items.items()}
-    meta = {"body": body, "digest": hashlib.sha256(body.encode()).hexdigest()}
     path = pathlib.Path(directory).absolute()
     if jax.process_index() == 0:
         for later in (other for other in steps(path) if other >= step):
@@ -106,7 +105,9 @@ def save(
     try:
         with _manager(path, keep=keep, create=True) as manager:
             manager.save(
-                step, args=ocp.args.Composite(**arguments, meta=ocp.args.JsonSave(meta)), force=True
+                step,
+                args=ocp.args.Composite(**arguments, meta=ocp.args.JsonSave(meta)),
+                force=True,
             )
             manager.wait_until_finished()
     except (ValueError, OSError) as error:  # ValueError where TensorStore could not write
@@ -180,14 +181,13 @@ def _restore(directory, abstract, step):
 def _read_meta(manager, step):
     problem = f"checkpoint of step {step} is damaged: its record"
     try:
-        meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-        body, digest = meta["body"], meta["digest"]
+        read = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
+        meta = unseal(read["meta"])
     except Exception as error:  # Orbax promises no type for what a damaged file raises
         _check_readable(manager, step, error)
         raise DamagedCheckpoint(f"{problem} cannot be read ({_first_line(error)})") from error
-    if hashlib.sha256(body.encode()).hexdigest() != digest:
+    if meta is None:
         raise DamagedCheckpoint(f"{problem} is not what was saved")
-    meta = json.loads(body)
     if meta["format"] != FORMAT:
         age = "an older" if meta["format"] < FORMAT else "a newer"
         raise ValueError(

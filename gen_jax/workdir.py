@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import pathlib
@@ -11,6 +10,7 @@ from collections.abc import Iterator
 
 from gen_jax import config as config_lib
 from gen_jax import whole_file
+from gen_jax.sealed import unseal
 
 __all__ = ["MetricsLog", "Workdir", "WorkdirError"]
 
@@ -154,9 +154,9 @@ class Workdir:
         files = [f for place in _CHECKPOINTS for f in self.path.glob(f"{place}/meta/metadata")]
         for path in sorted(files, key=lambda path: path.stat().st_mtime_ns, reverse=True):
             try:
-                meta = json.loads(path.read_bytes())
-                if hashlib.sha256(meta["body"].encode()).hexdigest() == meta["digest"]:
-                    return json.loads(meta["body"])["record"].get("config")
+                content = unseal(json.loads(path.read_bytes()))
+                if content is not None:
+                    return content["record"].get("config")
             except OSError as error:
                 raise WorkdirError(f"{path} cannot be read ({error.strerror})") from error
             except (ValueError, KeyError, TypeError, AttributeError):
