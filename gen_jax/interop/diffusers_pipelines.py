@@ -29,8 +29,12 @@ from gen_jax.models.two_stage import TwoStageSampler
 __all__ = ["load_diffusers_ldm", "save_diffusers_ldm"]
 
 _INDEX = "model_index.json"
+_AUTOENCODERS = {
+    "VQModel": (load_diffusers_vq, save_diffusers_vq),
+    "AutoencoderKL": (load_diffusers_kl, save_diffusers_kl),
+}
 _PARTS = {
-    "vqvae": ("VQModel", "AutoencoderKL"),
+    "vqvae": tuple(_AUTOENCODERS),
     "unet": ("UNet2DModel",),
     "scheduler": ("DDIMScheduler",),
 }
@@ -68,7 +72,7 @@ def load_diffusers_ldm(
     process, solver = read_ddim(directory / "scheduler", steps)
     _check_parts(directory, kind)
     prior, prior_params = load_diffusers_unet(directory / "unet", process)
-    load = load_diffusers_vq if kind == "VQModel" else load_diffusers_kl
+    load, _ = _AUTOENCODERS[kind]
     autoencoder, params = load(directory / "vqvae")
     stride, (height, width, _) = autoencoder.network.config.stride, prior.shape
     shape = (stride * height, stride * width, autoencoder.shape[-1])
@@ -107,14 +111,13 @@ def save_diffusers_ldm(
         )
     scheduler = to_ddim_options(model.process, prior.solver)
     to_config(to_options(network, height, width))  # refuses by name what would not come back
-    discrete = autoencoder.quantiser.discrete
-    save = save_diffusers_vq if discrete else save_diffusers_kl
+    kind = "VQModel" if autoencoder.quantiser.discrete else "AutoencoderKL"
+    _, save = _AUTOENCODERS[kind]
     save(directory / "vqvae", autoencoder, params["autoencoder"])
     save_diffusers_unet(directory / "unet", network, params["prior"], sample_size=height)
     files.write_json(directory / "scheduler" / SCHEDULER, scheduler)
-    kinds = {part: names[-1] for part, names in _PARTS.items()}
-    kinds |= {"vqvae": "VQModel"} if discrete else {}
-    index = {part: ["diffusers", kind] for part, kind in kinds.items()}
+    kinds = {part: names[0] for part, names in _PARTS.items()} | {"vqvae": kind}
+    index = {part: ["diffusers", name] for part, name in kinds.items()}
     files.write_json(directory / _INDEX, {"_class_name": "LDMPipeline"} | index)
 
 

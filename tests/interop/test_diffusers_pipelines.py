@@ -276,8 +276,20 @@ def pipeline(peers, unet, vqvae, scheduler):
     options = {key: value for key, value in (SCHEDULER | scheduler).items() if key[0] != "_"}
     options.pop("timestep_values")
     pipe = peers.LDMPipeline(vqvae.eval(), unet.eval(), peers.DDIMScheduler(**options))
-    pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def drawn_by_both(monkeypatch, sampler, params, theirs):
+    """Two images of our sampler and of the pipeline, from the same noise, about in [0, 1]."""
+    import torch
+
+    keys = sampling.sample_keys(0, 0, 2)
+    noise = np.moveaxis(np.array(sampler.init(params, keys, Condition()).x), -1, 1).copy()
+    module = type(theirs).__module__
+    monkeypatch.setattr(f"{module}.randn_tensor", lambda *_, **__: torch.from_numpy(noise))
+    theirs.set_progress_bar_config(disable=True)
+    images = theirs(batch_size=2, num_inference_steps=sampler.steps, output_type="np").images
+    return np.asarray(sampling.generate(sampler, params, keys)) / 2 + 0.5, images
 
 
 TWO_LEVELS = {
@@ -316,17 +328,10 @@ PLAIN = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
 def test_images_of_the_same_noise_agree(
     peers, tmp_path, monkeypatch, steps, unet, vqvae, scheduler
 ):
-    import torch
-
     theirs = pipeline(peers, unet, vqvae, scheduler)
     theirs.save_pretrained(tmp_path)
     sampler, params = interop.load_diffusers_ldm(tmp_path, steps=steps)
-    keys = sampling.sample_keys(0, 0, 2)
-    noise = np.moveaxis(np.array(sampler.init(params, keys, Condition()).x), -1, 1).copy()
-    module = type(theirs).__module__
-    monkeypatch.setattr(f"{module}.randn_tensor", lambda *_, **__: torch.from_numpy(noise))
-    images = theirs(batch_size=2, num_inference_steps=steps, output_type="np").images
-    ours = np.asarray(sampling.generate(sampler, params, keys)) / 2 + 0.5
+    ours, images = drawn_by_both(monkeypatch, sampler, params, theirs)
     assert ours.shape == (2, *sampler.autoencoder.shape)
     np.testing.assert_allclose(ours.clip(0, 1), images, atol=1e-4)
     assert ((ours > 0) & (ours < 1)).mean() > 0.9  # most are not cut off
@@ -336,20 +341,12 @@ def test_images_of_the_same_noise_agree(
 @pytest.mark.oracle
 @pytest.mark.parametrize("quantiser", [KL, CODES])
 def test_the_peer_draws_our_images(peers, tmp_path, monkeypatch, quantiser):
-    import torch
-
     process = DiffusionConfig(schedule="cosine", prediction="v", variance="fixed_small")
     solver = DDIM(5, "trailing", clip=False)
     sampler, params = diffusion(process, solver, quantiser=quantiser)
     interop.save_diffusers_ldm(tmp_path, sampler, params)
     theirs = peers.LDMPipeline.from_pretrained(tmp_path)
-    theirs.set_progress_bar_config(disable=True)
-    keys = sampling.sample_keys(0, 0, 2)
-    noise = np.moveaxis(np.array(sampler.init(params, keys, Condition()).x), -1, 1).copy()
-    module = type(theirs).__module__
-    monkeypatch.setattr(f"{module}.randn_tensor", lambda *_, **__: torch.from_numpy(noise))
-    images = theirs(batch_size=2, num_inference_steps=5, output_type="np").images
-    ours = np.asarray(sampling.generate(sampler, params, keys)) / 2 + 0.5
+    ours, images = drawn_by_both(monkeypatch, sampler, params, theirs)
     np.testing.assert_allclose(ours.clip(0, 1), images, atol=1e-4)
     assert images.std() > 0.01
 

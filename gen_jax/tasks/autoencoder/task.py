@@ -98,7 +98,8 @@ def _coded(config, model, images, params):
     coded = evaluation.map_rows(
         functools.partial(_there_and_back, model), params, rows, choice.batch
     )
-    return rows["image"], coded
+    counts = _counts(model, coded["code"]) if model.quantiser.discrete else ()
+    return rows["image"], coded, counts
 
 
 def _show(model, images, number, params):
@@ -119,13 +120,12 @@ def _compared(originals, decoded):
 
 def _validate(config, model, images, params) -> dict[str, Any]:
     """How near decoded test images are to what was encoded, and how often each code was used."""
-    coded = _coded(config, model, images, params)[1]
-    counts = _counts(model, coded["code"]) if "code" in coded else ()
+    _, coded, counts = _coded(config, model, images, params)
     names = [f"code_usage_{i}" if len(counts) > 1 else "code_usage" for i in range(len(counts))]
-    return _figures(config, model, coded) | dict(zip(names, counts, strict=True))
+    return _figures(config, model, coded, counts) | dict(zip(names, counts, strict=True))
 
 
-def _figures(config, model, coded):
+def _figures(config, model, coded, counts):
     mse = float(coded["mse"].mean(dtype=np.float64))
     report = {
         "reconstruction_mse": mse,
@@ -135,9 +135,9 @@ def _figures(config, model, coded):
     }
     if config.data.name == "shapes":
         report["reconstructed"] = float((coded["mse"] <= _NEAR).mean())
-    if "code" not in coded:
+    if not model.quantiser.discrete:
         return report
-    measured = usage(jnp.asarray(_counts(model, coded["code"]), jnp.float32))
+    measured = usage(jnp.asarray(counts, jnp.float32))
     return report | {
         "codes_per_image": math.prod(model.code_shape),
         "bits_per_image": math.prod(model.code_shape) * math.log2(model.quantiser.codes),
@@ -154,17 +154,17 @@ def _counts(model, code):
 
 def _evaluate(config, model, images, run: Run) -> dict[str, float]:
     """The figures of the test set, and pictures of them."""
-    originals, coded = _coded(config, model, images, run.params)
+    originals, coded, counts = _coded(config, model, images, run.params)
     number, path = min(config.evaluate.shown, len(originals)), run.workdir.path
     compared = _compared(originals[:number], coded["images"][:number])
     pictures.save_png(path / "reconstruction.png", compared)
-    if "code" in coded:
+    if model.quantiser.discrete:
         maps = model.quantiser.maps(coded["code"][:number])
         drawn = code_pictures(maps, model.quantiser.codes, model.shape[0])
         sheet = pictures.grid(drawn, columns=number, scale=image_files.scale(model.shape[0]))
         pictures.save_png(path / "codes.png", sheet)
-        _draw_usage(path / "usage.png", _counts(model, coded["code"]))
-    return _figures(config, model, coded)
+        _draw_usage(path / "usage.png", counts)
+    return _figures(config, model, coded, counts)
 
 
 def code_pictures(maps: Sequence[np.ndarray], codes: int, height: int) -> np.ndarray:
