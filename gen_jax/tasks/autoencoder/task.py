@@ -103,8 +103,8 @@ def _coded(config, model, images, params):
 
 
 def _show(model, images, number, params):
-    """The first images, below them what comes back, and the difference."""
-    originals = images.images[:number]
+    """Images from all over the set, below them what comes back, and the difference."""
+    originals = images.images[images.indices(0, 0, min(number, len(images)))]
     coded = _there_and_back(model, params, {"image": originals})
     return _compared(originals, np.asarray(coded["images"]))
 
