@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.extend
 
-__all__ = ["count"]
+__all__ = ["count", "occurrences"]
 
 
 def count(f: Callable[..., Any], *arguments: Any) -> int:
@@ -21,25 +21,43 @@ def count(f: Callable[..., Any], *arguments: Any) -> int:
       f: traced by `jax.make_jaxpr`.
       *arguments: arrays, or their shapes and dtypes.
     """
-    return _of_jaxpr(jax.make_jaxpr(f)(*arguments).jaxpr)
+    return _of_jaxpr(_of_product, jax.make_jaxpr(f)(*arguments).jaxpr)
 
 
-def _of_jaxpr(jaxpr):
-    return sum(_of_equation(equation) for equation in jaxpr.eqns)
+def occurrences(primitive: str, f: Callable[..., Any], *arguments: Any) -> int:
+    """How often f(*arguments) runs a primitive of this name; loops and branches as in `count`."""
+
+    def of_equation(equation):
+        return 1 if equation.primitive.name == primitive else None
+
+    return _of_jaxpr(of_equation, jax.make_jaxpr(f)(*arguments).jaxpr)
 
 
-def _of_equation(equation):
+def _of_jaxpr(of_equation, jaxpr):
+    return sum(_of_program(of_equation, equation) for equation in jaxpr.eqns)
+
+
+def _of_program(of_equation, equation):
+    """The value of an equation, or of the programs within it where it has none itself."""
+    value = of_equation(equation)
+    if value is not None:
+        return value
     name, parameters = equation.primitive.name, equation.params
-    if name == "dot_general":
-        (contracted, _), _ = parameters["dimension_numbers"]
-        terms = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
-        return 2 * terms * equation.outvars[0].aval.size
-    if name == "conv_general_dilated":
-        return _of_convolution(equation)
-    inner = [_of_jaxpr(jaxpr) for jaxpr in _inside(parameters.values())]
+    inner = [_of_jaxpr(of_equation, jaxpr) for jaxpr in _inside(parameters.values())]
     if name == "cond":
         return max(inner)
     return parameters.get("length", 1) * sum(inner) if name == "scan" else sum(inner)
+
+
+def _of_product(equation):
+    """Operations of a matrix product or a convolution; None of anything else."""
+    if equation.primitive.name == "conv_general_dilated":
+        return _of_convolution(equation)
+    if equation.primitive.name != "dot_general":
+        return None
+    (contracted, _), _ = equation.params["dimension_numbers"]
+    terms = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+    return 2 * terms * equation.outvars[0].aval.size
 
 
 def _of_convolution(equation):

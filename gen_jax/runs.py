@@ -39,7 +39,12 @@ def run(name: str, config: RunConfig, workdir: Workdir, phases: tuple[str, ...],
             print(f"{name}: {parallel.device_banner()}; {workdir.path}")
         current, report = Run(name, config, workdir, phases, task), {}
         if "train" in phases:
-            report |= train(current)
+            try:
+                report |= train(current)
+            except training.Interrupted as stop:
+                command = cli.resume_command(name, config, phases)
+                print(f"{stop}; saved. Resume with:\n  {command}", file=sys.stderr)
+                raise SystemExit(128 + stop.signum) from None
         if phases != ("train",):
             current.params, current.step = restore(current)
             report["step"] = current.step
@@ -76,7 +81,11 @@ def _wanted_step(config, training):
 
 
 def train(run: Run) -> dict[str, Any]:
-    """Trains every stage from where the work directory left off; what it took."""
+    """Trains every stage from where the work directory left off; what it took.
+
+    Raises:
+      training.Interrupted: by a signal; the step was finished and saved.
+    """
     report, earlier, initial = {}, {}, _begin(run)
     for stage in run.task.stages:
         trained = _train_stage(run, stage, earlier, initial.pop(stage.name))
@@ -132,22 +141,17 @@ def _initial(run, stage):
 def _train_stage(run, stage, earlier, initial):
     shard = (jax.process_index(), jax.process_count())
     config = stage.training(run.config)
-    try:
-        return training.fit(
-            config,
-            stage.trainable,
-            lambda step: stage.batch(step, shard, earlier),
-            run.workdir.stage(stage.name),
-            mesh=parallel.data_mesh(),
-            record={"config": cli.stored_form(run.config)} | dict(stage.record),
-            evaluate=stage.evaluate,
-            preview=functools.partial(_preview, run, stage, earlier),
-            initial=initial,
-        )
-    except training.Interrupted as stop:
-        command = cli.resume_command(run.name, run.config, run.phases)
-        print(f"{stop}; saved. Resume with:\n  {command}", file=sys.stderr)
-        raise SystemExit(128 + stop.signum) from None
+    return training.fit(
+        config,
+        stage.trainable,
+        lambda step: stage.batch(step, shard, earlier),
+        run.workdir.stage(stage.name),
+        mesh=parallel.data_mesh(),
+        record={"config": cli.stored_form(run.config)} | dict(stage.record),
+        evaluate=stage.evaluate,
+        preview=functools.partial(_preview, run, stage, earlier),
+        initial=initial,
+    )
 
 
 def _preview(run, stage, earlier, step, averaged):

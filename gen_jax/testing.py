@@ -1,6 +1,7 @@
 """The laws that every sampler obeys, for the tests of this project and of its users."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,10 +13,10 @@ from gen_jax import sampling
 from gen_jax.condition import Condition
 from gen_jax.sampling import Sampler
 
-__all__ = ["check_sampler"]
+__all__ = ["check_sampler", "counting_evaluations"]
 
 _SAMPLES, _SEED = 6, 1
-_EVALUATIONS = ("__call__", "evaluate", "extend")  # methods of networks that are an evaluation
+_EVALUATIONS = ("__call__", "evaluate", "extend", "decode")  # methods of networks
 
 
 def check_sampler(
@@ -126,12 +127,20 @@ def _check_nfe(sampler, params, keys, cond, uncounted):
         assert number == sampler.nfe, law
 
 
+def counting_evaluations(sampler: Sampler, count: Callable[[], None] = lambda: None) -> Sampler:
+    """A copy of a sampler whose networks call `count`, by `jax.debug.callback`, when evaluated.
+
+    The network of a draft does not: its evaluations are not among `nfe`.
+    """
+    return _counting_inside(sampler, count)
+
+
 def _counting_inside(value, count):
     """A copy of a sampler or model whose networks call `count` at each evaluation."""
     changed = {}
     for field in dataclasses.fields(value):
         inner = getattr(value, field.name)
-        if not dataclasses.is_dataclass(inner):
+        if not dataclasses.is_dataclass(inner) or field.name == "draft":
             continue
         is_network = field.name == "network" or (
             field.name == "model" and not hasattr(inner, "network")

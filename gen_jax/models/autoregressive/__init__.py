@@ -20,6 +20,7 @@ is not kept is replaced by a draw from max(p - q, 0), normalised.
     AutoregressiveSampler, SamplingOptions  one token at a time
     BeamSearchSampler, BeamSearchOptions    the most probable continuation
     SpeculativeSampler, SpeculativeOptions  the same distribution, with a small model that drafts
+    UncachedSampler                         the same samples, reading everything again each time
     make_prompts                            prompts of different lengths as a `Condition`
 """
 
@@ -39,5 +40,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "prompts": ["make_prompts", "prefill"],
         "samplers": ["AutoregressiveSampler", "DecodingState"],
         "speculative": ["SpeculativeSampler", "SpeculativeState"],
+        "uncached": ["UncachedSampler"],
     },
 )

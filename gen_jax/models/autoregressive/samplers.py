@@ -152,15 +152,22 @@ class AutoregressiveSampler:
 
     def init(self, params: Any, keys: Key[Array, " B"], cond: Condition) -> DecodingState:
         """Reads the first inputs, up to their last."""
-        network = self.model.network
+        state = self._before(params, keys, cond)
+        inputs, network = state.tokens[:, : self._width], self.model.network
+        caches = prompts.prefill(
+            network, params, inputs, self.cache_length, state.first, state.encoded
+        )
+        return state.replace(caches=caches)
+
+    def _before(self, params, keys, cond):
+        """The state in which nothing was read but the source."""
         inputs, first = prompts.first_inputs(self.model, cond, len(keys))
-        encoded = network.encode(params, prompts.source_of(cond))
         return DecodingState(
             keys=key_streams.grid(keys, self.tokens),
             tokens=jnp.pad(inputs, ((0, 0), (0, self.tokens))),
-            caches=prompts.prefill(network, params, inputs, self.cache_length, first, encoded),
+            caches=(),
             first=first,
-            encoded=encoded,
+            encoded=self.model.network.encode(params, prompts.source_of(cond)),
             offset=jnp.int32(0),
             done=jnp.zeros(len(keys), bool),
         )
@@ -175,15 +182,20 @@ class AutoregressiveSampler:
         hidden, caches = self.model.network.extend(
             params, last, state.caches, place - state.offset, state.first, **state.encoded
         )
+        return self._join(params, state.replace(caches=caches), hidden[:, 0], i)
+
+    def _join(self, params, state, hidden, i):
+        """The state with new token i, drawn from the hidden values [B, D] of the one before it."""
         token = kernels.sample_token(
-            hidden[:, 0], params.head, state.keys[i], **dataclasses.asdict(self.options)
+            hidden, params.head, state.keys[i], **dataclasses.asdict(self.options)
         )
         done = state.done
         if self.eos is not None:
             token = jnp.where(done, self.eos, token)
             done |= token == self.eos
-        tokens = jax.lax.dynamic_update_slice(state.tokens, token[:, None], (0, place + 1))
-        return state.replace(tokens=tokens, caches=caches, done=done)
+        place = (0, self._width + i)
+        tokens = jax.lax.dynamic_update_slice(state.tokens, token[:, None], place)
+        return state.replace(tokens=tokens, done=done)
 
     def stopped(self, state: DecodingState) -> Bool[Array, ""] | None:
         """Whether all samples have ended; None where nothing ends them."""

@@ -30,6 +30,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "config": ["DiffusionConfig", "Prediction", "Variance"],
+        "exact": ["ExactNetwork"],
         "losses": ["DiffusionModel", "Network"],
         "samplers": ["DiffusionSampler", "DiffusionState"],
         "schedule": ["Schedule"],

@@ -1,0 +1,1 @@
+"""Images all at once from a latent vector that all their tokens share."""
