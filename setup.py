@@ -17,6 +17,7 @@ setuptools.setup(
     packages=setuptools.find_packages(
         include=["gen_jax", "gen_jax.*", "experiments", "kernels", "kernels.*"]
     ),
+    package_data={"gen_jax.comparison.page": ["*.css", "*.js"]},
     install_requires=[
         "jax>=0.10",
         "numpy",
@@ -39,6 +40,8 @@ setuptools.setup(
         "text": ["tokenizers>=0.20"],  # pretrained vocabularies; bytes and characters need nothing
         "translation": ["tokenizers>=0.20", "sacrebleu>=2.4"],  # byte-pair vocabularies and BLEU
         "tensorboard": ["tensorboardX>=2.6"],  # event files without TensorFlow
+        # Charts of pages, and the same as PNG and SVG without a browser.
+        "report": ["altair>=5.5", "vl-convert-python>=1.7"],
         "test": [
             "pytest>=8",
             "pytest-xdist",
@@ -49,6 +52,9 @@ setuptools.setup(
             "tokenizers>=0.20",
             "sacrebleu>=2.4",
             "tensorboardX>=2.6",
+            "altair>=5.5",
+            "vl-convert-python>=1.7",
+            "selenium>=4.20",  # pages in a headless Chromium, where one is installed
         ],
         # The peers that parity tests and benchmarks compare with.
         "oracles": ["torch==2.13.0", "diffusers>=0.35", "transformers>=4.55"],

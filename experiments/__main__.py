@@ -31,7 +31,11 @@ def main(argv: list[str]) -> int:
 
 def _experiments() -> Iterator[tuple[str, str]]:
     for module in _modules(experiments):
-        experiment = importlib.import_module(f"experiments.{module}").EXPERIMENT
+        imported = importlib.import_module(f"experiments.{module}")
+        if not hasattr(imported, "EXPERIMENT"):  # of many runs, or of none
+            yield module, imported.__doc__.splitlines()[0]
+            continue
+        experiment = imported.EXPERIMENT
         commands, presets = ", ".join(experiment.commands), ", ".join(experiment.presets)
         yield module, f"{experiment.about} Presets: {presets}. Commands: {commands}."
 

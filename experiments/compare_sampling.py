@@ -1,9 +1,9 @@
 """Every strategy on the same data, side by side: quality, evaluations, latency, rate.
 
     python -m experiments.compare_sampling
-        The shapes of 16 pixels, as 16 squares of 4 x 4 pixels out of 595 or as RGB. Each strategy has
-        the same parameters and operations of training, within a tenth. About 20 minutes on two CPU
-        cores; --quick takes 5.
+        The shapes of 16 pixels, as 16 squares of 4 x 4 pixels out of 595 or as RGB. Each strategy
+        has the same parameters and operations of training, within a tenth. About 20 minutes on two
+        CPU cores; --quick takes 5.
 
     python -m experiments.compare_sampling --strategies ar,maskgit_8 --plugin my_strategy.py
         Some of them, with those of a file of your own.
@@ -16,8 +16,8 @@ It leaves results.json, results.md, figures, and index.html, a page that needs n
 work directory; it goes on there when it was cut off. On a TPU or GPU the same command gives the
 table of that machine. Papers: AR as PixelCNN (1601.06759); Mask-Predict (1904.09324); MaskGIT
 (2202.04200); absorbing diffusion (2107.03006); DDPM (2006.11239); DDIM (2010.02502); DPM-Solver++
-(2211.01095); VQ-VAE (1711.00937); VAR (2404.02905); latent diffusion (2112.10752). What was measured
-is in docs/results.md.
+(2211.01095); VQ-VAE (1711.00937); VAR (2404.02905); latent diffusion (2112.10752). What was
+measured is in docs/results.md.
 """
 
 import dataclasses
@@ -146,7 +146,7 @@ def _one_by_one(run, unit):
             name="ar",
             title=f"one {unit} after another",
             group="one by one",
-            does=f"Draws one {unit} after another, each given all before it; keys and values are kept.",
+            does=f"Draws one {unit} after another, given those before; keys and values are kept.",
             loses="Nothing but time: it needs one evaluation for each.",
             runs=(run,),
             quick=True,

@@ -32,8 +32,8 @@ def charts(results: dict[str, Any]) -> dict[str, tuple[str, Any]]:
     headline = results["headline"]
     return {
         "quality_nfe": (
-            "Quality against sequential evaluations. Filled: trained; hollow: the same sampler with "
-            "a perfect network, so that the line between them is what training left.",
+            "Quality against sequential evaluations. Filled: trained; hollow: the same sampler "
+            "with a perfect network, so that the line between them is what training left.",
             _quality_nfe(passed, headline),
         ),
         "quality_rate": (
@@ -91,7 +91,7 @@ def _quality_nfe(passed, headline):
     return _sized(lines + perfect + trained)
 
 
-def pareto(points: list[tuple[float, float]]) -> list[int]:
+def pareto(points: list[tuple[float | int, float | int]]) -> list[int]:
     """The points that no other beats in both coordinates, by index, in ascending x."""
     order = sorted(range(len(points)), key=lambda i: (-points[i][0], -points[i][1]))
     best, front = float("-inf"), []
@@ -133,8 +133,8 @@ def _quality_rate(passed, headline):
 
 
 def crossings(
-    ours: list[tuple[float, float]], others: list[tuple[float, float]]
-) -> list[tuple[float, float]]:
+    ours: list[tuple[float | int, float | int]], others: list[tuple[float | int, float | int]]
+) -> list[tuple[float | int, float | int]]:
     """Where two curves of (batch, rate) cross, straight between measured batches on log scales."""
     import math
 
@@ -177,12 +177,14 @@ def _rate_batch(passed):
             tooltip=["strategy:N", "batch:Q", alt.Tooltip("samples per second:Q", format=",.0f")],
         )
     )
-    marks = (
-        alt.Chart(alt.Data(values=_marks(passed)))
-        .mark_point(shape="cross", size=90, color="#888", filled=True)
-        .encode(x=x, y=y, tooltip=["crossing:N", alt.Tooltip("batch:Q", format=".1f")])
+    crossed = _marks(passed)
+    if not crossed:
+        return _sized(lines)
+    marks = alt.Chart(alt.Data(values=crossed)).mark_point(
+        shape="cross", size=90, color="#888", filled=True
     )
-    return _sized(lines + marks)
+    tooltip = ["crossing:N", alt.Tooltip("batch:Q", format=".1f")]
+    return _sized(lines + marks.encode(x=x, y=y, tooltip=tooltip))
 
 
 def _marks(passed):
@@ -222,7 +224,7 @@ def _latency(passed):
             tooltip=["strategy:N", "part:N", alt.Tooltip("milliseconds:Q", format=".2f")],
         )
     )
-    return chart.properties(width="container", height={"step": 15})
+    return chart.properties(width="container", height=16 * len(passed))
 
 
 def curves(records_of: dict[str, list[dict[str, Any]]]) -> Any | None:

@@ -4,7 +4,7 @@ A judge knows the truth of one data set. `comparison.Comparison` names its class
 """
 
 import functools
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -40,11 +40,13 @@ __all__ = ["CifarJudge", "Judge", "ShapesJudge", "TextJudge", "drawn_so_far"]
 _HIDDEN = 96  # the grey of what is not drawn yet
 
 
+@runtime_checkable
 class Judge(Protocol):
     """What is known of a data set.
 
     Attributes:
-      headline: the name of the figure by which strategies are compared, in [0, 1], larger is better.
+      headline: the name of the figure by which strategies are compared, in [0, 1], larger is
+        better.
       number: samples to score by default.
     """
 
@@ -68,7 +70,7 @@ class Judge(Protocol):
     def known(self, loaded: Loaded, sampler: Sampler, params: Any) -> Enumerated | None:
         """The distribution of the tokens or codes that a sampler draws; None where not known."""
 
-    def support(self, loaded: Loaded) -> np.ndarray | None:
+    def support(self) -> np.ndarray | None:
         """All images, uint8 [N, height, width, 3]; None where there is no such thing."""
 
     def law(self, loaded: Loaded, sampler: Sampler, params: Any) -> dict[str, float]:
@@ -185,9 +187,8 @@ class ShapesJudge(_ImagesJudge):
             samples = self._images(loaded.config, samples)
         return shape_metrics.score(samples, self.set)
 
-    def support(self, loaded: Loaded) -> np.ndarray:
+    def support(self) -> np.ndarray:
         """See `Judge`."""
-        del loaded
         return PALETTE[self.set.images(palette=True)]
 
     def known(self, loaded: Loaded, sampler: Sampler, params: Any) -> Enumerated | None:
@@ -210,7 +211,7 @@ class ShapesJudge(_ImagesJudge):
 
     def _codes(self, autoencoder, params):
         """The codes of the support; images may share theirs."""
-        codes = encoded(autoencoder, params["autoencoder"], self.support(None), False)
+        codes = encoded(autoencoder, params["autoencoder"], self.support(), False)
         distinct, counts = np.unique(codes.astype(np.int32), axis=0, return_counts=True)
         return Enumerated(distinct, counts / len(codes), autoencoder.quantiser.codes)
 
@@ -218,8 +219,8 @@ class ShapesJudge(_ImagesJudge):
 class CifarJudge(_ImagesJudge):
     """CIFAR-10. There is no network for a score here: what is compared are means of 4 x 4 pixels.
 
-    The headline, "similarity", is 1 / (1 + d) with d their Frechet distance from the test set. It is
-    no FID.
+    The headline, "similarity", is 1 / (1 + d) with d their Frechet distance from the test set. It
+    is no FID.
     """
 
     headline, number, size = "similarity", 256, 32
@@ -232,7 +233,7 @@ class CifarJudge(_ImagesJudge):
         figures = image_files.score(samples, config.data, _test_set(config.data))
         return figures | {"similarity": 1 / (1 + figures["frechet_pooled_pixels"])}
 
-    def support(self, loaded: Loaded) -> None:
+    def support(self) -> None:
         """See `Judge`; the test set is no distribution."""
 
     def known(self, loaded: Loaded, sampler: Sampler, params: Any) -> None:
@@ -287,7 +288,7 @@ class TextJudge:
         tokens = np.where(hidden, mask, tokens).astype(np.int32)
         return text_files.decode_with_masks(loaded.tokenizer, tokens, mask)
 
-    def support(self, loaded: Loaded) -> None:
+    def support(self) -> None:
         """See `Judge`."""
 
     def known(self, loaded: Loaded, sampler: Sampler, params: Any) -> None:

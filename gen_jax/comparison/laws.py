@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -51,14 +52,14 @@ def perfect(
     if isinstance(sampler, TwoStageSampler):
         return _perfect_prior(judge, loaded, sampler, params)
     if isinstance(sampler, DiffusionSampler):
-        support = judge.support(loaded)
+        support = judge.support()
         return None if support is None else _perfect_denoiser(sampler, to_signal(support))
     dist = judge.known(loaded, sampler, params)
     return None if dist is None else _perfect_tokens(sampler, dist)
 
 
 def _perfect_prior(judge, loaded, sampler, params):
-    support = judge.support(loaded)
+    support = judge.support()
     if support is None:
         return None
     if sampler.latents:
@@ -94,7 +95,7 @@ def _groups(sampler, length):
         return tuple((i,) for i in range(length))
     if isinstance(sampler, NextScaleSampler):
         first = sampler.model.first
-        return tuple(tuple(range(a, b)) for a, b in zip(first, first[1:], strict=False))
+        return tuple(tuple(range(a, b)) for a, b in itertools.pairwise(first))
     if isinstance(sampler, ParallelSampler) and sampler.model.latent.kind == "none":
         return (tuple(range(length)),)
     if isinstance(sampler, MaskGIT) and sampler.rounds == 1:
@@ -124,7 +125,7 @@ def measure(dist: Enumerated | None, sampler: Sampler, params: Any) -> dict[str,
         return _of_orders(sampler, params, dist)
     if groups is None:
         return {}
-    if isinstance(sampler, AutoregressiveSampler | NextScaleSampler) or isinstance(sampler, ParallelSampler):
+    if isinstance(sampler, AutoregressiveSampler | NextScaleSampler | ParallelSampler):
         log_prob = evaluation.log_prob(sampler.model, params, rows, _BATCH)
     else:
         log_prob = _in_order(sampler.model, params, dist, groups)
@@ -136,7 +137,7 @@ def _of_orders(sampler, params, dist):
     rng, figures = np.random.default_rng(0), []
     for _ in range(_ORDERS if sampler.order is None else 1):
         order = rng.permutation(dist.length) if sampler.order is None else np.array(sampler.order)
-        groups = tuple(tuple(order[a:b].tolist()) for a, b in zip(sizes, sizes[1:], strict=False))
+        groups = tuple(tuple(order[a:b].tolist()) for a, b in itertools.pairwise(sizes))
         log_prob = _in_order(sampler.model, params, dist, groups)
         figures.append(_figures(dist, log_prob, gaps.kl_of_groups(dist, groups)))
     return {name: float(np.mean([one[name] for one in figures])) for name in figures[0]}

@@ -110,6 +110,8 @@ def examine(
     """
     sampler, loaded = contestant.sampler, contestant.loaded
     few = Pieces(sampler, contestant.prepared, *contestant.inputs(seed, 0, _SHOWN))
+    shape = jax.eval_shape(sampler.finish, contestant.prepared, few.state)
+    judge.check(loaded, np.zeros(shape.shape, shape.dtype))
     gates.check_evaluations(few)
     gates.check_cache(few)
     stepwise, shown, counted = _stepwise(contestant, judge, few)

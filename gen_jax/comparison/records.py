@@ -136,7 +136,7 @@ def summary(seconds: list[float]) -> dict[str, float]:
     }
 
 
-def cells(strategy: dict[str, Any], headline: str) -> dict[str, float | None]:
+def cells(strategy: dict[str, Any], headline: str) -> dict[str, float | int | None]:
     """The figures of a strategy that the table has, by column; None where there is none."""
     quality, perfect = strategy.get("quality", {}), strategy.get("perfect", {})
     rates = strategy.get("rates", [])
@@ -230,4 +230,4 @@ def markdown(results: dict[str, Any]) -> str:
             for name, (_, form, _) in shown.items()
         ]
         lines.append(f"| {strategy['title']} | " + " | ".join(texts) + " |")
-    return "\n".join(lines + ["", *failed]) + "\n"
+    return "\n".join([*lines, "", *failed]) + "\n"

@@ -18,8 +18,8 @@ _CONTROLS = """
 <button id="play" type="button">Play</button>
 <label><input type="radio" name="clock-of" value="evaluations" checked> equal evaluations</label>
 <label><input type="radio" name="clock-of" value="time"> equal time</label>
-<label>speed <select id="speed"><option value="0.25">1/4</option><option value="1" selected>1</option>
-<option value="4">4</option></select></label>
+<label>speed <select id="speed"><option value="0.25">1/4</option>
+<option value="1" selected>1</option><option value="4">4</option></select></label>
 <label>clock <input id="clock" type="range" min="0" max="1000" value="0"></label>
 <output id="shown" for="clock"></output>
 </div>"""
@@ -122,9 +122,8 @@ def _table(results):
     shown = records.columns(results)
     for head, _, about in shown.values():
         text = html.escape(head)
-        heads.append(
-            f'<th scope="col"><button type="button" title="{html.escape(about)}">{text}</button></th>'
-        )
+        button = f'<button type="button" title="{html.escape(about)}">{text}</button>'
+        heads.append(f'<th scope="col">{button}</th>')
     for entry in results["strategies"]:
         title = html.escape(entry["title"])
         if entry["failed"]:

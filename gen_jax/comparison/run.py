@@ -76,6 +76,7 @@ class _Comparing:
         self._check_stored()
         if self.config.runs:
             self._check_given()
+        self._check_data()
         with self.workdir.lock():
             self.workdir.write_json("comparison.json", self._identity())
             trained = self._train()
@@ -130,6 +131,15 @@ class _Comparing:
                 theirs, ours = getattr(stored, field, None), getattr(config, field, None)
                 if _without_place(theirs) != _without_place(ours):
                     raise WorkdirError(f"the run in {config.workdir} is of another {field}")
+
+    def _check_data(self):
+        """The data must be there before anything is done."""
+        seen = set()
+        for config in self.configs.values():
+            data = getattr(config, "data", None)
+            if repr(data) not in seen:
+                seen.add(repr(data))
+                config.load(Workdir(config.workdir).path, ("train",))
 
     def _say(self, text):
         print(f"[{time.monotonic() - self.began:5.0f} s] {text}", file=sys.stderr, flush=True)
@@ -323,7 +333,7 @@ def _is_trained(config: RunConfig) -> bool:
     workdir = Workdir(config.workdir)
     if workdir.stored_config() is None:
         return False
-    named = {"two_stage": "prior", "autoencoder": "autoencoder"}.get(config.task, "model")
+    named = {"two_stage": "prior"}.get(config.task, "model")
     for name, field in (*stages, (named, "train")):
         steps = checkpoint.steps(workdir.path / name / "checkpoints")
         if not steps or max(steps) < getattr(config, field).steps:
