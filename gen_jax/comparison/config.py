@@ -27,7 +27,7 @@ class CompareConfig:
     """Fewer strategies, a quarter of the training, fewer samples: about 5 minutes on two cores."""
     samples: int = 0
     """Samples of each strategy that are scored; 0 for what the data asks for."""
-    batches: tuple[int, ...] = (1, 8, 64, 256)
+    batches: tuple[int, ...] = (1, 16, 256)
     """Batch sizes to time, ascending from 1; larger ones are left out once they gain little."""
     rounds: int = 5
     """Rounds of timing, in each of which all strategies take turns."""

@@ -47,7 +47,7 @@ def charts(results: dict[str, Any]) -> dict[str, tuple[str, Any]]:
             _rate_batch(passed),
         ),
         "latency": (
-            "Where the time of one sample alone goes: the network, and everything else. Striped "
+            "Where the time of one sample alone goes: the network, and everything else. Grey "
             "where it was not told apart.",
             _latency(passed),
         ),

@@ -175,10 +175,10 @@ def _code_map(sampler, codes, hidden, size):
 class ShapesJudge(_ImagesJudge):
     """The embedded shapes of 16 pixels, whose distribution is known: uniform over 648 images."""
 
-    headline, number, size = "validity", 512, 16
+    headline, number, size = "validity", 384, 16
 
     def __init__(self):
-        self.set = ShapesSet(self.size)
+        self.set, self._known = ShapesSet(self.size), {}
 
     def score(self, loaded: Loaded, samples: np.ndarray) -> dict[str, float]:
         """See `metrics.shapes.score`."""
@@ -194,7 +194,14 @@ class ShapesJudge(_ImagesJudge):
     def known(self, loaded: Loaded, sampler: Sampler, params: Any) -> Enumerated | None:
         """See `Judge`."""
         if isinstance(sampler, TwoStageSampler):
-            return None if sampler.latents else self._codes(sampler.autoencoder, params)
+            if sampler.latents:
+                return None
+            decoder = params["autoencoder"]
+            kept, dist = self._known.get(sampler.autoencoder, (None, None))
+            if kept is not decoder:  # the codes are of these parameters
+                dist = self._codes(sampler.autoencoder, params)
+                self._known[sampler.autoencoder] = decoder, dist
+            return dist
         if not isinstance(loaded.config, PixelRunConfig):
             return None
         config, palette = loaded.config, loaded.config.data.palette

@@ -12,7 +12,7 @@ from gen_jax import evaluation
 from gen_jax.data.exact import Enumerated
 from gen_jax.loading import Loaded
 from gen_jax.metrics import gaps
-from gen_jax.models.autoregressive import AutoregressiveSampler
+from gen_jax.models.autoregressive import AutoregressiveSampler, SpeculativeSampler
 from gen_jax.models.diffusion import DiffusionModel, DiffusionSampler, ExactNetwork
 from gen_jax.models.diffusion.process import to_signal
 from gen_jax.models.masked import (
@@ -29,7 +29,7 @@ from gen_jax.models.two_stage import TwoStageSampler
 from gen_jax.sampling import Sampler
 from gen_jax.tasks.two_stage.codes import encoded
 
-__all__ = ["measure", "perfect"]
+__all__ = ["exact_draws", "measure", "perfect"]
 
 _ORDERS, _BATCH = 4, 64  # random orders, of which the gap is a mean
 
@@ -40,9 +40,8 @@ def perfect(
     """The same sampler with the best possible network, and the parameters of that.
 
     Tokens are drawn from exact conditionals by enumeration; images are denoised by the exact mean
-    (see `ExactDenoiser`, `ExactNetwork`). Strategies whose law is that of the network, such as one
-    token at a time, draw in order from exact conditionals. None where the truth is not known, or
-    the kind of sampler is another.
+    (see `ExactDenoiser`, `ExactNetwork`); a fixed order is kept. None where the truth is not known,
+    or the kind of sampler is another; for one token at a time see `exact_draws`.
 
     Args:
       judge: of the data, a `judges.Judge`.
@@ -56,6 +55,31 @@ def perfect(
         return None if support is None else _perfect_denoiser(sampler, to_signal(support))
     dist = judge.known(loaded, sampler, params)
     return None if dist is None else _perfect_tokens(sampler, dist)
+
+
+def exact_draws(
+    judge: Any, loaded: Loaded, sampler: Sampler, params: Any, number: int, seed: int
+) -> np.ndarray | None:
+    """What one token at a time draws with a perfect network: samples of the truth itself.
+
+    Codes are decoded by the trained decoder. None for another kind of sampler, or where the truth
+    is not known. Arguments are those of `perfect`.
+    """
+    two_stages = isinstance(sampler, TwoStageSampler)
+    prior = sampler.prior if two_stages else sampler
+    if not isinstance(prior, AutoregressiveSampler | SpeculativeSampler):
+        return None
+    dist = judge.known(loaded, sampler, params)
+    if dist is None:
+        return None
+    rows = np.random.default_rng(seed).choice(len(dist.support), number, p=dist.prob)
+    tokens = dist.support[rows]
+    return np.asarray(_decode(sampler, params, tokens)) if two_stages else tokens
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _decode(sampler, params, codes):
+    return sampler.decode(params, codes)
 
 
 def _perfect_prior(judge, loaded, sampler, params):

@@ -230,11 +230,14 @@ def _network_share(contestant, seed):
 
 def _perfect_quality(contestant, judge, number, seed):
     """Figures of the same sampler with the best possible network; empty where that is unknown."""
-    made = laws.perfect(judge, contestant.loaded, contestant.sampler, contestant.params)
-    if made is None:
-        return {}
-    chunks = sampling.generate_many(*made, seed, number, micro_batch=64, progress=False)
-    samples = np.concatenate([chunk.samples for chunk in chunks])
+    given = judge, contestant.loaded, contestant.sampler, contestant.params
+    samples = laws.exact_draws(*given, number, seed)
+    if samples is None:
+        made = laws.perfect(*given)
+        if made is None:
+            return {}
+        chunks = sampling.generate_many(*made, seed, number, micro_batch=64, progress=False)
+        samples = np.concatenate([chunk.samples for chunk in chunks])
     return judge.score(contestant.loaded, samples) | {"samples": number}
 
 

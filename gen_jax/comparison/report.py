@@ -111,9 +111,13 @@ def _card(entry, cells, headline, is_text):
         numbers.append(f"loses {cells['kl']:.3g} nats (perfect: {cells['kl_perfect']:.3g})")
     return (
         f'<div class="card">{place}<h3>{title}</h3>'
-        f"<p>{html.escape(entry['does'])} {html.escape(entry['loses'])}</p>"
+        f"<p>{html.escape(entry['does'])} <b>Loses:</b> {html.escape(_lower(entry['loses']))}</p>"
         f'<p class="faint">{html.escape("; ".join(numbers))}.</p></div>'
     )
+
+
+def _lower(sentence):
+    return sentence[:1].lower() + sentence[1:]
 
 
 def _table(results):
@@ -139,7 +143,7 @@ def _table(results):
             f"{'-' if cells[name] is None else form.format(cells[name])}</td>"
             for name, (_, form, _) in shown.items()
         ]
-        about = html.escape(f"{entry['does']} {entry['loses']}")
+        about = html.escape(f"{entry['does']} Loses: {_lower(entry['loses'])}")
         rows.append(
             f'<tr><td data-value="{title}" title="{about}">{title}</td>{"".join(values)}</tr>'
         )

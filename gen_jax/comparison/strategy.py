@@ -23,10 +23,10 @@ class Strategy:
     Attributes:
       name: of lower-case letters, digits and underscores.
       title: for tables and figures, a few words.
-      group: what it has in common with others, for colours, such as "rounds".
       does: one sentence on what it does.
       loses: one sentence on what it loses.
       runs: names of the trained runs that it reads; the first has its sampler.
+      group: what it has in common with others, for colours, such as "rounds".
       changes: fields of the configuration of the first run to replace, as of `gen_jax.load`, such
         as {"sampler": MaskGITOptions(rounds=4)}.
       make: a function, or "module:function", of the loaded runs by name, which returns the sampler
@@ -39,10 +39,10 @@ class Strategy:
 
     name: str
     title: str
-    group: str
     does: str
     loses: str
     runs: tuple[str, ...]
+    group: str = "mine"
     changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     make: str | Callable[[Mapping[str, Any]], tuple[Any, Any]] | None = None
     quick: bool = False

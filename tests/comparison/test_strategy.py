@@ -14,7 +14,7 @@ from gen_jax.comparison import gates
 from gen_jax.comparison.config import CompareConfig
 from gen_jax.comparison.strategy import Comparison, Strategy, with_plugin
 
-ONE = Strategy("one", "One", "rounds", "Does.", "Loses.", ("masked",))
+ONE = Strategy("one", "One", "Does.", "Loses.", ("masked",))
 
 
 @pytest.mark.parametrize("comparison", [SHAPES, TEXT, cifar10("DIR")], ids=lambda c: c.data)
@@ -78,7 +78,7 @@ PLUGINS = {
 def test_a_plugin_that_is_none_is_refused(message, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     own = "from gen_jax.comparison.strategy import Strategy\n"
-    own += "ONE = Strategy('one', 'One', 'rounds', 'Does.', 'Loses.', ('masked',))\n"
+    own += "ONE = Strategy('one', 'One', 'Does.', 'Loses.', ('masked',))\n"
     (tmp_path / "comparison_plugin.py").write_text(own)
     file = tmp_path / "plugin.py"
     if PLUGINS[message] is not None:
