@@ -5,6 +5,7 @@ JavaScript, a quarter of Plotly's), and by vl-convert as PNG and SVG without a b
 """
 
 import itertools
+import math
 from typing import Any
 
 from gen_jax import extras
@@ -136,7 +137,6 @@ def crossings(
     ours: list[tuple[float | int, float | int]], others: list[tuple[float | int, float | int]]
 ) -> list[tuple[float | int, float | int]]:
     """Where two curves of (batch, rate) cross, straight between measured batches on log scales."""
-    import math
 
     def logs(curve):
         return {math.log(x): math.log(y) for x, y in curve}

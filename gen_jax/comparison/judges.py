@@ -264,6 +264,9 @@ class TextJudge:
 
     headline, number = "known_words", 64
 
+    def __init__(self):
+        self._read = {}
+
     def check(self, loaded: Loaded, samples: np.ndarray) -> None:
         """See `Judge`."""
         samples, most = np.asarray(samples), loaded.tokenizer.vocabulary
@@ -327,12 +330,12 @@ class TextJudge:
         error = nats.std(ddof=1) / np.sqrt(number) / windows.shape[1] / np.log(2)
         return bits | {"bits_error": float(error)}
 
-    @functools.lru_cache(maxsize=8)  # noqa: B019, a judge lives as long as its comparison
-    def _data_of(self, config):
-        return config.load(Workdir(config.workdir).path, ("train", "evaluate"))
-
     def _data(self, loaded):
-        return self._data_of(loaded.config)
+        config = loaded.config
+        if config.workdir not in self._read:
+            path = Workdir(config.workdir).path
+            self._read[config.workdir] = config.load(path, ("train", "evaluate"))
+        return self._read[config.workdir]
 
 
 def _bits(nats, characters):

@@ -25,6 +25,7 @@ Times are medians over rounds in which all strategies took turns; low and high a
 
 import importlib.metadata
 import json
+import os
 import pathlib
 import platform
 import subprocess
@@ -77,8 +78,6 @@ def _processor():
 
 
 def _cores():
-    import os
-
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
