@@ -44,7 +44,7 @@ def test_the_quick_comparison_trains_a_quarter():
     assert quick.runs["ar"].train.steps == round(SHAPES.runs["ar"].train.steps / 4)
     assert quick.runs["code_ar"].coder_train.steps == 150
     assert all(strategy.quick for strategy in quick.strategies)
-    assert [s.name for s in SHAPES.chosen("dpm_5", quick=True).strategies] == ["dpm_5"]
+    assert [s.name for s in SHAPES.chosen("dpm_10", quick=True).strategies] == ["dpm_10"]
 
 
 def test_what_cannot_be_is_refused():
