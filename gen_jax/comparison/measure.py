@@ -25,7 +25,7 @@ __all__ = ["Contestant", "examine", "make", "time_once"]
 
 _ALONE, _SHOWN, _FRAMES = 4, 16, 48  # samples drawn one by one; in the stepwise loop; pictures
 _TIMES = 7  # runs of network and loop, in turns
-_GAIN, _LONG = 1.15, 1.0  # a larger batch is tried after such a gain, and below so many seconds
+_GAIN, _LONG = 1.15, 2.0  # a larger batch must have been so much faster; seconds it may take
 
 
 @dataclasses.dataclass
@@ -97,7 +97,7 @@ def examine(
       judge: of the data.
       number: samples to score.
       batches: sizes to try, ascending, from 1; a size is left out where the last one has gained
-        little, or took more than a second.
+        little, or it would take more than two seconds.
       seed: of the samples.
 
     Returns:
@@ -183,16 +183,17 @@ def _cost(program):
 
 
 def _sweep(contestant, batches, seed):
-    """The batch sizes up to the one from which on a larger one gains little."""
+    """The batch sizes up to the one from which on a larger one gains little or takes too long."""
     swept, rate = [], 0.0
     for batch in batches:
+        if rate and batch / rate > _LONG:
+            break
         contestant.draw(seed, 0, batch)  # compiles, and warms up
         began = time.perf_counter()
         contestant.draw(seed, 0, batch)
-        seconds = time.perf_counter() - began
-        now = batch / seconds
+        now = batch / (time.perf_counter() - began)
         swept.append(batch)
-        if now < _GAIN * rate or seconds > _LONG:
+        if now < _GAIN * rate:
             break
         rate = max(rate, now)
     return tuple(swept)
