@@ -75,7 +75,8 @@ def _points(passed, headline):
 
 
 def _colour(alt):
-    return alt.Color("group:N", title=None, scale=alt.Scale(scheme="tableau10"))
+    legend = alt.Legend(symbolOpacity=1)  # some layers are paler than their groups
+    return alt.Color("group:N", title=None, scale=alt.Scale(scheme="tableau10"), legend=legend)
 
 
 def _quality_nfe(passed, headline):
