@@ -2,8 +2,8 @@
 
     python -m experiments.compare_sampling
         The shapes of 16 pixels, as 16 squares of 4 x 4 pixels out of 595 or as RGB. Each strategy
-        has the same parameters and operations of training, within a tenth. About 20 minutes on two
-        CPU cores; --quick takes 5.
+        has the same parameters and operations of training, within a tenth. 20 to 30 minutes on
+        two CPU cores; --quick has fewer strategies and a quarter of the training.
 
     python -m experiments.compare_sampling --strategies ar,maskgit_8 --plugin my_strategy.py
         Some of them, with those of a file of your own.

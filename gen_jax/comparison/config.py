@@ -24,7 +24,7 @@ class CompareConfig:
     plugin: str = ""
     """A Python file with strategies of your own."""
     quick: bool = False
-    """Fewer strategies, a quarter of the training, fewer samples: about 5 minutes on two cores."""
+    """Fewer strategies, a quarter of the training, fewer samples."""
     samples: int = 0
     """Samples of each strategy that are scored; 0 for what the data asks for."""
     batches: tuple[int, ...] = (1, 16, 256)

@@ -40,6 +40,7 @@ from gen_jax.workdir import WorkdirError
 __all__ = [
     "COLUMNS",
     "SCHEMA",
+    "budgets",
     "cells",
     "columns",
     "commit",
@@ -191,6 +192,24 @@ COLUMNS = {  # of the tables: heading, format, what it is
 }
 
 
+def budgets(results: dict[str, Any]) -> str:
+    """In words, how far the budgets of the strategies that passed are equal."""
+    passed = [entry for entry in results["strategies"] if not entry["failed"]]
+    if not passed:
+        return "No strategy passed."
+    parts, equal = [], True
+    for name, unit, scale in (
+        ("parameters", "million parameters", 1e6),
+        ("training_operations", "x 10^12 operations of training", 1e12),
+    ):
+        values = [entry[name] for entry in passed]
+        low, high = min(values), max(values)
+        parts.append(f"{low / scale:.3g} to {high / scale:.3g} {unit}")
+        equal &= high <= low * 1.1 / 0.9
+    verdict = "equal within a tenth of their middle" if equal else "NOT equal within a tenth"
+    return f"Budgets: {', '.join(parts)}; {verdict}."
+
+
 def columns(results: dict[str, Any]) -> dict[str, tuple[str, str, str]]:
     """The columns in which some strategy has a figure, with their headings filled in."""
     headline = results["headline"]
@@ -214,6 +233,8 @@ def markdown(results: dict[str, Any]) -> str:
         f"{results['machine']['cores']} cores, {results['machine']['devices']} x "
         f"{results['machine']['device']}, jax {results['machine']['packages']['jax']}, "
         f"{results['seconds']:.0f} s.",
+        "",
+        budgets(results),
         "",
         "| strategy | " + " | ".join(heads) + " |",
         "|---" * (len(heads) + 1) + "|",

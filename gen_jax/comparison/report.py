@@ -75,7 +75,7 @@ def _page(results, arrays, drawn):
         + html.escape(
             f"{results['started']}, commit {results['commit']}, {machine['processor']}, "
             f"{machine['cores']} cores, {machine['devices']} x {machine['device']}, "
-            f"jax {machine['packages']['jax']}."
+            f"jax {machine['packages']['jax']}. {records.budgets(results)}"
         )
         + "</p>",
         "<h2>One sample coming to be</h2>",
