@@ -71,7 +71,7 @@ def test_the_laws_of_samplers():
     sampler, params = sampler_of("masked")
     assert sampler.nfe == sampler.prior.nfe + 1
     assert sampler.steps == sampler.prior.steps
-    images = check_sampler(sampler, params, tolerance=2e-4, uncounted=1)
+    images = check_sampler(sampler, params, tolerance=2e-4)
     assert images.shape == (6, 4, 4, 3)
     assert len(np.unique(images.round(4), axis=0)) > 1
 
