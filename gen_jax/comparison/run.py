@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from gen_jax import checkpoint, cli, loading, runs, training, whole_file
+from gen_jax import cli, loading, runs, training, whole_file
 from gen_jax.comparison import budget, measure, records, report
 from gen_jax.comparison.config import CompareConfig
 from gen_jax.comparison.gates import GateError
@@ -30,7 +30,8 @@ from gen_jax.workdir import Workdir, WorkdirError
 
 __all__ = ["compare"]
 
-_QUICK_SAMPLES, _QUICK_ROUNDS = 256, 5
+_QUICK_SAMPLES = 256
+_TOOK = "took.json"  # in the directory of a run: how long its training took, to the end
 
 
 def compare(config: CompareConfig, comparison: Comparison) -> bool:
@@ -170,7 +171,8 @@ class _Comparing:
             except training.Interrupted as stop:
                 print(f"{stop}; saved. Resume with:\n  {self._command()}", file=sys.stderr)
                 raise SystemExit(128 + stop.signum) from None
-            workdir.write_json("took.json", {"seconds": time.perf_counter() - began})
+            seconds = time.perf_counter() - began
+            workdir.write_json(_TOOK, {"seconds": seconds, "steps": _steps(config)})
 
     def _command(self):
         """The command that goes on with this comparison."""
@@ -191,7 +193,7 @@ class _Comparing:
         if stored is None:
             stored_config = cli.stored_run(config.workdir, type(config))
             stored = budget.of_run(stored_config)
-            took = Workdir(config.workdir).read_json("took.json", "remove it")
+            took = Workdir(config.workdir).read_json(_TOOK, "remove it")
             stored |= {"seconds": (took or {}).get("seconds")}
             self.workdir.write_json(file, stored)
         return stored
@@ -315,30 +317,32 @@ class _Loader:
         loaded = {}
         for name in strategy.runs:
             if name not in self.plain:
-                self.plain[name] = loading.load(self.configs[name].workdir)
+                self.plain[name] = self._load(name, {})
             loaded[name] = self.plain[name]
         if strategy.changes:
             first = strategy.runs[0]
-            changed = loading.load(self.configs[first].workdir, **strategy.changes)
+            changed = self._load(first, strategy.changes)
             # One copy of the parameters for all strategies of a run.
             loaded[first] = dataclasses.replace(changed, params=self.plain[first].params)
         return loaded
 
+    def _load(self, name, changes):
+        config = self.configs[name]
+        if getattr(config, "autoencoder", ""):  # where it is now, should all have been moved
+            changes = {"autoencoder": config.autoencoder, **changes}
+        return loading.load(config.workdir, **changes)
+
 
 def _is_trained(config: RunConfig) -> bool:
-    """Whether every stage that has a directory is at its last step."""
-    stages = [("autoencoder", "coder_train")] if hasattr(config, "coder_train") else []
-    if getattr(config, "autoencoder", ""):
-        stages = []
-    workdir = Workdir(config.workdir)
-    if workdir.stored_config() is None:
-        return False
-    named = {"two_stage": "prior"}.get(config.task, "model")
-    for name, field in (*stages, (named, "train")):
-        steps = checkpoint.steps(workdir.path / name / "checkpoints")
-        if not steps or max(steps) < getattr(config, field).steps:
-            return False
-    return True
+    """Whether training has come to its end, which `_train_one` notes."""
+    took = Workdir(config.workdir).read_json(_TOOK, "remove it")
+    return took is not None and took["steps"] == _steps(config)
+
+
+def _steps(config):
+    """The steps of training of each stage of a run."""
+    fields = ("coder_train", "train")
+    return [getattr(config, field).steps for field in fields if hasattr(config, field)]
 
 
 def _digest(configs, names):

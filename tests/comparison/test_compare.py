@@ -152,6 +152,19 @@ def test_runs_that_were_trained_elsewhere(place, tmp_path, one_device):
     assert not (tmp_path / "third").exists()
 
 
+def test_a_comparison_may_be_moved(place, tmp_path, monkeypatch, one_device):
+    shutil.copytree(place, tmp_path / "moved", copy_function=shutil.copy2)
+    away = place.with_name("away")
+    place.rename(away)  # nothing may be read from where it was
+    try:
+        monkeypatch.setattr(measure, "examine", lambda *_: pytest.fail("examined again"))
+        chosen = miniature().chosen("code_ar", False)
+        config = CompareConfig(workdir=str(tmp_path / "moved"), samples=8, batches=(1, 4), rounds=2)
+        assert run.compare(config, chosen)
+    finally:
+        away.rename(place)
+
+
 def test_another_comparison_in_its_place_is_refused(place, tmp_path):
     with pytest.raises(ValueError, match="holds a comparison with seed 0, not 1"):
         compare(place, seed=1)
