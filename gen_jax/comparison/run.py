@@ -336,7 +336,7 @@ class _Loader:
 def _is_trained(config: RunConfig) -> bool:
     """Whether training has come to its end, which `_train_one` notes."""
     took = Workdir(config.workdir).read_json(_TOOK, "remove it")
-    return took is not None and took["steps"] == _steps(config)
+    return took is not None and took.get("steps") == _steps(config)
 
 
 def _steps(config):
