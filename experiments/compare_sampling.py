@@ -178,7 +178,7 @@ _AT_ONCE = Strategy(
     title="all at once",
     group="at once",
     does="Draws everything in one evaluation, each unit by itself.",
-    loses="All that units share: pieces of different images are mixed.",
+    loses="All that units share: pieces that do not belong together are mixed.",
     runs=("masked",),
     changes={"sampler": MaskGITOptions(rounds=1)},
     quick=True,

@@ -89,6 +89,8 @@ def _quality_nfe(passed, headline):
     )
     lines = base.mark_line(strokeDash=[2, 3], opacity=0.5).encode(detail="strategy:N")
     trained = base.transform_filter("datum.network == 'trained'").mark_circle(size=80, opacity=1)
+    if all(records.cells(entry, headline)["perfect"] is None for entry in passed):
+        return _sized(trained)
     perfect = base.transform_filter("datum.network == 'perfect'").mark_point(size=60)
     return _sized(lines + perfect + trained)
 

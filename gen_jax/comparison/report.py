@@ -102,11 +102,13 @@ def _card(entry, cells, headline, is_text):
         else f'<canvas id="card-{name}" width="16" height="16" role="img" aria-label="{title}">'
         "</canvas>"
     )
-    numbers = [f"NFE {cells['nfe']:.0f}", f"{cells['latency']:.2g} ms alone"]
+    numbers = [f"NFE {cells['nfe']:.0f}", f"{cells['latency']:,.1f} ms alone"]
     if cells["quality"] is not None:
-        numbers.insert(0, f"{headline} {cells['quality']:.1%}")
+        numbers.insert(0, f"{headline.replace('_', ' ')} {cells['quality']:.1%}")
     if cells["perfect"] is not None:
         numbers[0] += f" (a perfect network: {cells['perfect']:.1%})"
+    if cells["bits"] is not None:
+        numbers.append(f"{cells['bits']:.2f} bits a unit")
     if cells["kl"] is not None:
         numbers.append(f"loses {cells['kl']:.3g} nats (perfect: {cells['kl_perfect']:.3g})")
     return (
