@@ -375,7 +375,7 @@ def cifar10(folder: str) -> Comparison:
         model=replace(two_stage.AR.model, layers=3, width=112, mlp_dim=448),
         train=replace(two_stage.AR.train, steps=900, batch=32, **few),
     )
-    network = replace(ddpm_cifar.CPU.model, widths=(32, 48, 64))
+    network = replace(ddpm_cifar.CPU.model, widths=(32, 48, 80))
     return Comparison(
         data="cifar10",
         about="CIFAR-10: every strategy with about the same parameters and training",
@@ -389,7 +389,7 @@ def cifar10(folder: str) -> Comparison:
                 workdir="ddpm",
                 data=data,
                 model=network,
-                train=_few(ddpm_cifar.CPU, 1000, few),
+                train=_few(ddpm_cifar.CPU, 900, few),
             ),
             "coder": replace(vq_cifar.CPU, workdir="coder", data=data, train=coder_train),
             "code_ar": prior,
