@@ -123,11 +123,11 @@ _NOISE = "Starts from noise and takes it away step by step, all units at once."
 _GRID = "With few steps it takes corners: what lies between two images is drawn."
 
 
-def _in_rounds(run, options, title, does, loses, quick=(), prefix="", counts=(2, 4, 8, 16)):
+def _in_rounds(run, options, title, does, loses, quick=(), counts=(2, 4, 8, 16)):
     """A strategy for each number of rounds of a masked model."""
     return tuple(
         Strategy(
-            name=f"{prefix}{options.name}_{rounds}",
+            name=f"{options.name}_{rounds}",
             title=f"{title}, {rounds} rounds",
             group="rounds",
             does=does,

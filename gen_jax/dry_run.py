@@ -1,9 +1,11 @@
 """What a run would be: its configuration, sizes, memory and operations, before anything is done."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from gen_jax import cli, operations, parallel, runs, training
 from gen_jax import config as config_lib
@@ -12,7 +14,7 @@ from gen_jax.task import Stage
 from gen_jax.training_step import init_state, make_step
 from gen_jax.workdir import Workdir
 
-__all__ = ["dry_run"]
+__all__ = ["dry_run", "training_step"]
 
 
 def dry_run(
@@ -45,17 +47,33 @@ def dry_run(
         earlier[stage.name] = zeros
 
 
-def _describe(config: RunConfig, stage: Stage, mesh, earlier) -> dict[str, Any]:
+def training_step(
+    config: RunConfig, stage: Stage, mesh: Mesh, earlier: Any
+) -> tuple[Callable[..., Any], tuple[Any, dict[str, np.ndarray], np.ndarray]]:
+    """The step of training of a stage, and its arguments: state (shapes alone), batch and flags.
+
+    Args:
+      config: of the run.
+      stage: of its task.
+      mesh: of `parallel.data_mesh`.
+      earlier: the averaged parameters of the stages before, by name.
+    """
     train = stage.training(config)
     state = jax.eval_shape(lambda: init_state(train, stage.trainable))
-    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     if not train.ema:
         state = state.replace(ema=None)
     batch = stage.batch(0, (0, 1), earlier)
-    flags = np.zeros(mesh.size, np.int32)
     step = make_step(stage.trainable, train, mesh)
-    arguments = state, batch, flags
-    memory = step.lower(*arguments).compile().memory_analysis()
+    return step, (state, batch, np.zeros(mesh.size, np.int32))
+
+
+def _describe(config: RunConfig, stage: Stage, mesh, earlier) -> dict[str, Any]:
+    train = stage.training(config)
+    held = jax.eval_shape(lambda: init_state(train, stage.trainable))
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(held))
+    step, arguments = training_step(config, stage, mesh, earlier)
+    batch = arguments[1]
+    memory = operations.peak_memory(step.lower(*arguments).compile())
     parameters = sum(leaf.size for leaf in jax.tree.leaves(stage.abstract_params()))
     shapes = {name: f"{leaf.dtype} {list(leaf.shape)}" for name, leaf in batch.items()}
     return {
@@ -63,12 +81,7 @@ def _describe(config: RunConfig, stage: Stage, mesh, earlier) -> dict[str, Any]:
         "state_in_checkpoints": _bytes(held),
         **{f"batch_{name}": shape for name, shape in shapes.items()},
         "operations_per_step": f"{mesh.size * operations.count(step, *arguments):.4g}",
-        "memory_of_a_step_per_device": _bytes(
-            memory.argument_size_in_bytes
-            + memory.output_size_in_bytes
-            + memory.temp_size_in_bytes
-            - memory.alias_size_in_bytes
-        ),
+        "memory_of_a_step_per_device": _bytes(memory),
     }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.extend
 
-__all__ = ["count", "occurrences"]
+__all__ = ["count", "occurrences", "peak_memory"]
 
 
 def count(f: Callable[..., Any], *arguments: Any) -> int:
@@ -31,6 +31,17 @@ def occurrences(primitive: str, f: Callable[..., Any], *arguments: Any) -> int:
         return 1 if equation.primitive.name == primitive else None
 
     return _of_jaxpr(of_equation, jax.make_jaxpr(f)(*arguments).jaxpr)
+
+
+def peak_memory(program: Any) -> int:
+    """Bytes that a compiled program needs on a device: arguments, results and what is between."""
+    memory = program.memory_analysis()
+    return int(
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        + memory.temp_size_in_bytes
+        - memory.alias_size_in_bytes
+    )
 
 
 def _of_jaxpr(of_equation, jaxpr):

@@ -1,14 +1,11 @@
 """What training takes: parameters, and operations counted from the traced step."""
 
-from typing import Any
-
 import jax
-import numpy as np
 
 from gen_jax import operations, parallel, runs
 from gen_jax.config import RunConfig
+from gen_jax.dry_run import training_step
 from gen_jax.task import Run
-from gen_jax.training_step import init_state, make_step
 from gen_jax.workdir import Workdir
 
 __all__ = ["of_run"]
@@ -33,16 +30,9 @@ def of_run(config: RunConfig) -> dict[str, int]:
     total = {"parameters": 0, "training_operations": 0, "training_examples": 0}
     for stage in task.stages:
         train = stage.training(config)
-        state = jax.eval_shape(lambda train=train, stage=stage: _state(train, stage))
-        batch = stage.batch(0, (0, 1), params)
-        step, flags = make_step(stage.trainable, train, mesh), np.zeros(mesh.size, np.int32)
-        operations_of_step = mesh.size * operations.count(step, state, batch, flags)
+        step, arguments = training_step(config, stage, mesh, params)
+        operations_of_step = mesh.size * operations.count(step, *arguments)
         total["parameters"] += sum(leaf.size for leaf in jax.tree.leaves(stage.abstract_params()))
         total["training_operations"] += train.steps * operations_of_step
         total["training_examples"] += train.steps * train.batch
     return total
-
-
-def _state(train: Any, stage: Any) -> Any:
-    state = init_state(train, stage.trainable)
-    return state if train.ema else state.replace(ema=None)

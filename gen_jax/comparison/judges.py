@@ -32,7 +32,7 @@ from gen_jax.sampling import Sampler
 from gen_jax.tasks import image_files, text_files
 from gen_jax.tasks.pixels import task as pixels
 from gen_jax.tasks.pixels.config import PixelRunConfig
-from gen_jax.tasks.two_stage.codes import encoded
+from gen_jax.tasks.two_stage.codes import distribution, encoded
 from gen_jax.workdir import Workdir
 
 __all__ = ["CifarJudge", "Judge", "ShapesJudge", "TextJudge", "drawn_so_far"]
@@ -199,7 +199,8 @@ class ShapesJudge(_ImagesJudge):
             decoder = params["autoencoder"]
             kept, dist = self._known.get(sampler.autoencoder, (None, None))
             if kept is not decoder:  # the codes are of these parameters
-                dist = self._codes(sampler.autoencoder, params)
+                codes = encoded(sampler.autoencoder, decoder, self.support(), False)
+                dist = distribution(codes, sampler.autoencoder.quantiser.codes)
                 self._known[sampler.autoencoder] = decoder, dist
             return dist
         if not isinstance(loaded.config, PixelRunConfig):
@@ -215,12 +216,6 @@ class ShapesJudge(_ImagesJudge):
     def law(self, loaded: Loaded, sampler: Sampler, params: Any) -> dict[str, float]:
         """See `Judge`."""
         return laws.measure(self.known(loaded, sampler, params), sampler, params)
-
-    def _codes(self, autoencoder, params):
-        """The codes of the support; images may share theirs."""
-        codes = encoded(autoencoder, params["autoencoder"], self.support(), False)
-        distinct, counts = np.unique(codes.astype(np.int32), axis=0, return_counts=True)
-        return Enumerated(distinct, counts / len(codes), autoencoder.quantiser.codes)
 
 
 class CifarJudge(_ImagesJudge):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gen_jax import parallel, sampling
+from gen_jax import operations, parallel, sampling
 from gen_jax.comparison import gates, laws
 from gen_jax.comparison.gates import GateError, Pieces
 from gen_jax.comparison.judges import Judge, drawn_so_far
@@ -131,7 +131,7 @@ def examine(
         "compile_seconds": contestant.compile_seconds[1],
         "operations_per_sample": one.operations,
         **counted,
-        "peak_memory_bytes": _peak(contestant.program(batch)),
+        "peak_memory_bytes": operations.peak_memory(contestant.program(batch)),
         "samples": number,
         "quality": judge.score(loaded, samples),
         "network_share": _network_share(contestant, seed),
@@ -240,16 +240,6 @@ def _perfect_quality(contestant, judge, number, seed):
         chunks = sampling.generate_many(*made, seed, number, micro_batch=64, progress=False)
         samples = np.concatenate([chunk.samples for chunk in chunks])
     return judge.score(contestant.loaded, samples) | {"samples": number}
-
-
-def _peak(program):
-    memory = program.memory_analysis()
-    return int(
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        + memory.temp_size_in_bytes
-        - memory.alias_size_in_bytes
-    )
 
 
 def time_once(contestant: Contestant, batch: int, seed: int) -> float:

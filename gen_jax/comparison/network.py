@@ -45,7 +45,7 @@ def evaluations_alone(sampler: Sampler) -> Callable[[Any, Any], Any] | None:
         inner = evaluations_alone(sampler.inner)
         return None if inner is None else lambda prepared, s: inner(prepared["network"], s)
     if isinstance(sampler, IterativeSampler):
-        return _loop(sampler.rounds, sampler.model, lambda s: (s.tokens, s.valid, s.context))
+        return _rounds(sampler)
     if isinstance(sampler, DiffusionSampler):
         return _denoisings(sampler)
     kept = isinstance(sampler, AutoregressiveSampler)
@@ -54,17 +54,15 @@ def evaluations_alone(sampler: Sampler) -> Callable[[Any, Any], Any] | None:
     return None
 
 
-def _loop(rounds, model, inputs):
+def _rounds(sampler):
     def run(prepared, state):
-        tokens, *rest = inputs(state)
-
         def body(i, carry):
             tokens, _ = carry
-            logits = model(prepared, tokens, *rest)
+            logits = sampler.model(prepared, tokens, state.valid, state.context)
             zero = 0 * logits.sum()
             return tokens + zero.astype(jnp.int32), zero
 
-        return jax.lax.fori_loop(0, rounds, body, (tokens, jnp.float32(0)))[1]
+        return jax.lax.fori_loop(0, sampler.rounds, body, (state.tokens, jnp.float32(0)))[1]
 
     return run
 

@@ -270,7 +270,7 @@ class _Comparing:
                 measure.time_once(contestants[name], batch, self.config.seed)
 
     def _results(self, trained, times) -> dict[str, Any]:
-        entries, entropy = [], None
+        entries = []
         for strategy in self.comparison.strategies:
             entry = {
                 name: getattr(strategy, name)
@@ -285,7 +285,6 @@ class _Comparing:
                 for name in ("parameters", "training_operations"):
                     entry[name] = sum(part[name] for part in parts)
             entries.append(entry)
-        entropy = getattr(self.judge, "entropy", None)
         return {
             "data": self.config.data,
             "about": self.comparison.about,
@@ -296,7 +295,7 @@ class _Comparing:
             "seconds": time.monotonic() - self.began,
             "machine": records.machine(),
             "commit": records.commit(),
-            "entropy": entropy,
+            "entropy": getattr(self.judge, "entropy", None),
             "runs": trained,
             "strategies": entries,
         }
@@ -359,11 +358,12 @@ def _rates(name, batches, times):
     rates = []
     for batch in batches:
         seconds = [one[name][str(batch)] for one in times]
+        summary = records.summary(seconds)
         rates.append(
             {
                 "batch": batch,
-                "seconds": records.summary(seconds),
-                "samples_per_second": batch / float(np.median(seconds)),
+                "seconds": summary,
+                "samples_per_second": batch / summary["median"],
                 "repeats": len(seconds),
             }
         )

@@ -12,11 +12,12 @@ import numpy as np
 
 from gen_jax import checkpoint, evaluation, whole_file
 from gen_jax.data import Images
+from gen_jax.data.exact import Enumerated
 from gen_jax.models.diffusion.process import to_signal
 from gen_jax.models.vq import Autoencoder
 from gen_jax.trees import named_leaves
 
-__all__ = ["check", "digest", "encoded", "kept"]
+__all__ = ["check", "digest", "distribution", "encoded", "kept"]
 
 _BATCH = 256
 
@@ -48,6 +49,12 @@ def _encode(model, latents, params, rows):
         return model.encode(params, x).code.reshape(len(x), -1)
     values = model.network.encode(params["network"], x, None)
     return model.quantiser.centre(values) / params["deviation"]
+
+
+def distribution(codes: np.ndarray, vocabulary: int) -> Enumerated:
+    """Of the code sequences [N, L] of equally likely images, which may share theirs."""
+    distinct, counts = np.unique(codes.astype(np.int32), axis=0, return_counts=True)
+    return Enumerated(distinct, counts / len(codes), vocabulary)
 
 
 def kept(

@@ -12,7 +12,6 @@ import numpy as np
 from gen_jax import config as config_lib
 from gen_jax import evaluation, interop, loading, pictures, sampling
 from gen_jax.data import ShapesSet
-from gen_jax.data.exact import Enumerated
 from gen_jax.data.streams import shard_slice
 from gen_jax.metrics import gaps
 from gen_jax.models.autoregressive import AutoregressiveModel, AutoregressiveSampler
@@ -294,11 +293,10 @@ def _exactly(codes, vocabulary, scales=()):
     that some image has; drawn scale by scale from the exact conditionals, so much, and so many nats
     are lost. The entropy of the codes is the floor of their code length.
     """
-    distinct, counts = np.unique(codes.astype(np.int32), axis=0, return_counts=True)
-    dist = Enumerated(distinct, counts / len(codes), vocabulary)
+    dist = code_files.distribution(codes, vocabulary)
     at_once = (tuple(range(dist.length)),)
     report = {
-        "distinct_codes_of_support": len(distinct),
+        "distinct_codes_of_support": len(dist.support),
         "nats_of_codes_floor": dist.entropy,
         "one_shot_mass_on_support": gaps.valid_mass_of_groups(dist, at_once),
     }
