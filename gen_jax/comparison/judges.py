@@ -48,10 +48,12 @@ class Judge(Protocol):
       headline: the name of the figure by which strategies are compared, in [0, 1], larger is
         better.
       number: samples to score by default.
+      entropy: of the data, in nats; None where it is not known.
     """
 
     headline: str
     number: int
+    entropy: float | None
 
     def check(self, loaded: Loaded, samples: np.ndarray) -> None:
         """Raises a `GateError` where samples are not of the data's shape, or not finite."""
@@ -107,7 +109,7 @@ class _ImagesJudge:
     """What judges of images share: shapes, pictures, and frames."""
 
     size: int
-    channels = 3
+    channels, entropy = 3, None
 
     def check(self, loaded: Loaded, samples: np.ndarray) -> None:
         """See `Judge`."""
@@ -179,6 +181,7 @@ class ShapesJudge(_ImagesJudge):
 
     def __init__(self):
         self.set, self._known = ShapesSet(self.size), {}
+        self.entropy = self.set.entropy
 
     def score(self, loaded: Loaded, samples: np.ndarray) -> dict[str, float]:
         """See `metrics.shapes.score`."""
@@ -257,7 +260,7 @@ _EVALUATIONS, _WINDOWS = 512, 64  # rows evaluated, and at most so many windows 
 class TextJudge:
     """Characters of a text. The headline is the share of letters in words that the text has."""
 
-    headline, number = "known_words", 64
+    headline, number, entropy = "known_words", 64, None
 
     def __init__(self):
         self._read = {}

@@ -295,7 +295,7 @@ class _Comparing:
             "seconds": time.monotonic() - self.began,
             "machine": records.machine(),
             "commit": records.commit(),
-            "entropy": getattr(self.judge, "entropy", None),
+            "entropy": self.judge.entropy,
             "runs": trained,
             "strategies": entries,
         }

@@ -108,6 +108,7 @@ def test_results_have_every_figure(results):
     assert passed["ar"]["perfect"]["validity"] == 1
     assert passed["one_shot"]["perfect"]["validity"] < 0.05
     assert results["runs"]["ar"]["parameters"] == passed["ar"]["parameters"]
+    assert results["entropy"] == pytest.approx(np.log(648))
     both = [results["runs"][name]["parameters"] for name in ("coder", "code_ar")]
     assert passed["code_ar"]["parameters"] == sum(both)
 
