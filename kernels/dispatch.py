@@ -157,17 +157,17 @@ class Operation:
 
     def __init__(self, name: str, package: str):
         self.name = name
-        self._package = package
+        self.package = package
         self._loaded = False
         _OPERATIONS[name] = self
 
     def implementations(self) -> Mapping[str, Implementation]:
         """All registered implementations by name: the reference, then in the order of files."""
         if not self._loaded:
-            package = importlib.import_module(self._package)
+            package = importlib.import_module(self.package)
             for module in pkgutil.iter_modules(package.__path__):
                 if module.name != "cases":
-                    importlib.import_module(f"{self._package}.{module.name}")
+                    importlib.import_module(f"{self.package}.{module.name}")
             self._loaded = True
         entries = sorted(_REGISTRY[self.name].items(), key=lambda item: item[1].run.__module__)
         return {"reference": _REGISTRY[self.name]["reference"], **dict(entries)}

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import functools
 import importlib
-import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -16,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import kernels
+import kernels  # noqa: F401  it registers the operations
 from kernels import dispatch
 from kernels.dispatch import Implementation, fill_static, split_static
 
@@ -38,6 +37,10 @@ class Case:
       dtype: of all floats in the result.
       gradient: places of the positional arguments whose gradients are compared with those of the
         reference, to ten times the tolerance.
+      donated: places among the arrays of the arguments whose memory an estimated program may
+        take for its results.
+      scalar: the value of the numbers among the arguments that decide what a kernel does, as an
+        estimate assumes it; None where there are none.
     """
 
     name: str
@@ -48,6 +51,8 @@ class Case:
     rtol: float = 0.0
     dtype: str = "float32"
     gradient: tuple[int, ...] = ()
+    donated: tuple[int, ...] = ()
+    scalar: int | None = None
 
     def __str__(self):
         return self.name
@@ -63,6 +68,7 @@ class Suite:
         it takes `implementation` as well.
       cases: what the tests run; small.
       timed: what `kernels.bench` runs, after a check of each; of sizes that matter.
+      estimated: what `kernels.estimate` compiles for chips that are not there, without running it.
       definition: the results by NumPy in float64, independent of the reference; or None.
       peers: functions of jax that people would write instead, timed beside the implementations
         with the same arguments and options.
@@ -72,6 +78,7 @@ class Suite:
     call: Callable
     cases: tuple[Case, ...]
     timed: tuple[Case, ...] = ()
+    estimated: tuple[Case, ...] = ()
     definition: Callable | None = None
     peers: Mapping[str, Callable] = dataclasses.field(default_factory=dict)
 
@@ -82,12 +89,10 @@ class Suite:
 
 def suites() -> dict[str, Suite]:
     """The suites of all operations by name."""
-    found = {}
-    for folder in pkgutil.iter_modules(kernels.__path__):
-        if folder.ispkg:
-            module = importlib.import_module(f"kernels.{folder.name}.cases")
-            found.update({suite.op: suite for suite in module.SUITES})
-    return dict(sorted(found.items()))
+    packages = {operation.package for operation in dispatch.operations().values()}
+    modules = [importlib.import_module(f"{package}.cases") for package in sorted(packages)]
+    found = [suite for module in modules for suite in module.SUITES]
+    return {suite.op: suite for suite in sorted(found, key=lambda suite: suite.op)}
 
 
 def program(run: Callable, case: Case, seed: int = 0) -> tuple[Callable, list]:

@@ -1,5 +1,6 @@
 """Cases of decode_attention: around the edges of buckets, windows, ragged rows, shared heads."""
 
+import dataclasses
 import functools
 
 import jax
@@ -13,6 +14,8 @@ __all__ = ["EDGES", "LENGTH", "SUITES", "definition", "example"]
 
 LENGTH = 100
 EDGES = (0, 31, 62, 63, 64, 65, 94, 95, 96, 97, 99)
+_TILES = 384  # three blocks of the kernel for TPUs, which wants whole registers of columns
+_TILE_EDGES = (0, 1, 127, 128, 129, 255, 256, 300, 383)
 
 
 def example(
@@ -75,13 +78,31 @@ def _whole_cache(q, k, v, cache, column, first=None):
 
 
 def _at_edges(
-    name, atol=2e-5, window=0, causal=True, ragged=False, padded=False, edges=EDGES, **shape
+    name,
+    atol=2e-5,
+    window=0,
+    causal=True,
+    ragged=False,
+    padded=False,
+    edges=EDGES,
+    estimated=False,
+    **shape,
 ):
     arguments = functools.partial(_step, shape, edges, ragged=ragged, padded=padded)
     options = {"window": window} if window else {}
     options |= {} if causal else {"causal": False}
-    dtype = shape.get("dtype", "float32")
-    return Case(name, arguments, options, seeds=len(edges), atol=(atol, 0.0), dtype=dtype)
+    case = Case(
+        name,
+        arguments,
+        options,
+        seeds=len(edges),
+        atol=(atol, 0.0),
+        dtype=shape.get("dtype", "float32"),
+    )
+    if not estimated:
+        return case
+    # The cache is given up for the new one; a length is what the kernel reads of the arguments.
+    return dataclasses.replace(case, donated=(3, 4), scalar=edges[0])
 
 
 def _filled(column, causal=True, **shape):
@@ -122,6 +143,28 @@ SUITES = (
             _filled(0, new=100),
             _filled(63, new=2),
             *(
+                _at_edges(
+                    f"{_TILES} columns{', ragged' * ragged}{f', window {window}' * bool(window)}",
+                    length=_TILES,
+                    edges=_TILE_EDGES,
+                    ragged=ragged,
+                    padded=ragged,
+                    window=window,
+                )
+                for ragged, window in ((False, 0), (True, 0), (False, 1), (True, 140))
+            ),
+            *(
+                _at_edges(
+                    f"{_TILES} columns, {kv_heads} of 4 heads, {dtype}",
+                    atol=2e-5 if dtype == "float32" else 0.06,
+                    dtype=dtype,
+                    length=_TILES,
+                    kv_heads=kv_heads,
+                    edges=(70, 300),
+                )
+                for kv_heads, dtype in ((1, "float32"), (4, "bfloat16"))
+            ),
+            *(
                 _at_edges(f"{kv_heads} of 4 heads", kv_heads=kv_heads, edges=(70,))
                 for kv_heads in (4, 1)
             ),
@@ -136,6 +179,20 @@ SUITES = (
                 )
                 for new, kv_heads in ((1, 4), (1, 2), (3, 4))
             ),
+        ),
+        estimated=tuple(
+            _at_edges(
+                f"batch {batch}, 12 heads of 64, column {column} of 1024, bfloat16",
+                batch=batch,
+                heads=12,
+                kv_heads=12,
+                width=64,
+                length=1024,
+                dtype="bfloat16",
+                edges=(column,),
+                estimated=True,
+            )
+            for batch, column in ((8, 1023), (8, 255), (64, 1023))
         ),
         timed=(
             _timed(1, 12, 1024, 100),

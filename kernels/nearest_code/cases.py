@@ -49,8 +49,9 @@ def _naive(x, codebook):
     return jnp.argmin(distances, axis=1).astype(jnp.int32), distances.min(axis=1)
 
 
-def _case(name, *shape, **options):
-    return Case(name, functools.partial(example, *shape, **options), atol=(0.0, 1e-4))
+def _case(name, *shape, gradient=(), **options):
+    arguments = functools.partial(example, *shape, **options)
+    return Case(name, arguments, atol=(0.0, 1e-4), gradient=gradient)
 
 
 SUITES = (
@@ -63,11 +64,22 @@ SUITES = (
             _case("ties across blocks", 700, 2 * 1100, 6, copies=2),
             _case("a rest of both", 1030, 1500, 4),
             _case("bfloat16", 64, 32, 4, dtype="bfloat16"),
+            _case("gradients", 20, 18, 6, gradient=(0, 1)),
         ),
         timed=(
             _case("16,384 vectors, 8,192 codes of 64", 16_384, 8192, 64),
             _case("16,384 vectors, 512 codes of 64", 16_384, 512, 64),
             _case("4,096 vectors, 1,024 codes of 256", 4096, 1024, 256),
+        ),
+        estimated=tuple(
+            _case(
+                f"65,536 vectors, 16,384 codes of {width}, {dtype}",
+                65_536,
+                16_384,
+                width,
+                dtype=dtype,
+            )
+            for width, dtype in ((32, "bfloat16"), (32, "float32"), (256, "bfloat16"))
         ),
         definition=_definition,
         peers={"naive": _naive},

@@ -1,0 +1,171 @@
+"""nearest_code for TPUs: products and running minimum in one kernel, and no N x K in memory.
+
+The kernel gets the score |c|^2 / 2 - x . c from the matrix units alone, as one product of bfloat16
+whose results are float32. A float32 is the sum of three bfloat16; of the nine products of such
+parts the six that float32 can tell from zero are laid one after the other along the width, and so
+is |c|^2 / 2 against rows of ones, wherever the width has room. A matrix unit takes a multiple of
+128 rows of weights (256 on a v6e) in any case: at a width of 32 the six products cost two passes
+(one) instead of six.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels.dispatch import register
+from kernels.nearest_code.reference import squared_distance
+
+__all__ = ["nearest_code"]
+
+_LANES, _SUBLANES, _PACKED = 128, 8, 16  # of a register; sublanes of one of bfloat16
+# Vectors and codes of a block, by the rows of products: what the compiler fits into VMEM.
+_BLOCKS = {256: (2048, 1024), 1024: (1024, 1024), 2048: (512, 512)}
+_PAIRS = tuple((i, j) for i in range(3) for j in range(3 - i))  # the largest of nine products
+
+
+def _refusal(x, codebook):
+    products = 1 if _is_half(x, codebook) else len(_PAIRS)
+    most = max(_BLOCKS) // products // _PACKED * _PACKED
+    if x.shape[1] > most:
+        return f"needs vectors of {x.dtype} of at most {most} values, not {x.shape[1]}"
+    return None
+
+
+def _is_half(x, codebook):
+    return x.dtype == codebook.dtype == jnp.bfloat16
+
+
+def _ceil(number, multiple):
+    return -(-number // multiple) * multiple
+
+
+@register("nearest_code", "tpu", default_on=("tpu",), only_on=("tpu",), refusal=_refusal)
+@jax.custom_jvp
+def nearest_code(x, codebook):
+    """See `kernels.nearest_code`; its gradient is that of the distance to the code found."""
+    (number, width), codes = x.shape, codebook.shape[0]
+    half = _is_half(x, codebook)
+    dtype = jnp.bfloat16 if half else jnp.float32
+    missing = _ceil(width, _PACKED) - width
+    rows = (width + missing) * (1 if half else len(_PAIRS))
+    size, block = next(blocks for most, blocks in _BLOCKS.items() if rows <= most)
+    size, block = min(size, _ceil(number, _LANES)), min(block, _ceil(codes, _PACKED))
+    vectors = jnp.pad(x.astype(dtype).T, ((0, missing), (0, -number % size)))  # [D, N]
+    table = jnp.pad(codebook.astype(dtype), ((0, -codes % block), (0, missing)))
+    half_square = 0.5 * jnp.square(codebook.astype(jnp.float32)).sum(axis=1)
+    half_square = jnp.pad(half_square, (0, -codes % block), constant_values=jnp.inf)
+    parts = [-table] if half else [_split(-table)[j] for _, j in _PAIRS]
+    folded = -rows % _LANES >= _PACKED
+    if folded:
+        square = jnp.stack(_split(half_square), axis=1)
+        parts.append(jnp.pad(square, ((0, 0), (0, _PACKED - 3))))
+    table = jnp.concatenate(parts, axis=1)  # [K, W]
+    half_square = None if folded else half_square[:, None]
+    index, score = _search(vectors, table, half_square, size=size, block=block)
+    return index[0, :number], squared_distance(x.astype(jnp.float32), score[0, :number])
+
+
+@nearest_code.defjvp
+def _tangent(primals, tangents):
+    x, codebook = primals
+    index, distance = nearest_code(x, codebook)
+    difference = x.astype(jnp.float32) - codebook[index].astype(jnp.float32)
+    change = tangents[0].astype(jnp.float32) - tangents[1][index].astype(jnp.float32)
+    tangent = 2 * (difference * change).sum(axis=1)
+    return (index, distance), (np.zeros(index.shape, jax.dtypes.float0), tangent)
+
+
+def _split(x):
+    """Three bfloat16 that add up to a float32; the last two are 0 for one that is infinite."""
+    parts = []
+    for _ in range(3):
+        # Not a pair of conversions, which the compiler may leave out.
+        rounded = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+        parts.append(rounded.astype(jnp.bfloat16))
+        x = jnp.where(jnp.isinf(x), 0, x - rounded)
+    return parts
+
+
+@functools.partial(jax.jit, static_argnames=("size", "block"))
+def _search(vectors, table, half_square, *, size, block):
+    (width, number), (codes, rows) = vectors.shape, table.shape
+    column = [] if half_square is None else [half_square]
+    row = pl.BlockSpec((1, size), lambda n, k: (0, n))
+    return pl.pallas_call(
+        functools.partial(_kernel, folded=half_square is None),
+        out_shape=[
+            jax.ShapeDtypeStruct((1, number), jnp.int32),
+            jax.ShapeDtypeStruct((1, number), jnp.float32),
+        ],
+        grid=(number // size, codes // block),
+        in_specs=[
+            pl.BlockSpec((width, size), lambda n, k: (0, n)),
+            pl.BlockSpec((block, rows), lambda n, k: (k, 0)),
+            *(pl.BlockSpec((block, 1), lambda n, k: (k, 0)) for _ in column),
+        ],
+        out_specs=[row, row],
+        scratch_shapes=[
+            pltpu.VMEM((rows, size), jnp.bfloat16),
+            pltpu.VMEM((_SUBLANES, size), jnp.float32),
+            pltpu.VMEM((_SUBLANES, size), jnp.int32),
+        ],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        name="nearest_code",
+    )(vectors, table, *column)
+
+
+def _kernel(vectors, table, *rest, folded):
+    """One block of codes against one of vectors; eight codes are candidates for each vector.
+
+    Sublane s of `best` has the least score of the codes s, s + 8, s + 16, ... and `place` which of
+    them that is.
+    """
+    half_square, (index, score, factors, best, place) = (
+        (None, rest) if folded else (rest[0], rest[1:])
+    )
+    k, block = pl.program_id(1), table.shape[0]
+
+    @pl.when(k == 0)
+    def _():
+        _store_factors(vectors, factors, folded)
+        best[...] = jnp.full(best.shape, jnp.inf, best.dtype)
+        place[...] = jnp.zeros(place.shape, place.dtype)
+
+    scores = jnp.dot(table[...], factors[...], preferred_element_type=jnp.float32)
+    if not folded:
+        scores += half_square[...]
+    least, where = best[...], place[...]
+    for i in range(block // _SUBLANES):
+        ours = scores[i * _SUBLANES : (i + 1) * _SUBLANES]
+        better = ours < least
+        least = jnp.where(better, ours, least)
+        where = jnp.where(better, k * (block // _SUBLANES) + i, where)
+    best[...], place[...] = least, where
+
+    @pl.when(k == pl.num_programs(1) - 1)
+    def _():
+        least = best[...].min(axis=0, keepdims=True)
+        code = place[...] * _SUBLANES + jax.lax.broadcasted_iota(jnp.int32, place.shape, 0)
+        last = jnp.int32(jnp.iinfo(jnp.int32).max)
+        index[...] = jnp.where(best[...] == least, code, last).min(axis=0, keepdims=True)
+        score[...] = least
+
+
+def _store_factors(vectors, factors, folded):
+    """The vectors as they meet the rows of the table: their parts, and ones."""
+    width = vectors.shape[0]
+    if vectors.dtype == jnp.bfloat16:
+        factors[:width] = vectors[...]
+    else:
+        rest, parts = vectors[...], []
+        for _ in range(3):
+            parts.append(rest.astype(jnp.bfloat16))
+            rest = rest - parts[-1].astype(jnp.float32)
+        for row, (i, _) in enumerate(_PAIRS):
+            factors[row * width : (row + 1) * width] = parts[i]
+    if folded:
+        factors[-_PACKED:] = jnp.ones((_PACKED, factors.shape[1]), jnp.bfloat16)
