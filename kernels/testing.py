@@ -68,19 +68,19 @@ class Suite:
         it takes `implementation` as well.
       cases: what the tests run; small.
       timed: what `kernels.bench` runs, after a check of each; of sizes that matter.
-      estimated: what `kernels.estimate` compiles for chips that are not there, without running it.
       definition: the results by NumPy in float64, independent of the reference; or None.
       peers: functions of jax that people would write instead, timed beside the implementations
         with the same arguments and options.
+      estimated: what `kernels.estimate` compiles for chips that are not there, without running it.
     """
 
     op: str
     call: Callable
     cases: tuple[Case, ...]
     timed: tuple[Case, ...] = ()
-    estimated: tuple[Case, ...] = ()
     definition: Callable | None = None
     peers: Mapping[str, Callable] = dataclasses.field(default_factory=dict)
+    estimated: tuple[Case, ...] = ()
 
     def implementations(self) -> Mapping[str, Implementation]:
         """All registered implementations by name, the reference first."""

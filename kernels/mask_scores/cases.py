@@ -103,6 +103,17 @@ SUITES = (
             _scores("the most probable with noise", 0, 2.0),
             _scores("bfloat16", 3.0, dtype="bfloat16"),
             _scores("one position", batch=1, length=1, vocabulary=2, excluded=0.0),
+            _scores("384 positions", 1.0, 0.5, batch=2, length=384, vocabulary=130),
+        ),
+        estimated=tuple(
+            Case(
+                f"{batch} x {length} of {vocabulary} tokens, noise",
+                functools.partial(
+                    example, batch=batch, length=length, vocabulary=vocabulary, excluded=0.0
+                ),
+                {"noise": 1.0},
+            )
+            for batch, length, vocabulary in ((64, 256, 1024), (1, 256, 1024))
         ),
         timed=tuple(
             Case(

@@ -15,7 +15,7 @@ from kernels.sample_token.reference import first_of_the_largest
 from kernels.sample_token.threefry import gumbel
 from kernels.typing import AnyArray
 
-__all__ = ["keep_most_confident", "mask_scores"]
+__all__ = ["keep_most_confident", "mask_scores", "merged"]
 
 
 @register("mask_scores", "reference")
@@ -35,10 +35,14 @@ def mask_scores(logits, tokens, masked, keys, *, temperature, noise):
     largest = logits.max(-1)
     chosen = jnp.take_along_axis(logits, drawn[..., None], axis=-1)[..., 0]
     log_mass = jnp.log(jnp.exp(logits - largest[..., None]).sum(-1))
-    log_prob = (chosen - largest) - log_mass
+    return merged(drawn, (chosen - largest) - log_mass, tokens, masked, keys, noise)
+
+
+def merged(drawn, log_prob, tokens, masked, keys, noise):
+    """What `kernels.mask_scores` returns, of what was drawn at all positions [B, L]."""
     confidence = log_prob
     if noise is not None:
-        ids = jnp.uint32(2**32 - 1) - jnp.arange(length, dtype=jnp.uint32)
+        ids = jnp.uint32(2**32 - 1) - jnp.arange(drawn.shape[1], dtype=jnp.uint32)
         confidence = log_prob + noise * gumbel(keys, ids)
     return (
         jnp.where(masked, drawn, tokens.astype(jnp.int32)),

@@ -110,6 +110,7 @@ SUITES = (
                 for choice in ({"temperature": 0}, *FILTERS[:3], FILTERS[4])
             ),
             Case("a head in bfloat16", functools.partial(_hidden, 192, 16, 9, "bfloat16")),
+            Case("300 tokens", functools.partial(_hidden, 20, 128, 300, "float32"), {"top_k": 7}),
         ),
         timed=tuple(
             Case(
@@ -121,5 +122,18 @@ SUITES = (
             for choice in ({}, {"top_k": 40})
         ),
         peers={"categorical": _product_and_categorical},
+        estimated=tuple(
+            Case(
+                f"batch {batch}, width 768, 50257 tokens, {dtype}, {_name(choice)}",
+                functools.partial(_hidden, batch, 768, 50257, dtype),
+                choice,
+            )
+            for batch, dtype, choice in (
+                (64, "bfloat16", {"top_k": 50}),
+                (64, "float32", {"top_k": 50}),
+                (1, "bfloat16", {"top_k": 50}),
+                (64, "bfloat16", {"top_p": 0.9}),
+            )
+        ),
     ),
 )

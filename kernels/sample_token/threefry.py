@@ -10,7 +10,7 @@ from jaxtyping import Array, Float32, Integer, Key, UInt32
 
 from kernels.typing import AnyArray
 
-__all__ = ["gumbel", "threefry2x32"]
+__all__ = ["gumbel", "gumbel_of", "threefry2x32"]
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
@@ -45,9 +45,16 @@ def gumbel(
     Returns:
       float32 [B, N].
     """
-    data = jax.random.key_data(keys)[:, :, None]  # [B, 2, 1]
-    ids = jnp.atleast_2d(ids.astype(jnp.uint32))  # [B, N] or [1, N]
-    high, low = threefry2x32((data[:, 0], data[:, 1]), jnp.zeros_like(ids), ids)
+    data = jax.random.key_data(keys)
+    return gumbel_of((data[:, :1], data[:, 1:]), jnp.atleast_2d(ids))
+
+
+def gumbel_of(
+    key: tuple[UInt32[Array, "#B 1"], UInt32[Array, "#B 1"]], ids: Integer[AnyArray, "#B N"]
+) -> Float32[Array, "B N"]:
+    """`gumbel` from the two words of each key; the ids may be those of all rows, or the key."""
+    ids = ids.astype(jnp.uint32)
+    high, low = threefry2x32(key, jnp.zeros_like(ids), ids)
     bits = ((high ^ low) >> 9) | jnp.uint32(0x3F800000)  # a float in [1, 2)
     uniform = jax.lax.bitcast_convert_type(bits, jnp.float32) - 1
     return -jnp.log(-jnp.log(jnp.maximum(uniform, jnp.finfo(jnp.float32).tiny)))

@@ -12,7 +12,8 @@ from kernels import dispatch
 from kernels.decode_attention.buckets import buckets
 from kernels.decode_attention.cases import LENGTH, definition, example
 
-NAMES = tuple(dispatch.operations()["decode_attention"].implementations())
+ENTRIES = dispatch.operations()["decode_attention"].implementations()
+NAMES = tuple(name for name, entry in ENTRIES.items() if entry.only_on is None)
 
 
 @functools.cache

@@ -168,21 +168,38 @@ def test_what_the_operations_choose_today():
     assert defaults("upsample_conv_3x3", x, kernel) == {"default": "reference", "cpu": "phases"}
     logits, hidden, head = jnp.zeros((2, 9)), jnp.zeros((2, 4)), jnp.zeros((4, 9))
     for temperature, top_k, name in (
-        (1.0, 3, "indices"),
-        (1.0, 0, "reference"),
-        (1.0, 9, "reference"),
-        (0, 3, "reference"),
+        (1.0, 3, {"default": "indices", "tpu": "tpu"}),
+        (1.0, 0, {"default": "reference"}),
+        (1.0, 9, {"default": "reference"}),
+        (0, 3, {"default": "reference"}),
     ):
         choice = {"temperature": temperature, "top_k": top_k, "top_p": 1.0, "min_p": 0.0}
-        assert defaults("sample_logits", logits, None, **choice) == {"default": name}
-        assert defaults("sample_token", hidden, head, None, **choice) == {"default": name}
+        assert defaults("sample_logits", logits, None, **choice) == name
+        assert defaults("sample_token", hidden, head, None, **choice) == name
+    nucleus = {"temperature": 1.0, "top_k": 0, "top_p": 0.5, "min_p": 0.0}
+    assert defaults("sample_logits", logits, None, **nucleus)["tpu"] == "tpu"
     for shape, name in (((1, 64), "reference"), ((1, 65), "threshold"), ((64, 8), "threshold")):
         assert defaults("keep_most_confident", jnp.zeros(shape), None) == {"default": name}
     for number, name in ((512, "reference"), (513, "blocks")):
         codes = jnp.zeros((number, 2)), jnp.zeros((1024, 2))
-        assert defaults("nearest_code", *codes) == {"default": name}
-    assert defaults("decode_attention", *[None] * 6, window=0) == {"default": "buckets"}
-    for op in ("diffusion_step", "group_norm_silu", "mask_scores"):
+        assert defaults("nearest_code", *codes) == {"default": name, "tpu": "tpu"}
+    wide = jnp.zeros((2, 400)), jnp.zeros((4, 400))  # six products of 400 fit no block
+    assert defaults("nearest_code", *wide) == {"default": "reference"}
+    for length, new, names in (
+        (256, 1, {"default": "buckets", "tpu": "tpu"}),
+        (256, 2, {"default": "buckets"}),
+        (200, 1, {"default": "buckets"}),
+    ):
+        token, cache = jnp.zeros((1, new, 2, 8)), kernels.make_kv_cache(1, 2, length, 8)
+        arguments = token, token, token, cache, 0, None
+        assert defaults("decode_attention", *arguments, window=0, causal=True) == names
+    for vocabulary, names in (
+        (1024, {"default": "reference", "tpu": "tpu"}),
+        (1025, {"default": "reference"}),
+    ):
+        arguments = jnp.zeros((1, 4, vocabulary)), None, None, None
+        assert defaults("mask_scores", *arguments, temperature=1.0, noise=None) == names
+    for op in ("diffusion_step", "group_norm_silu"):
         assert defaults(op) == {"default": "reference"}
 
 
