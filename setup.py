@@ -17,7 +17,10 @@ setuptools.setup(
     packages=setuptools.find_packages(
         include=["gen_jax", "gen_jax.*", "experiments", "kernels", "kernels.*"]
     ),
-    package_data={"gen_jax.comparison.page": ["*.css", "*.js"]},
+    package_data={
+        "gen_jax.comparison.page": ["*.css", "*.js"],
+        "kernels": ["estimates.json"],
+    },
     install_requires=[
         "jax>=0.10",
         "numpy",
@@ -42,6 +45,8 @@ setuptools.setup(
         "tensorboard": ["tensorboardX>=2.6"],  # event files without TensorFlow
         # Charts of pages, and the same as PNG and SVG without a browser.
         "report": ["altair>=5.5", "vl-convert-python>=1.7"],
+        # The compiler of TPUs, for machines that have none; figures are stored of this version.
+        "tpu": ["libtpu==0.0.50.1"],
         "test": [
             "pytest>=8",
             "pytest-xdist",

@@ -26,6 +26,7 @@ __all__ = [
     "Refusal",
     "any_platform",
     "fill_static",
+    "leave_out",
     "operations",
     "register",
     "split_static",
@@ -37,6 +38,7 @@ EVERYWHERE = ("everywhere",)
 _OPERATIONS: dict[str, "Operation"] = {}
 _REGISTRY: dict[str, dict[str, "Implementation"]] = {}
 _check_platform = True
+_left_out: frozenset[str] = frozenset()
 
 
 class Refusal(NotImplementedError):
@@ -147,6 +149,17 @@ def any_platform() -> Iterator[None]:
         _check_platform = before
 
 
+@contextlib.contextmanager
+def leave_out(*names: str) -> Iterator[None]:
+    """Implementations of these names are no defaults, so that one can see what they are worth."""
+    global _left_out
+    before, _left_out = _left_out, frozenset(names)
+    try:
+        yield
+    finally:
+        _left_out = before
+
+
 class Operation:
     """What the public function of an operation calls: it finds the implementation and runs it.
 
@@ -209,6 +222,7 @@ class Operation:
             entry
             for entry in entries
             if entry.default_on
+            and entry.name not in _left_out
             and entry.refusal(*arguments, **options) is None
             and entry.default_when(*arguments, **options)
         ]

@@ -110,9 +110,9 @@ def _figures(program, least_matrix):
         "hbm_bytes": program.hbm_bytes,
         "spills": program.spills,
         "temporaries": program.temporaries,
-        "copy_wait": sum(walk.copy_wait for walk in program.walks.values()) / program.cycles,
+        "copy_wait": program.total("copy_wait") / program.cycles,
         "slots": longest.slots,
-        "unknown": program.unknown,
+        "unknown": program.unknown + ["a kernel without machine code"] * bool(program.strange),
     }
 
 

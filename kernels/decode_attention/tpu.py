@@ -14,12 +14,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.lax import div, rem  # unlike // and %, without a case for negative numbers
 
+from kernels import tpu
 from kernels.decode_attention.reference import MASKED, KVCache
 from kernels.dispatch import register
 
 __all__ = ["decode_attention"]
 
-_LANES = 128
 _BLOCKS = (512, 256, 128)  # columns of a block: the first that divides the length of the cache
 _MEMORY = 12 << 20  # bytes of VMEM for blocks
 
@@ -28,11 +28,11 @@ def _refusal(q, k, v, cache, column, first, *, window, causal):
     length = cache.keys.shape[-1]
     if q.shape[1] != 1:
         return f"takes one new token, not {q.shape[1]}"
-    if length % _LANES:
-        return f"needs a cache length that is a multiple of {_LANES}, not {length}"
+    if length % tpu.LANES:
+        return f"needs a cache length that is a multiple of {tpu.LANES}, not {length}"
     if not _block(cache):
         heads, width = cache.keys.shape[1:3]
-        return f"has no room for {_LANES} columns of {heads} heads of {width} {cache.keys.dtype}"
+        return f"has no room for {tpu.LANES} columns of {heads} heads of {width} {cache.keys.dtype}"
     return None
 
 
@@ -76,13 +76,14 @@ def _attend(scalars, q, k, v, keys, values, *, size):
     new = pl.BlockSpec((1, width, kv_heads), lambda b, *_: (b, 0, 0))
     heads = pl.BlockSpec((1, kv_heads, groups, width), lambda b, *_: (b, 0, 0, 0))
     in_place = pl.BlockSpec(memory_space=pl.ANY)
+    operands = tpu.alike(*scalars, q, k, v, keys, values)
     statistic = pltpu.VMEM((kv_heads, groups, 1), jnp.float32)
     return pl.pallas_call(
         functools.partial(_kernel, size=size, ragged=len(scalars) > 1),
         out_shape=[
-            jax.ShapeDtypeStruct(q.shape, jnp.float32),
-            jax.ShapeDtypeStruct(keys.shape, keys.dtype),
-            jax.ShapeDtypeStruct(values.shape, values.dtype),
+            tpu.result(q.shape, jnp.float32, operands[0]),
+            tpu.result(keys.shape, keys.dtype, operands[0]),
+            tpu.result(values.shape, values.dtype, operands[0]),
         ],
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
@@ -91,7 +92,7 @@ def _attend(scalars, q, k, v, keys, values, *, size):
             out_specs=[heads, in_place, in_place],
             scratch_shapes=[
                 pltpu.VMEM((2, 2, kv_heads, width, size), keys.dtype),
-                pltpu.VMEM((2, kv_heads, width, _LANES), keys.dtype),
+                pltpu.VMEM((2, kv_heads, width, tpu.LANES), keys.dtype),
                 statistic,
                 statistic,
                 pltpu.VMEM((kv_heads, groups, width), jnp.float32),
@@ -104,7 +105,7 @@ def _attend(scalars, q, k, v, keys, values, *, size):
         # Rows follow each other: the first block of one is fetched during the last of the other.
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
         name="decode_attention",
-    )(*scalars, q, k, v, keys, values)
+    )(*operands)
 
 
 def _kernel(owns, *refs, size, ragged):
@@ -130,7 +131,7 @@ def _kernel(owns, *refs, size, ragged):
         ]
 
     def replaced(row):
-        columns = pl.ds(pl.multiple_of(owns[row] - rem(owns[row], _LANES), _LANES), _LANES)
+        columns = pl.ds(pl.multiple_of(owns[row] - rem(owns[row], tpu.LANES), tpu.LANES), tpu.LANES)
         return [
             pltpu.make_async_copy(tiles.at[i], array.at[row, :, :, columns], written.at[i])
             for i, array in enumerate((new_keys, new_values))
@@ -176,9 +177,9 @@ def _kernel(owns, *refs, size, ragged):
         for copy in replaced(b - 1):
             copy.wait()
 
-    slot, lane = 1 - buffer[0], rem(own, _LANES)
-    columns = pl.ds(pl.multiple_of(rem(own, size) - lane, _LANES), _LANES)
-    is_own = jax.lax.broadcasted_iota(jnp.int32, (1, _LANES), 1) == lane
+    slot, lane = 1 - buffer[0], rem(own, tpu.LANES)
+    columns = pl.ds(pl.multiple_of(rem(own, size) - lane, tpu.LANES), tpu.LANES)
+    is_own = jax.lax.broadcasted_iota(jnp.int32, (1, tpu.LANES), 1) == lane
     for i, new in enumerate((k, v)):
         for head in range(tiles.shape[1]):
             tile = blocks[slot, i, head, :, columns]

@@ -134,7 +134,7 @@ def _slots(path, counts):
 def _parse(text, core):
     """For each bundle its rows for the matrix units and its scalar work; the start of regions."""
     starts = list(_BUNDLE.finditer(text))
-    ends = [start.start() for start in starts[1:]] + [len(text)]
+    ends = [start.start() for start in starts[1:]] + [len(text)] * bool(starts)
     program, regions = [], {}
     for place, (start, end) in enumerate(zip(starts, ends, strict=True)):
         raw = text[start.end() : end]

@@ -35,7 +35,7 @@ class Chip:
         """Bytes from HBM in one cycle."""
         return self.gigabytes / self.gigahertz
 
-    def microseconds(self, cycles: float) -> float:
+    def microseconds(self, cycles: float | int) -> float:
         """The time of so many cycles."""
         return cycles / self.gigahertz / 1e3
 
@@ -43,7 +43,7 @@ class Chip:
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v5e", "v5litepod-4", 1.5, 819, mxus=4, width=128, rows=1),
-        Chip("v6e", "v6e-4", 1.75, 1640, mxus=2, width=256, rows=2),
+        Chip("v5e", "v5litepod-4", 1.5, 819.0, mxus=4, width=128, rows=1),
+        Chip("v6e", "v6e-4", 1.75, 1640.0, mxus=2, width=256, rows=2),
     )
 }

@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from kernels.machine.bundles import Walk, walk
+from kernels.machine.calls import count as count_calls
 from kernels.machine.chips import CHIPS, Chip
 
 __all__ = ["Program", "Workshop", "missing"]
@@ -42,6 +43,8 @@ class Program:
       chip: that it is for.
       text: its HLO, as it was compiled.
       walks: what each kernel and fusion does, by name; empty when nothing was to be counted.
+      calls: how often it is run, by the same names; once for one that is in no call.
+      strange: the number of calls that nothing is known of.
       temporaries: bytes that it needs besides arguments and results.
       arguments: bytes of its arguments.
       results: bytes of its results, those that are aliased to an argument among them.
@@ -51,6 +54,8 @@ class Program:
     chip: Chip
     text: str
     walks: Mapping[str, Walk]
+    calls: Mapping[str, int]
+    strange: int
     temporaries: int
     arguments: int
     results: int
@@ -63,23 +68,29 @@ class Program:
 
     @property
     def cycles(self) -> int:
-        """Of all its kernels, one after the other, once each."""
-        return sum(walk.cycles for walk in self.walks.values())
+        """Of all its kernels, one after the other, as often as they are called."""
+        return self.total("cycles")
+
+    def total(self, figure: str) -> int:
+        """The sum of a figure of `Walk` over all calls."""
+        return sum(
+            self.calls.get(name, 1) * getattr(walk, figure) for name, walk in self.walks.items()
+        )
 
     @property
     def matrix(self) -> int:
         """Cycles for which the matrix units work."""
-        return sum(walk.matrix for walk in self.walks.values())
+        return self.total("matrix")
 
     @property
     def hbm_bytes(self) -> int:
         """Copied from and to HBM."""
-        return sum(walk.hbm_bytes for walk in self.walks.values())
+        return self.total("hbm_bytes")
 
     @property
     def spills(self) -> int:
         """Vector registers that were stored for want of room."""
-        return sum(walk.spills for walk in self.walks.values())
+        return self.total("spills")
 
     @property
     def unknown(self) -> list[str]:
@@ -99,7 +110,7 @@ class Workshop:
     loaded: `Workshop.open()` returns it.
 
     Raises:
-      RuntimeError: libtpu is not installed, or was loaded before.
+      RuntimeError: libtpu is not installed.
     """
 
     def __init__(self):
@@ -169,6 +180,7 @@ class Workshop:
 
         Raises:
           jax.errors.JaxRuntimeError: the compiler refuses, for want of memory, say.
+          RuntimeError: cycles are to be counted, and libtpu had been loaded by something else.
         """
         if sharding is None:
             sharding = jax.sharding.SingleDeviceSharding(self.devices(chip)[0])
@@ -178,11 +190,20 @@ class Workshop:
             lowered = jax.jit(function, donate_argnums=donate).lower(*arguments)
             compiled = lowered.compile()
             made = sorted(set(self._folder.iterdir()) - before)
-            memory = compiled.memory_analysis()
+            memory, text = compiled.memory_analysis(), compiled.as_text()
+            walks = _walks(made, chip, scalar) if count else {}
+            if count and not walks:
+                raise RuntimeError(
+                    "libtpu wrote no machine code: it was loaded before the workshop was opened; "
+                    "set JAX_PLATFORMS=cpu, so that nothing else loads it"
+                )
+            calls, strange = _calls(made, text, walks)
             return Program(
                 chip=chip,
-                text=compiled.as_text(),
-                walks=_walks(made, chip, scalar) if count else {},
+                text=text,
+                walks=walks,
+                calls=calls,
+                strange=strange,
                 temporaries=memory.temp_size_in_bytes,
                 arguments=memory.argument_size_in_bytes,
                 results=memory.output_size_in_bytes,
@@ -204,6 +225,13 @@ def _described(leaf, sharding):
     if not hasattr(leaf, "dtype"):
         leaf = np.asarray(leaf)
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=own if kept else sharding)
+
+
+def _calls(paths, text, walks):
+    frames = [path for path in paths if re.search(rf"-{_FRAME}-\d+-final_bundles", path.name)]
+    if len(frames) != 1 or not walks:
+        return {}, 0
+    return count_calls(frames[0].read_text(encoding="utf-8", errors="replace"), text, set(walks))
 
 
 def _walks(paths, chip, scalar):

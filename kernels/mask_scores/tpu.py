@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels import tpu
 from kernels.dispatch import register
 from kernels.mask_scores.reference import merged
-from kernels.sample_token.passes import LANES, first_of_the_largest, scan
+from kernels.sample_token.passes import first_of_the_largest, scan
 from kernels.sample_token.threefry import gumbel_of
 
 __all__ = ["mask_scores"]
@@ -31,19 +32,15 @@ def _refusal(logits, tokens, masked, keys, *, temperature, noise):
 
 
 def _block(length, vocabulary):
-    """The positions of a block: all, or a divisor that fills registers; None where none fits."""
-    sizes = (length, *(size for size in _BLOCKS if length % size == 0))
-    able = [size for size in sizes if 8 * size * _ceil(vocabulary, LANES) <= _MEMORY]
+    """The positions of a block: a divisor that fills registers, or all; None where none fits."""
+    sizes = (*(size for size in _BLOCKS if length % size == 0), length)
+    able = [size for size in sizes if 8 * size * tpu.up_to(vocabulary, tpu.LANES) <= _MEMORY]
     return able[0] if able else None
-
-
-def _ceil(number, multiple):
-    return -(-number // multiple) * multiple
 
 
 def _wastes_little(logits, tokens, masked, keys, **options):
     """Whether few lanes are without a token: the time is that of the noise, drawn in all lanes."""
-    return -logits.shape[2] % LANES <= logits.shape[2] / 16
+    return -logits.shape[2] % tpu.LANES <= logits.shape[2] / 16
 
 
 @register(
@@ -66,19 +63,22 @@ def mask_scores(logits, tokens, masked, keys, *, temperature, noise):
 @functools.partial(jax.jit, static_argnames="temperature")
 def _run(logits, words, *, temperature):
     batch, length, vocabulary = logits.shape
+    words, logits = tpu.alike(words, logits)
     size = _block(length, vocabulary)
     row = pl.BlockSpec((1, 1, size), lambda b, i, words: (b, 0, i))
     drawn, log_prob = pl.pallas_call(
         functools.partial(_kernel, vocabulary=vocabulary, temperature=temperature),
         out_shape=[
-            jax.ShapeDtypeStruct((batch, 1, length), jnp.int32),
-            jax.ShapeDtypeStruct((batch, 1, length), jnp.float32),
+            tpu.result((batch, 1, length), jnp.int32, words),
+            tpu.result((batch, 1, length), jnp.float32, words),
         ],
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(batch, length // size),
             in_specs=[
-                pl.BlockSpec((1, size, _ceil(vocabulary, LANES)), lambda b, i, words: (b, i, 0))
+                pl.BlockSpec(
+                    (1, size, tpu.up_to(vocabulary, tpu.LANES)), lambda b, i, words: (b, i, 0)
+                )
             ],
             out_specs=[row, row],
         ),
@@ -106,7 +106,7 @@ def _kernel(words, logits, drawn, log_prob, *, vocabulary, temperature):
 
 def _group(logits, key, first, vocabulary, temperature):
     """Tokens [R, 1] and their log-probabilities [R, 1], from a reference [R, V]."""
-    lanes = logits.shape[0], LANES
+    lanes = logits.shape[0], tpu.LANES
     least = jnp.full(lanes, -jnp.inf)
 
     def inside(x, ids):  # beyond the vocabulary there may be anything

@@ -33,6 +33,17 @@ def _distinct(generator, number, width):
     return generator.permutation(digits, axis=1) / 4 - 2
 
 
+def _pairs(number, codes, width, seed):
+    """Pairs of near codes of which bfloat16 could not say which is nearer."""
+    generator = np.random.default_rng(seed)
+    codebook = np.repeat(generator.normal(size=(codes // 2, width)), 2, axis=0)
+    codebook += generator.normal(scale=0.05, size=codebook.shape)
+    x = codebook[generator.integers(0, codes, number)]
+    x = x + generator.normal(scale=0.01, size=x.shape)
+    x[0] = 0  # whose scores are all positive: less than any is what should not be there
+    return jnp.asarray(x, jnp.float32), jnp.asarray(codebook, jnp.float32)
+
+
 def _definition(x, codebook):
     x, codebook = np.asarray(x, np.float64), np.asarray(codebook, np.float64)
     squares, found = (codebook**2).sum(1), []
@@ -61,9 +72,11 @@ SUITES = (
         cases=(
             _case("one of one", 1, 1, 3),
             _case("every entry twice", 37, 24, 5, copies=2),
+            _case("ties of one sublane", 40, 32, 5, copies=2),
             _case("ties across blocks", 700, 2 * 1100, 6, copies=2),
             _case("a rest of both", 1030, 1500, 4),
             _case("bfloat16", 64, 32, 4, dtype="bfloat16"),
+            Case("full precision", functools.partial(_pairs, 500, 200, 9), atol=(0.0, 1e-4)),
             _case("gradients", 20, 18, 6, gradient=(0, 1)),
         ),
         timed=(

@@ -12,13 +12,15 @@ __all__ = ["nearest_code", "scores", "squared_distance"]
 def nearest_code(x, codebook):
     """See `kernels.nearest_code`.
 
-    The least score is returned, not the index alone: where nobody reads it, XLA for TPUs keeps the
-    running minimum in bfloat16, and a percent of the indices changes.
+    The least score goes with the index through a barrier, whether anybody reads it or not: where
+    nobody does, XLA for TPUs keeps the running minimum in bfloat16, and a percent of the indices
+    changes.
     """
     x, codebook = x.astype(jnp.float32), codebook.astype(jnp.float32)
     all_scores = scores(x, codebook)
-    index = jnp.argmin(all_scores, axis=1).astype(jnp.int32)
-    return index, squared_distance(x, all_scores.min(axis=1))
+    found = jnp.argmin(all_scores, axis=1).astype(jnp.int32), all_scores.min(axis=1)
+    index, least = jax.lax.optimization_barrier(found)
+    return index, squared_distance(x, least)
 
 
 def scores(x, codebook):

@@ -16,12 +16,13 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels import tpu
 from kernels.dispatch import register
 from kernels.nearest_code.reference import squared_distance
 
 __all__ = ["nearest_code"]
 
-_LANES, _SUBLANES, _PACKED = 128, 8, 16  # of a register; sublanes of one of bfloat16
+_SUBLANES, _PACKED = 8, 16  # of a register, and of one of bfloat16
 # Vectors and codes of a block, by the rows of products: what the compiler fits into VMEM.
 _BLOCKS = {256: (2048, 1024), 1024: (1024, 1024), 2048: (512, 512)}
 _PAIRS = tuple((i, j) for i in range(3) for j in range(3 - i))  # the largest of nine products
@@ -39,10 +40,6 @@ def _is_half(x, codebook):
     return x.dtype == codebook.dtype == jnp.bfloat16
 
 
-def _ceil(number, multiple):
-    return -(-number // multiple) * multiple
-
-
 @register("nearest_code", "tpu", default_on=("tpu",), only_on=("tpu",), refusal=_refusal)
 @jax.custom_jvp
 def nearest_code(x, codebook):
@@ -50,16 +47,16 @@ def nearest_code(x, codebook):
     (number, width), codes = x.shape, codebook.shape[0]
     half = _is_half(x, codebook)
     dtype = jnp.bfloat16 if half else jnp.float32
-    missing = _ceil(width, _PACKED) - width
+    missing = tpu.up_to(width, _PACKED) - width
     rows = (width + missing) * (1 if half else len(_PAIRS))
     size, block = next(blocks for most, blocks in _BLOCKS.items() if rows <= most)
-    size, block = min(size, _ceil(number, _LANES)), min(block, _ceil(codes, _PACKED))
+    size, block = min(size, tpu.up_to(number, tpu.LANES)), min(block, tpu.up_to(codes, _PACKED))
     vectors = jnp.pad(x.astype(dtype).T, ((0, missing), (0, -number % size)))  # [D, N]
     table = jnp.pad(codebook.astype(dtype), ((0, -codes % block), (0, missing)))
     half_square = 0.5 * jnp.square(codebook.astype(jnp.float32)).sum(axis=1)
     half_square = jnp.pad(half_square, (0, -codes % block), constant_values=jnp.inf)
     parts = [-table] if half else [_split(-table)[j] for _, j in _PAIRS]
-    folded = -rows % _LANES >= _PACKED
+    folded = -rows % tpu.LANES >= _PACKED
     if folded:
         square = jnp.stack(_split(half_square), axis=1)
         parts.append(jnp.pad(square, ((0, 0), (0, _PACKED - 3))))
@@ -94,12 +91,13 @@ def _split(x):
 def _search(vectors, table, half_square, *, size, block):
     (width, number), (codes, rows) = vectors.shape, table.shape
     column = [] if half_square is None else [half_square]
+    vectors, table, *column = tpu.alike(vectors, table, *column)
     row = pl.BlockSpec((1, size), lambda n, k: (0, n))
     return pl.pallas_call(
         functools.partial(_kernel, folded=half_square is None),
         out_shape=[
-            jax.ShapeDtypeStruct((1, number), jnp.int32),
-            jax.ShapeDtypeStruct((1, number), jnp.float32),
+            tpu.result((1, number), jnp.int32, vectors),
+            tpu.result((1, number), jnp.float32, vectors),
         ],
         grid=(number // size, codes // block),
         in_specs=[

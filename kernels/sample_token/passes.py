@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-__all__ = ["LANES", "first_of_the_largest", "scan"]
+from kernels.tpu import LANES
 
-LANES = 128
+__all__ = ["first_of_the_largest", "scan"]
+
 _CHUNK = 1024  # tokens of one trip, at most
 
 

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels import tpu
 from kernels.dispatch import register
-from kernels.sample_token.passes import LANES, first_of_the_largest, scan
+from kernels.sample_token.passes import first_of_the_largest, scan
 from kernels.sample_token.threefry import gumbel_of
 
 __all__ = ["sample_logits", "sample_token"]
@@ -27,23 +28,19 @@ _TINY = jnp.iinfo(jnp.int32).min
 
 def _rows(batch, vocabulary, top_p):
     """Rows of a block, or None where not even eight fit."""
-    row = 4 * _ceil(vocabulary, _tile(vocabulary)) * (1 if top_p == 1 else 2)
+    row = 4 * tpu.up_to(vocabulary, _tile(vocabulary)) * (1 if top_p == 1 else 2)
     able = [rows for rows in _ROWS if rows * row <= _MEMORY]
-    return min(able[0], _ceil(batch, _ROWS[-1])) if able else None
+    return min(able[0], tpu.up_to(batch, _ROWS[-1])) if able else None
 
 
 def _tile(vocabulary):
-    return next(size for size in _TILES if size <= _ceil(vocabulary, LANES))
+    return next(size for size in _TILES if size <= tpu.up_to(vocabulary, tpu.LANES))
 
 
 def _is_transposed(depth, vocabulary):
     """Whether XLA keeps a head [D, V] by columns, since rows would be padded more."""
-    by_rows = _ceil(depth, 8) * _ceil(vocabulary, LANES)
-    return _ceil(vocabulary, 8) * _ceil(depth, LANES) < by_rows
-
-
-def _ceil(number, multiple):
-    return -(-number // multiple) * multiple
+    by_rows = tpu.up_to(depth, 8) * tpu.up_to(vocabulary, tpu.LANES)
+    return tpu.up_to(vocabulary, 8) * tpu.up_to(depth, tpu.LANES) < by_rows
 
 
 def _refusal(logits, keys, *, temperature, top_p, **filters):
@@ -113,7 +110,7 @@ def _run(rows, head, keys, *, size, temperature, top_k, top_p, min_p):
     missing = ((0, -rows.shape[0] % size), (0, 0))
     rows, keys = jnp.pad(rows, missing), jnp.pad(keys, missing)
     tile = _tile(vocabulary)
-    width = _ceil(vocabulary, tile)
+    width = tpu.up_to(vocabulary, tile)
     if head is None:
         operands, specs = [rows], [pl.BlockSpec((size, tile), lambda r, v: (r, v))]
     else:
@@ -124,6 +121,7 @@ def _run(rows, head, keys, *, size, temperature, top_k, top_p, min_p):
         ]
         if _is_transposed(*head.shape):
             operands[1], specs[1] = head.T, pl.BlockSpec((tile, depth), lambda r, v: (v, 0))
+    keys, *operands = tpu.alike(keys, *operands)
     scratch = [pltpu.VMEM((size, width), jnp.float32)] * (1 if top_p == 1 else 2)
     taken = sum(4 * size * width for _ in scratch)
     taken += sum(2 * math.prod(spec.block_shape) * 4 for spec in specs)
@@ -138,7 +136,7 @@ def _run(rows, head, keys, *, size, temperature, top_k, top_p, min_p):
             ),
             temperature=temperature,
         ),
-        out_shape=jax.ShapeDtypeStruct((rows.shape[0], 1), jnp.int32),
+        out_shape=tpu.result((rows.shape[0], 1), jnp.int32, keys),
         grid=(rows.shape[0] // size, width // tile),
         in_specs=[pl.BlockSpec((size, 2), lambda r, v: (r, 0)), *specs],
         out_specs=pl.BlockSpec((size, 1), lambda r, v: (r, 0)),
@@ -211,14 +209,14 @@ def _kept(x, ids, edge, last, first_edge=None):
 
 
 def _reduce(x, join, start):
-    lanes = jnp.full((x.shape[0], LANES), start, jnp.float32)
+    lanes = jnp.full((x.shape[0], tpu.LANES), start, jnp.float32)
     lanes = scan(x, lanes, lambda carry, chunk, ids: join(carry, chunk))
     return lanes.max(axis=1, keepdims=True)
 
 
 def _count(x, holds):
     """[R, 1]: of how many entries holds(x, ids) is true."""
-    lanes = jnp.zeros((x.shape[0], LANES), jnp.int32)
+    lanes = jnp.zeros((x.shape[0], tpu.LANES), jnp.int32)
     lanes = scan(x, lanes, lambda carry, x, ids: carry + holds(x, ids).astype(jnp.int32))
     return lanes.sum(axis=1, keepdims=True)
 
@@ -265,17 +263,17 @@ def _last_equal(x, edge, room):
 def _nucleus(x, weights, kept, largest, mass):
     """[R, 1]: the smallest logit of the smallest set with this share of the kept mass."""
 
-    lanes = jnp.zeros((x.shape[0], LANES), jnp.float32)
+    lanes = jnp.zeros((x.shape[0], tpu.LANES), jnp.float32)
 
     def fill(i, total):
-        first = pl.multiple_of(i * LANES, LANES)
-        chunk = x[:, pl.ds(first, LANES)]
+        first = pl.multiple_of(i * tpu.LANES, tpu.LANES)
+        chunk = x[:, pl.ds(first, tpu.LANES)]
         ids = first + jax.lax.broadcasted_iota(jnp.int32, lanes.shape, 1)
         weight = jnp.where(kept(chunk, ids), jnp.exp(chunk - largest), 0)
-        weights[:, pl.ds(first, LANES)] = weight
+        weights[:, pl.ds(first, tpu.LANES)] = weight
         return total + weight
 
-    total = jax.lax.fori_loop(0, x.shape[1] // LANES, fill, lanes)
+    total = jax.lax.fori_loop(0, x.shape[1] // tpu.LANES, fill, lanes)
     wanted = mass * total.sum(axis=1, keepdims=True)
 
     def enough(bits):
@@ -296,7 +294,10 @@ def _nucleus(x, weights, kept, largest, mass):
 
 def _largest(x, score):
     """[R, 1]: the lowest id at which score(x, ids) is largest."""
-    start = jnp.full((x.shape[0], LANES), -jnp.inf), jnp.zeros((x.shape[0], LANES), jnp.int32)
+    start = (
+        jnp.full((x.shape[0], tpu.LANES), -jnp.inf),
+        jnp.zeros((x.shape[0], tpu.LANES), jnp.int32),
+    )
 
     def better(carry, chunk, ids):
         ours = score(chunk, ids)

@@ -1,0 +1,163 @@
+"""Compares one step of sampling loops with and without our kernels, on TPUs that are not there.
+
+    python -m experiments.benchmarks.absent_tpu
+
+Needs the extra `tpu` (libtpu), and runs on a CPU: each program is compiled by the real compiler of
+the chip, and the cycles of its machine code are counted. The figures are estimated from machine
+code, not timed; see `python -m kernels.estimate`, which does the same for single operations. A
+step is one trip of the loop at batch sizes of papers, in bfloat16, with random shapes of weights
+only. The side without kernels is what XLA makes of the references, with all of the cache read. The
+last line is one JSON object.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from experiments.benchmarks import timing
+from gen_jax.condition import Condition
+from gen_jax.models.autoregressive import (
+    AutoregressiveModel,
+    AutoregressiveSampler,
+    SamplingOptions,
+)
+from gen_jax.models.masked import MaskedModel, MaskGIT
+from gen_jax.nn.config import TransformerConfig
+from gen_jax.nn.transformer import TokenNetwork
+from kernels import dispatch
+from kernels.machine.chips import CHIPS
+from kernels.machine.compiling import Program, Workshop, missing
+
+# What stands for XLA's own program: its choice by a branch cannot be counted.
+_WITHOUT = ("tpu", "buckets")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What to compile."""
+
+    chips: tuple[str, ...] = tuple(CHIPS)
+    """Names of chips."""
+    steps: tuple[str, ...] = ()
+    """Which of the steps; empty for all."""
+
+    def __post_init__(self):
+        for what, names, known in (("chip", self.chips, CHIPS), ("step", self.steps, STEPS)):
+            unknown = set(names) - set(known)
+            if unknown:
+                raise ValueError(f"there is no {what} {min(unknown)}; there are {', '.join(known)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One trip of a loop as a function of shapes.
+
+    Attributes:
+      run: of the arguments.
+      arguments: trees of shapes and types.
+      donated: places of the arguments that the result takes the place of.
+      scalar: what numbers that decide the work of a kernel count as; see `Workshop.compile`.
+    """
+
+    run: Callable
+    arguments: tuple[Any, ...]
+    donated: tuple[int, ...] = ()
+    scalar: int | None = None
+
+
+def _of_sampler(sampler, model, batch, condition, scalar=None):
+    """A step of a sampler, from parameters and a state of which only the shapes are made."""
+    params = jax.eval_shape(model.network.init, jax.random.key(0))
+    params = jax.eval_shape(sampler.prepare, params)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
+    state = jax.eval_shape(lambda params, keys: sampler.init(params, keys, condition), params, keys)
+    place = jax.ShapeDtypeStruct((), jnp.int32)
+    return Step(sampler.step, (params, state, place), donated=(1,), scalar=scalar)
+
+
+def gpt2(batch: int) -> Step:
+    """A token of GPT-2 small, among the 50 most probable, at the last of 1,024 places."""
+    model = AutoregressiveModel(TokenNetwork(TransformerConfig(vocabulary=50257, dtype="bfloat16")))
+    sampler = AutoregressiveSampler(model, 1, 1024, SamplingOptions(top_k=50))
+    prompt = Condition(prompt=jnp.zeros((batch, 1), jnp.int32))
+    return _of_sampler(sampler, model, batch, prompt, scalar=1023)
+
+
+def maskgit(batch: int) -> Step:
+    """A round of MaskGIT: 24 blocks of width 768, 256 places of 1,024 codes."""
+    config = TransformerConfig(
+        vocabulary=1024,
+        context=256,
+        layers=24,
+        heads=16,
+        width=768,
+        causal=False,
+        extra_inputs=1,
+        dtype="bfloat16",
+    )
+    model = MaskedModel(TokenNetwork(config))
+    return _of_sampler(MaskGIT(model, 256, 8), model, batch, Condition())
+
+
+STEPS: dict[str, Callable[[], Step]] = {
+    "gpt2_1": lambda: gpt2(1),
+    "gpt2_64": lambda: gpt2(64),
+    "maskgit_1": lambda: maskgit(1),
+    "maskgit_64": lambda: maskgit(64),
+}
+
+
+def compiled(step: Step, chip: str, without: tuple[str, ...] = ()) -> Program:
+    """The program of a step for a chip, in which implementations of these names have no part."""
+    with dispatch.leave_out(*without):
+        return Workshop.open().compile(
+            step.run, *step.arguments, chip=CHIPS[chip], donate=step.donated, scalar=step.scalar
+        )
+
+
+def benchmark(config: Config) -> dict[str, Any]:
+    """Prints a table, and returns all numbers.
+
+    Raises:
+      ValueError: libtpu is not installed.
+    """
+    if missing():
+        raise ValueError(missing())
+    rows = []
+    print("| step | chip | XLA us | with kernels us | ratio | kernels | temporaries MB |")
+    print("|---|---|---|---|---|---|---|")
+    for name in config.steps or STEPS:
+        step = STEPS[name]()
+        for chip in config.chips:
+            plain, ours = compiled(step, chip, _WITHOUT), compiled(step, chip)
+            times = [CHIPS[chip].microseconds(program.cycles) for program in (plain, ours)]
+            made = sorted({kernel.split(".")[0] for kernel in ours.walks} & set(KERNELS))
+            temporaries = [program.temporaries / 1e6 for program in (plain, ours)]
+            rows.append(
+                {
+                    "step": name,
+                    "chip": chip,
+                    "xla_us": times[0],
+                    "kernels_us": times[1],
+                    "kernels": made,
+                    "repeats": [plain.repeats, ours.repeats],
+                    "temporaries": [plain.temporaries, ours.temporaries],
+                }
+            )
+            print(
+                f"| {name} | {chip} | {times[0]:.1f} | {times[1]:.1f} | {times[0] / times[1]:.2f} "
+                f"| {', '.join(made)} | {temporaries[0]:.1f}, {temporaries[1]:.1f} |",
+                flush=True,
+            )
+    Workshop.open().close()
+    return {"machine": timing.machine(), "steps": rows}
+
+
+KERNELS = ("decode_attention", "mask_scores", "nearest_code", "sample_token")
+
+if __name__ == "__main__":
+    sys.exit(timing.main(Config, benchmark, __doc__))

@@ -1,0 +1,214 @@
+"""Programs for TPUs that are not there, by their real compiler: kernels, loops, estimates."""
+
+import collections
+import functools
+import importlib.metadata
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+import kernels
+from experiments.benchmarks import absent_tpu
+from gen_jax.condition import Condition
+from gen_jax.models.autoregressive import (
+    AutoregressiveModel,
+    AutoregressiveSampler,
+    SamplingOptions,
+)
+from gen_jax.nn.config import TransformerConfig
+from gen_jax.nn.transformer import TokenNetwork
+from kernels import dispatch, estimate, testing
+from kernels.machine.chips import CHIPS
+from kernels.machine.compiling import Workshop, missing
+
+pytestmark = [
+    pytest.mark.tpu_compiler,
+    pytest.mark.skipif(missing() is not None, reason=str(missing())),
+]
+if missing() is None:
+    Workshop.open()  # before anything else loads libtpu
+SUITES = {op: suite for op, suite in testing.suites().items() if suite.estimated}
+FIRST = [(op, suite.estimated[0]) for op, suite in SUITES.items()]
+V5E, V6E = CHIPS["v5e"], CHIPS["v6e"]
+
+
+@pytest.fixture(scope="module")
+def workshop():
+    return Workshop.open()
+
+
+def product(x, y, *, rows, depth, columns):
+    """The matrix product of the documentation of JAX, in blocks."""
+
+    def body(x, y, z, total):
+        @pl.when(pl.program_id(2) == 0)
+        def _():
+            total[...] = jnp.zeros_like(total)
+
+        total[...] += jnp.dot(x[...], y[...], preferred_element_type=jnp.float32)
+
+        @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
+        def _():
+            z[...] = total[...].astype(z.dtype)
+
+    grid = x.shape[0] // rows, y.shape[1] // columns, x.shape[1] // depth
+    return pl.pallas_call(
+        body,
+        out_shape=jax.ShapeDtypeStruct((x.shape[0], y.shape[1]), x.dtype),
+        grid=grid,
+        in_specs=[
+            pl.BlockSpec((rows, depth), lambda i, j, k: (i, k)),
+            pl.BlockSpec((depth, columns), lambda i, j, k: (k, j)),
+        ],
+        out_specs=pl.BlockSpec((rows, columns), lambda i, j, k: (i, j)),
+        scratch_shapes=[pltpu.VMEM((rows, columns), jnp.float32)],
+    )(x, y)
+
+
+SMALL = functools.partial(product, rows=128, depth=128, columns=128)
+LARGE = functools.partial(product, rows=512, depth=1024, columns=1024)
+
+
+@pytest.mark.parametrize(
+    ("function", "size", "timed"),
+    [
+        (jnp.matmul, 1024, 119.4),
+        (jnp.matmul, 4096, 827.3),
+        (SMALL, 1024, 297.7),
+        (LARGE, 1024, 127.1),
+        (LARGE, 4096, 889.1),
+    ],
+    ids=["XLA 1024", "XLA 4096", "128 1024", "512 1024", "512 4096"],
+)
+def test_cycles_are_those_that_were_timed_on_a_v5e(workshop, function, size, timed):
+    """Against docs/pallas/tpu/matmul of JAX, in us, where 105 us of dispatch are in them."""
+    operand = jax.ShapeDtypeStruct((size, size), jnp.bfloat16)
+    program = workshop.compile(function, operand, operand, chip=V5E)
+    assert V5E.microseconds(program.cycles) + 105 == pytest.approx(timed, rel=0.06)
+    assert not program.unknown
+
+
+@pytest.mark.parametrize("chip", CHIPS.values(), ids=str)
+@pytest.mark.parametrize(("op", "case"), FIRST, ids=[op for op, _ in FIRST])
+def test_a_kernel_fits_and_does_not_spill_or_copy(op, case, chip):
+    with dispatch.any_platform():
+        program = estimate.compiled(SUITES[op], case, "tpu", chip)
+    assert 'custom_call_target="tpu_custom_call"' in program.text
+    assert op in program.walks or any(name.startswith(f"{op}.") for name in program.walks)
+    # Registers that go to memory in under one of ten bundles; no arrays beside the arguments.
+    assert program.spills < program.total("bundles") / 10
+    assert program.temporaries < 1 << 20
+    # Moved are the arguments and results, and the codebook again for each block of vectors.
+    moved = program.arguments + program.results
+    assert program.hbm_bytes < 1.6 * moved + (1 << 20)
+    if case.donated:
+        assert program.aliased > 0.9 * program.results
+
+
+def test_the_reference_compares_codes_in_float32(workshop):
+    """XLA:TPU keeps the minimum of an arg-min in bfloat16 where nobody reads it."""
+    x, codes = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1024, 32), (16384, 32)))
+
+    def minima(function):
+        text = workshop.compile(function, x, codes, chip=V5E, count=False).text
+        return re.findall(r"= \(([a-z0-9]+)\[[^=]*?\) reduce\(", text)
+
+    def index_alone(x, codes):
+        product = jnp.dot(x, codes.T, precision="highest")
+        return jnp.argmin((codes**2).sum(1)[None] - 2 * product, axis=1)
+
+    def index(x, codes):
+        return kernels.nearest_code(x, codes, implementation="reference")[0]
+
+    assert "bf16" in minima(index_alone)
+    found = minima(index)
+    assert found
+    assert set(found) <= {"f32", "s32"}
+
+
+def test_a_default_is_the_kernel_on_a_tpu_alone():
+    logits = jax.ShapeDtypeStruct((8, 1000), jnp.float32)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 8))
+    traced = jax.jit(functools.partial(kernels.sample_logits, top_k=5)).trace(logits, keys)
+    for platform, calls in (("tpu", 1), ("cpu", 0), ("cuda", 0)):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert text.count("tpu_custom_call") == calls, platform
+
+
+@pytest.mark.parametrize("chip", CHIPS.values(), ids=str)
+def test_a_step_of_decoding_holds_the_kernels_and_no_copy_of_a_cache(chip):
+    step = absent_tpu.gpt2(1)
+    program = absent_tpu.compiled(step, chip.name)
+    calls = collections.Counter()
+    for name, number in program.calls.items():
+        calls[name.split(".")[0]] += number
+    assert calls["decode_attention"] == 12
+    assert calls["sample_token"] == 1
+    assert not program.strange
+    caches = 12 * 2 * 768 * 1024 * 2
+    assert program.aliased >= caches
+    assert not re.findall(r"= bf16\[1,12,(?:64,1024|1024,64)\]\S* copy\(", program.text)
+
+
+def test_a_whole_loop_on_four_chips(workshop):
+    """Every device decodes its share of the batch in one loop, and keeps its caches in place."""
+    config = TransformerConfig(
+        vocabulary=512, context=256, layers=2, width=256, heads=4, dtype="bfloat16"
+    )
+    model = AutoregressiveModel(TokenNetwork(config))
+    sampler = AutoregressiveSampler(model, 1, 256, SamplingOptions(top_k=20))
+    mesh = jax.sharding.Mesh(workshop.devices(V5E, 4), "data")
+    each, every = (
+        jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+        for axes in (["data"], [])
+    )
+    params = jax.eval_shape(model.network.init, jax.random.key(0))
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 16))
+
+    @functools.partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(every.spec, each.spec),
+        out_specs=each.spec,
+        check_vma=False,  # as in gen_jax.sampling
+    )
+    def generate(params, keys):
+        prompt = Condition(prompt=jnp.zeros((keys.shape[0], 1), jnp.int32))
+        params = sampler.prepare(params)
+        state = sampler.init(params, keys, prompt)
+        state = jax.lax.fori_loop(0, 256, lambda i, s: sampler.step(params, s, i), state)
+        return sampler.finish(params, state)
+
+    def placed(tree, sharding):
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
+        )
+
+    program = workshop.compile(
+        generate, placed(params, every), placed(keys, each), chip=V5E, count=False
+    )
+    assert len(re.findall(r"\bwhile\(", program.text)) == 1
+    assert program.text.count("decode_attention") >= 2
+    assert not re.findall(r"= bf16\[4,4,(?:64,256|256,64)\]\S* copy\(", program.text)
+    assert not re.findall(r"all-(?:reduce|gather)", program.text)
+
+
+def test_stored_cycles_are_not_exceeded(capsys):
+    """Of every kernel, case and chip; for the version of libtpu that they were counted with."""
+    stored = json.loads(estimate.BUDGETS.read_text(encoding="utf-8"))
+    version = importlib.metadata.version("libtpu")
+    assert stored["libtpu"] == version, "the extra `tpu` pins the version of the figures"
+    cycles = {}
+    for op, suite in SUITES.items():
+        for case in suite.estimated:
+            for chip in CHIPS.values():
+                with dispatch.any_platform():
+                    program = estimate.compiled(suite, case, "tpu", chip)
+                cycles[f"{op}, {case}, tpu, {chip}"] = program.cycles
+    assert not estimate.exceeded(cycles, stored["cycles"])
+    assert set(stored["cycles"]) == set(cycles), "figures of cases that are no more"
