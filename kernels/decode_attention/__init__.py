@@ -1,9 +1,11 @@
 """Attention of new tokens to all tokens so far, with the cache that it owns."""
 
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from kernels import tpu
 from kernels.decode_attention.reference import KVCache
 from kernels.dispatch import Operation
 from kernels.typing import AnyArray, IntScalar
@@ -20,7 +22,12 @@ def make_kv_cache(
     head_width: IntScalar,
     dtype: DTypeLike = jnp.float32,
 ) -> KVCache:
-    """An empty cache for sequences of up to `length` columns."""
+    """An empty cache for sequences of up to `length` columns.
+
+    On a TPU there are as many more as fill its registers of 128, which its memory has in any case.
+    """
+    if jax.default_backend() == "tpu":
+        length = tpu.up_to(length, tpu.LANES)
     return KVCache(
         jnp.zeros((batch, kv_heads, head_width, length), dtype),
         jnp.zeros((batch, kv_heads, length, head_width), dtype),
@@ -58,7 +65,9 @@ def decode_attention(
       first: int32 [B], the first column of each sample that holds a token; None for 0.
       window: the number of columns that a token sees, its own included; 0 for all.
       causal: whether a new token sees only itself and those before it, or all new tokens.
-      implementation: "reference" reads the whole cache; "buckets" (the default) what is needed.
+      implementation: "reference" reads the whole cache; "buckets" what is needed (the default);
+        "tpu" of one new token, what its row needs (the default there, for caches of whole
+        registers).
 
     Returns:
       [B, L, H, Dh], and the cache after the write.

@@ -24,8 +24,9 @@ def nearest_code(
     Args:
       x: vectors, float32 or bfloat16.
       codebook: at least one entry, of the same width.
-      implementation: "reference", which keeps all N x K distances, or "blocks", which keeps those
-        of one block at a time. None takes "blocks" where there are more than fit in a block.
+      implementation: "reference", which keeps all N x K distances; "blocks", which keeps those of
+        one block at a time; "tpu", which keeps none. None takes "tpu" on TPUs, and "blocks" where
+        there are more than fit in a block.
 
     Returns:
       (index [N] int32, squared distance [N] float32). The distance is a difference of larger

@@ -12,15 +12,14 @@ __all__ = ["nearest_code", "scores", "squared_distance"]
 def nearest_code(x, codebook):
     """See `kernels.nearest_code`.
 
-    The least score goes with the index through a barrier, whether anybody reads it or not: where
-    nobody does, XLA for TPUs keeps the running minimum in bfloat16, and a percent of the indices
-    changes.
+    The index depends on the least score, whether anybody reads that or not: where nobody does, XLA
+    for TPUs keeps the running minimum in bfloat16, and a percent of the indices changes. (It sees
+    through an optimisation barrier.)
     """
     x, codebook = x.astype(jnp.float32), codebook.astype(jnp.float32)
     all_scores = scores(x, codebook)
-    found = jnp.argmin(all_scores, axis=1).astype(jnp.int32), all_scores.min(axis=1)
-    index, least = jax.lax.optimization_barrier(found)
-    return index, squared_distance(x, least)
+    index, least = jnp.argmin(all_scores, axis=1).astype(jnp.int32), all_scores.min(axis=1)
+    return jnp.where(jnp.isnan(least), 0, index), squared_distance(x, least)
 
 
 def scores(x, codebook):

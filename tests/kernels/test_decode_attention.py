@@ -112,3 +112,10 @@ def test_what_it_refuses():
     jax.eval_shape(lambda: kernels.decode_attention(q, k, v, cache, 97))
     with pytest.raises(NotImplementedError, match="known: reference, buckets"):
         kernels.decode_attention(q, k, v, cache, 0, implementation="mosaic")
+
+
+def test_a_cache_on_a_tpu_fills_registers(monkeypatch):
+    assert kernels.make_kv_cache(1, 2, 130, 8).keys.shape[-1] == 130
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert kernels.make_kv_cache(1, 2, 130, 8).values.shape == (1, 2, 256, 8)
+    assert kernels.make_kv_cache(1, 2, 256, 8).values.shape == (1, 2, 256, 8)

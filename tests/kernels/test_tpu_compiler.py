@@ -4,6 +4,7 @@ import collections
 import functools
 import importlib.metadata
 import json
+import os
 import re
 
 import jax
@@ -26,11 +27,11 @@ from kernels import dispatch, estimate, testing
 from kernels.machine.chips import CHIPS
 from kernels.machine.compiling import Workshop, missing
 
-pytestmark = [
-    pytest.mark.tpu_compiler,
-    pytest.mark.skipif(missing() is not None, reason=str(missing())),
-]
-if missing() is None:
+WHY_NOT = missing()
+if WHY_NOT is None and os.environ.get("JAX_PLATFORMS") != "cpu":
+    WHY_NOT = "libtpu is for programs of absent TPUs alone where JAX_PLATFORMS=cpu is set"
+pytestmark = [pytest.mark.tpu_compiler, pytest.mark.skipif(bool(WHY_NOT), reason=str(WHY_NOT))]
+if not WHY_NOT:
     Workshop.open()  # before anything else loads libtpu
 SUITES = {op: suite for op, suite in testing.suites().items() if suite.estimated}
 FIRST = [(op, suite.estimated[0]) for op, suite in SUITES.items()]
