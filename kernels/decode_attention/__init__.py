@@ -5,9 +5,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from kernels import tpu
 from kernels.decode_attention.reference import KVCache
 from kernels.dispatch import Operation
+from kernels.tpu import LANES, up_to
 from kernels.typing import AnyArray, IntScalar
 
 __all__ = ["KVCache", "decode_attention", "make_kv_cache"]
@@ -27,7 +27,7 @@ def make_kv_cache(
     On a TPU there are as many more as fill its registers of 128, which its memory has in any case.
     """
     if jax.default_backend() == "tpu":
-        length = tpu.up_to(length, tpu.LANES)
+        length = up_to(length, LANES)
     return KVCache(
         jnp.zeros((batch, kv_heads, head_width, length), dtype),
         jnp.zeros((batch, kv_heads, length, head_width), dtype),
