@@ -64,7 +64,8 @@ def sample_logits(
       min_p: keep tokens at least this share as probable as the most probable one, in [0, 1].
       implementation: "reference" filters the whole vocabulary. "indices" (the default where
         top_k is given) goes on with k values and their ids: the same token, but for rounding.
-        "tpu" (the default there with top_k or top_p) keeps the logits on the chip.
+        "tpu" (the default there with top_k or top_p for 8 rows or more) keeps the logits on the
+        chip.
 
     Returns:
       int32 [B].

@@ -54,20 +54,25 @@ def _refusal_with_head(hidden, head, keys, **choice):
     return _refusal(head, keys, **choice)  # both are [.., V]
 
 
-def _sorts(logits, keys, *, temperature, top_k, top_p, min_p):
-    """Whether XLA would sort or pass over all logits again and again: elsewhere it is as fast."""
-    return temperature > 0 and (0 < top_k < logits.shape[-1] or top_p < 1)
+def _pays(rows, keys, *, temperature, top_k, top_p, min_p, vocabulary=None):
+    """Whether XLA would sort or pass over all logits again and again, and rows fill registers.
+
+    Elsewhere it is as fast by the count of cycles.
+    """
+    vocabulary = vocabulary or rows.shape[-1]
+    filters = temperature > 0 and (0 < top_k < vocabulary or top_p < 1)
+    return filters and rows.shape[0] >= _ROWS[-1]
 
 
-def _sorts_with_head(hidden, head, keys, **choice):
-    return _sorts(head, keys, **choice)
+def _pays_with_head(hidden, head, keys, **choice):
+    return _pays(hidden, keys, **choice, vocabulary=head.shape[-1])
 
 
 @register(
     "sample_logits",
     "tpu",
     default_on=("tpu",),
-    default_when=_sorts,
+    default_when=_pays,
     only_on=("tpu",),
     refusal=_refusal,
 )
@@ -80,7 +85,7 @@ def sample_logits(logits, keys, *, temperature, top_k, top_p, min_p):
     "sample_token",
     "tpu",
     default_on=("tpu",),
-    default_when=_sorts_with_head,
+    default_when=_pays_with_head,
     only_on=("tpu",),
     refusal=_refusal_with_head,
 )

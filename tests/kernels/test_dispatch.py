@@ -166,7 +166,7 @@ def test_what_the_operations_choose_today():
         assert defaults("conv_3x3", features, weights, None)["cpu"] == name, shape
     assert defaults("conv_3x3", x[:, :2, :2], kernel, prepared) == with_weights
     assert defaults("upsample_conv_3x3", x, kernel) == {"default": "reference", "cpu": "phases"}
-    logits, hidden, head = jnp.zeros((2, 9)), jnp.zeros((2, 4)), jnp.zeros((4, 9))
+    logits, hidden, head = jnp.zeros((8, 9)), jnp.zeros((8, 4)), jnp.zeros((4, 9))
     for temperature, top_k, name in (
         (1.0, 3, {"default": "indices", "tpu": "tpu"}),
         (1.0, 0, {"default": "reference"}),
@@ -178,6 +178,7 @@ def test_what_the_operations_choose_today():
         assert defaults("sample_token", hidden, head, None, **choice) == name
     nucleus = {"temperature": 1.0, "top_k": 0, "top_p": 0.5, "min_p": 0.0}
     assert defaults("sample_logits", logits, None, **nucleus)["tpu"] == "tpu"
+    assert defaults("sample_logits", logits[1:], None, **nucleus) == {"default": "reference"}
     for shape, name in (((1, 64), "reference"), ((1, 65), "threshold"), ((64, 8), "threshold")):
         assert defaults("keep_most_confident", jnp.zeros(shape), None) == {"default": name}
     for number, name in ((512, "reference"), (513, "blocks")):
