@@ -187,8 +187,9 @@ class Workshop:
         arguments = jax.tree.map(lambda leaf: _described(leaf, sharding), arguments)
         before = set(self._folder.iterdir())
         try:
-            lowered = jax.jit(function, donate_argnums=donate).lower(*arguments)
-            compiled = lowered.compile()
+            # A function of its own, so that nothing is left of how the same one was traced before.
+            fresh = jax.jit(lambda *arguments: function(*arguments), donate_argnums=donate)
+            compiled = fresh.lower(*arguments).compile()
             made = sorted(set(self._folder.iterdir()) - before)
             memory, text = compiled.memory_analysis(), compiled.as_text()
             walks = _walks(made, chip, scalar) if count else {}
