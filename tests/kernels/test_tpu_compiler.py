@@ -213,3 +213,23 @@ def test_stored_cycles_are_not_exceeded(capsys):
                 cycles[f"{op}, {case}, tpu, {chip}"] = program.cycles
     assert not estimate.exceeded(cycles, stored["cycles"])
     assert set(stored["cycles"]) == set(cycles), "figures of cases that are no more"
+
+
+KERNELS = {op: suite for op, suite in testing.suites().items() if "tpu" in suite.implementations()}
+CASES = [(op, case) for op, suite in KERNELS.items() for case in suite.cases]
+
+
+@pytest.mark.parametrize(("op", "case"), CASES, ids=[f"{op}: {case}" for op, case in CASES])
+def test_a_kernel_takes_every_shape_that_it_does_not_refuse(op, case, workshop):
+    run = functools.partial(KERNELS[op].call, implementation="tpu", **case.options)
+    arrays, rest = dispatch.split_static(case.arguments(0))
+
+    def program(*arrays):
+        return run(*dispatch.fill_static(arrays, rest))
+
+    with dispatch.any_platform():
+        try:
+            made = workshop.compile(program, *arrays, chip=V5E, count=False)
+        except dispatch.Refusal:
+            return
+    assert "tpu_custom_call" in made.text
