@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-__all__ = ["LANES", "alike", "result", "up_to"]
+__all__ = ["LANES", "alike", "readable", "result", "up_to"]
 
 LANES = 128  # of a register
 
@@ -14,6 +14,11 @@ LANES = 128  # of a register
 def up_to(number: int, multiple: int) -> int:
     """The least multiple that is not below the number."""
     return -(-number // multiple) * multiple
+
+
+def readable(array: jax.Array) -> jax.Array:
+    """The array in a type that the vector units load: float32 in place of float16."""
+    return array.astype(jnp.float32) if array.dtype == jnp.float16 else array
 
 
 def alike(*arrays: jax.Array) -> list[jax.Array]:

@@ -28,6 +28,8 @@ def _refusal(q, k, v, cache, column, first, *, window, causal):
     length = cache.keys.shape[-1]
     if q.shape[1] != 1:
         return f"takes one new token, not {q.shape[1]}"
+    if cache.keys.dtype == jnp.float16:
+        return "takes a cache in float32 or bfloat16, not float16"
     if length % tpu.LANES:
         return f"needs a cache length that is a multiple of {tpu.LANES}, not {length}"
     if not _block(cache):

@@ -102,6 +102,7 @@ SUITES = (
             _scores("the most probable", 0, make=_keyless),
             _scores("the most probable with noise", 0, 2.0),
             _scores("bfloat16", 3.0, dtype="bfloat16"),
+            _scores("float16", 3.0, dtype="float16"),
             _scores("one position", batch=1, length=1, vocabulary=2, excluded=0.0),
             _scores("384 positions", 1.0, 0.5, batch=2, length=384, vocabulary=130),
         ),

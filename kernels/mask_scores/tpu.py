@@ -56,7 +56,7 @@ def mask_scores(logits, tokens, masked, keys, *, temperature, noise):
     batch = logits.shape[0]
     words = jnp.zeros((batch, 2), jnp.uint32) if keys is None else jax.random.key_data(keys)
     words = jax.lax.bitcast_convert_type(words, jnp.int32)
-    drawn, log_prob = _run(logits, words, temperature=float(temperature))
+    drawn, log_prob = _run(tpu.readable(logits), words, temperature=float(temperature))
     return merged(drawn, log_prob, tokens, masked, keys, noise)
 
 

@@ -51,6 +51,8 @@ def _refusal(logits, keys, *, temperature, top_p, **filters):
 
 
 def _refusal_with_head(hidden, head, keys, **choice):
+    if head.dtype == jnp.float16:
+        return "takes a head in float32 or bfloat16, not float16"
     return _refusal(head, keys, **choice)  # both are [.., V]
 
 
@@ -78,7 +80,7 @@ def _pays_with_head(hidden, head, keys, **choice):
 )
 def sample_logits(logits, keys, *, temperature, top_k, top_p, min_p):
     """See `kernels.sample_logits`."""
-    return _choose(logits, None, keys, temperature, top_k, top_p, min_p)
+    return _choose(tpu.readable(logits), None, keys, temperature, top_k, top_p, min_p)
 
 
 @register(
