@@ -40,6 +40,9 @@ class Config:
     """Batch sizes for the CIFAR-10 network of DDPM (35.7M parameters)."""
     steps: int = 10
     """Steps of each timed run of that network."""
+    head_width: int = 0
+    """Channels of a head of its attention; 0 for one head, as DDPM has it. The default of
+    diffusers' UNet2DModel is 8."""
     small_steps: int = 50
     """DDIM steps of each timed run of the small network, at batch 1."""
     repeats: int = 5
@@ -54,6 +57,8 @@ class Config:
     def __post_init__(self):
         if min((*self.batches, self.steps - 1, self.small_steps - 1, self.repeats)) < 1:
             raise ValueError("batches and repeats must be at least 1, steps at least 2")
+        if self.head_width and (self.head_width < 1 or 256 % self.head_width):
+            raise ValueError(f"head_width must be 0 or divide 256, got {self.head_width}")
 
 
 COMMON = {
@@ -183,7 +188,7 @@ def benchmark(config: Config) -> dict:
     differences["small"] = small.check(config.small_steps)
     rows += small.compare("ddim", 1, config.small_steps, config.compiled)
     _print(rows, len(rows))
-    cifar = Sides(CIFAR, config)
+    cifar = Sides(CIFAR | {"attention_head_dim": config.head_width or None}, config)
     differences["cifar"] = cifar.check(config.steps)
     for batch in config.batches:
         for solver in ("ddpm", "ddim"):

@@ -9,12 +9,12 @@ from typing import Any, no_type_check
 import flax.linen as nn
 import flax.struct
 import flax.traverse_util
-import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
 import kernels
+from gen_jax.nn.attention import dot_product_attention
 from gen_jax.nn.config import AutoencoderConfig, UNetConfig
 from gen_jax.nn.layers import Conv3x3, Dropout, GroupNorm, uniform_init, zeros_init
 
@@ -75,9 +75,7 @@ class AttentionBlock(nn.Module):
         # Parts of the last axis: with the parts in front, the gradient would be transposed.
         parts = jnp.split(qkv, 3, axis=-1)
         q, k, v = (rearrange(part, "b l (n d) -> b l n d", n=heads) for part in parts)
-        logits = jnp.einsum("bqnd,bknd->bnqk", q, k, preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(logits * (channels // heads) ** -0.5, axis=-1).astype(dtype)
-        h = jnp.einsum("bnqk,bknd->bqnd", weights, v)
+        h = dot_product_attention(q, k, v)
         h = rearrange(h, "b l n d -> b l (n d)")
         h = nn.Dense(channels, dtype=dtype, kernel_init=zeros_init, name="project")(h)
         return x + h.reshape(x.shape)
