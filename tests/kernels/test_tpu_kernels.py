@@ -95,6 +95,7 @@ def grids_may_grow(monkeypatch):
     monkeypatch.setattr(
         pltpu, "CompilerParams", lambda dimension_semantics, **options: params(**options)
     )
+    jax.clear_caches()  # of the same kernel, traced before
 
 
 def test_under_vmap_scan_and_shard_map(grids_may_grow):
