@@ -43,6 +43,13 @@ def workshop():
     return Workshop.open()
 
 
+@functools.cache
+def compiled(op, case, chip):
+    """The program of a kernel, which takes seconds to be counted."""
+    with dispatch.any_platform():
+        return estimate.compiled(SUITES[op], case, "tpu", chip)
+
+
 def product(x, y, *, rows, depth, columns):
     """The matrix product of the documentation of JAX, in blocks."""
 
@@ -97,8 +104,7 @@ def test_cycles_are_those_that_were_timed_on_a_v5e(workshop, function, size, tim
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=str)
 @pytest.mark.parametrize(("op", "case"), FIRST, ids=[op for op, _ in FIRST])
 def test_a_kernel_fits_and_does_not_spill_or_copy(op, case, chip):
-    with dispatch.any_platform():
-        program = estimate.compiled(SUITES[op], case, "tpu", chip)
+    program = compiled(op, case, chip)
     assert 'custom_call_target="tpu_custom_call"' in program.text
     assert op in program.walks or any(name.startswith(f"{op}.") for name in program.walks)
     # Registers that go to memory in under one of ten bundles; no arrays beside the arguments.
@@ -208,9 +214,7 @@ def test_stored_cycles_are_not_exceeded(capsys):
     for op, suite in SUITES.items():
         for case in suite.estimated:
             for chip in CHIPS.values():
-                with dispatch.any_platform():
-                    program = estimate.compiled(suite, case, "tpu", chip)
-                cycles[f"{op}, {case}, tpu, {chip}"] = program.cycles
+                cycles[f"{op}, {case}, tpu, {chip}"] = compiled(op, case, chip).cycles
     assert not estimate.exceeded(cycles, stored["cycles"])
     assert set(stored["cycles"]) == set(cycles), "figures of cases that are no more"
 
