@@ -14,15 +14,15 @@ import functools
 import json
 import os
 import platform
-import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import numpy as np
 
 from kernels import testing
+from kernels.commands import Parser
 
 __all__ = ["bench", "main"]
 
@@ -125,13 +125,6 @@ def _machine() -> dict[str, Any]:
     }
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Refuses in one line, with exit code 2."""
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(2)
-
-
 def _positive(text: str) -> int:
     number = int(text) if text.isdigit() else 0
     if number < 1:
@@ -145,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Args:
       argv: the arguments of the command; None for those of the process.
     """
-    parser = _Parser(prog="python -m kernels.bench", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m kernels.bench", description=__doc__.splitlines()[0])
     parser.add_argument("op", nargs="*", help="operations; all when there is none")
     parser.add_argument("--repeats", type=_positive, default=15, help="rounds of each case")
     arguments = parser.parse_args(argv)

@@ -8,7 +8,7 @@ registers, predicates and memory, while vectors are not. A copy takes its bytes 
 and a latency; a matrix unit takes one row (or two) in a cycle, whatever the schedule hoped.
 
 Two constants are fitted to the timings of matrix products on a v5e in the documentation of JAX
-(docs/pallas/tpu/matmul), see tests/kernels/test_tpu_estimate.py. What comes out is an estimate
+(docs/pallas/tpu/matmul), see tests/kernels/test_tpu_compiler.py. What comes out is an estimate
 from machine code, and no measurement.
 """
 
