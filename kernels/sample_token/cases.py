@@ -79,7 +79,7 @@ SUITES = (
         sample_logits,
         cases=(
             *(
-                Case(_name(choice), functools.partial(_logits, 9, 320, "float32"), choice, seeds=4)
+                Case(_name(choice), functools.partial(_logits, 9, 640, "float32"), choice, seeds=4)
                 for choice in (*FILTERS, *_LIMITS)
             ),
             *(
