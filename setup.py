@@ -47,6 +47,8 @@ setuptools.setup(
         "report": ["altair>=5.5", "vl-convert-python>=1.7"],
         # The compiler of TPUs, for machines that have none; figures are stored of this version.
         "tpu": ["libtpu==0.0.50.1"],
+        # The compilers of CUDA (4.4 GB), and what prints machine code; no GPU is needed.
+        "cuda": ["jax[cuda13]>=0.12", "nvidia-cuda-nvdisasm"],
         "test": [
             "pytest>=8",
             "pytest-xdist",

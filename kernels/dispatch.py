@@ -28,6 +28,7 @@ __all__ = [
     "fill_static",
     "leave_out",
     "operations",
+    "platform",
     "register",
     "split_static",
 ]
@@ -39,6 +40,14 @@ _OPERATIONS: dict[str, "Operation"] = {}
 _REGISTRY: dict[str, dict[str, "Implementation"]] = {}
 _check_platform = True
 _left_out: frozenset[str] = frozenset()
+
+
+def platform() -> str:
+    """The default backend as programs are lowered for it: JAX calls CUDA and ROCm both "gpu"."""
+    backend = jax.default_backend()
+    if backend != "gpu":
+        return backend
+    return "rocm" if "rocm" in jax.devices()[0].client.platform_version.lower() else "cuda"
 
 
 class Refusal(NotImplementedError):
@@ -104,7 +113,7 @@ class Implementation:
     @property
     def runs_here(self) -> bool:
         """Whether it can be compiled for the default backend."""
-        return self.only_on is None or jax.default_backend() in self.only_on
+        return self.only_on is None or platform() in self.only_on
 
 
 def register(op: str, name: str, **entry: Any) -> Callable[[Callable], Callable]:

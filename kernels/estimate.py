@@ -1,6 +1,7 @@
 """Compares the implementations of operations on TPUs that are not there.
 
     python -m kernels.estimate [OP ...] [--chip v5e,v6e] [--check | --store]
+    python -m kernels.estimate [OP ...] --chip h100
 
 Every case that a suite marks for estimates is compiled by the real compiler of the chip (extra
 `tpu`), once for each implementation, and the cycles of the machine code are counted
@@ -11,6 +12,8 @@ other chips and kernels only ratios should be trusted.
 The floor is what no implementation can beat: the work of the matrix units in the one that has
 least of it, or arguments and results over the bandwidth of HBM. The ratio is the cycles of the
 fastest program of XLA alone over those of the kernel.
+
+Of an H100 the table is another one, without cycles: see `kernels.inspection`.
 """
 
 import argparse
@@ -24,8 +27,9 @@ from typing import Any
 
 import jax
 
-from kernels import dispatch, testing
+from kernels import dispatch, inspection, testing
 from kernels.commands import Parser
+from kernels.machine import cuda
 from kernels.machine.chips import CHIPS, Chip
 from kernels.machine.compiling import Program, Workshop, missing
 
@@ -153,13 +157,14 @@ def _line(case, chip, row):
     return line + "".join(f" not understood: {what}" for what in row["unknown"])
 
 
-def _chips(text: str) -> list[Chip]:
-    unknown = [name for name in text.split(",") if name not in CHIPS]
+def _chips(text: str) -> list[str]:
+    names, known = text.split(","), (*CHIPS, *inspection.GPUS)
+    unknown = [name for name in names if name not in known]
     if unknown:
         raise argparse.ArgumentTypeError(
-            f"there is no chip {unknown[0]!r}; there are {', '.join(CHIPS)}"
+            f"there is no chip {unknown[0]!r}; there are {', '.join(known)}"
         )
-    return [CHIPS[name] for name in text.split(",")]
+    return names
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -170,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     parser = Parser(prog="python -m kernels.estimate", description=__doc__.splitlines()[0])
     parser.add_argument("op", nargs="*", help="operations; all that have estimates without")
-    parser.add_argument("--chip", type=_chips, default=list(CHIPS.values()), help="as v5e,v6e")
+    parser.add_argument("--chip", type=_chips, default=list(CHIPS), help="as v5e,v6e")
     group = parser.add_mutually_exclusive_group()
     group.add_argument(
         "--check", action="store_true", help="exit code 1 above the stored cycles and 5 %%"
@@ -181,21 +186,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     for op in arguments.op:
         if op not in suites:
             parser.error(f"there are no estimates of {op!r}; there are some of {', '.join(suites)}")
-    if missing():
-        parser.error(missing())
+    asked = {op: suites[op] for op in arguments.op or suites}
+    for_gpus = set(arguments.chip) & set(inspection.GPUS)
+    if for_gpus and (len(arguments.chip) > 1 or arguments.check or arguments.store):
+        parser.error("h100 has no cycles: ask for it alone, without --check and --store")
+    why = cuda.missing() if for_gpus else missing()
+    if why:
+        parser.error(why)
     if jax.default_backend() != "cpu":
         parser.error("programs for absent chips are compiled on a CPU: set JAX_PLATFORMS=cpu")
+    if for_gpus:
+        inspection.report(asked)
+        return
     version = importlib.metadata.version("libtpu")
     stored = json.loads(BUDGETS.read_text(encoding="utf-8"))
     if arguments.check and stored["libtpu"] != version:
         parser.error(f"figures of libtpu {stored['libtpu']} are stored, and this is {version}")
     print(f"Estimated from machine code, not timed; libtpu {version}, jax {jax.__version__}.\n")
     cycles, results = {}, []
-    for op in arguments.op or suites:
+    for op, suite in asked.items():
         print(f"{op}\n\n{_HEADER}")
-        for case in suites[op].estimated:
-            for chip in arguments.chip:
-                for row in estimate(suites[op], case, chip):
+        for case in suite.estimated:
+            for chip in map(CHIPS.get, arguments.chip):
+                for row in estimate(suite, case, chip):
                     print(_line(case, chip, row), flush=True)
                     results.append({"op": op, "case": str(case), "chip": chip.name, **row})
                     if row["kernel"] and "cycles" in row:

@@ -19,7 +19,17 @@ import kernels  # noqa: F401  it registers the operations
 from kernels import dispatch
 from kernels.dispatch import Implementation, fill_static, split_static
 
-__all__ = ["Case", "Suite", "check", "check_peer", "interpreted_elsewhere", "program", "suites"]
+__all__ = [
+    "Case",
+    "Suite",
+    "check",
+    "check_peer",
+    "gpus_are_interpreted",
+    "interpreted_elsewhere",
+    "is_for_gpus",
+    "program",
+    "suites",
+]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,6 +51,7 @@ class Case:
         take for its results.
       scalar: the value of the numbers among the arguments that decide what a kernel does, as an
         estimate assumes it; None where there are none.
+      large: whether the interpreter of GPUs would take more than seconds, so that it is left out.
     """
 
     name: str
@@ -53,6 +64,7 @@ class Case:
     gradient: tuple[int, ...] = ()
     donated: tuple[int, ...] = ()
     scalar: int | None = None
+    large: bool = False
 
     def __str__(self):
         return self.name
@@ -114,15 +126,22 @@ def check(suite: Suite, case: Case, implementation: str) -> str | None:
     in the interpret mode of Pallas.
 
     Returns:
-      None where the implementation computes the case, and else the reason for which it refuses.
+      None where the implementation computes the case, and else the reason for which it refuses,
+      or for which it cannot be interpreted.
 
     Raises:
       AssertionError: results differ in structure, shape, dtype or by more than the tolerance.
     """
     run = functools.partial(suite.call, implementation=implementation)
     what = f"{suite.op}, {case}, {implementation}"
+    entry = suite.implementations()[implementation]
+    if is_for_gpus(entry) and not entry.runs_here:
+        if case.large:
+            return "takes long in the interpreter of GPUs"
+        if not gpus_are_interpreted():
+            return "needs jax 0.12, whose interpreter of GPUs knows transposed operands"
     jitted, _ = program(run, case)
-    with interpreted_elsewhere(suite.implementations()[implementation]):
+    with interpreted_elsewhere(entry):
         for arguments, reference, definition in _expected(suite, case):
             try:
                 is_reference = implementation == "reference"  # and has been computed
@@ -177,11 +196,29 @@ def interpreted_elsewhere(entry: Implementation) -> Iterator[None]:
     """Where the backend is not one of its platforms, Pallas interprets the implementation."""
     if entry.runs_here:
         yield
+    elif is_for_gpus(entry):
+        from jax.experimental.pallas import mosaic_gpu as plgpu
+
+        mode = plgpu.force_gpu_interpret_mode if gpus_are_interpreted() else contextlib.nullcontext
+        with dispatch.any_platform(), mode():
+            yield
     else:
         from jax.experimental.pallas import tpu as pltpu
 
         with dispatch.any_platform(), pltpu.force_tpu_interpret_mode():
             yield
+
+
+def is_for_gpus(entry: Implementation) -> bool:
+    """Whether it is a Pallas kernel for GPUs."""
+    return entry.only_on is not None and "cuda" in entry.only_on
+
+
+def gpus_are_interpreted() -> bool:
+    """Whether the Pallas that is installed interprets the kernels for GPUs."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    return hasattr(plgpu, "force_gpu_interpret_mode")
 
 
 def _gradient(run, case, arguments):

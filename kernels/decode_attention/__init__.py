@@ -7,7 +7,8 @@ from jaxtyping import Array, Float, Int
 
 from kernels.decode_attention.reference import KVCache
 from kernels.dispatch import Operation
-from kernels.tpu import LANES, up_to
+from kernels.operands import up_to
+from kernels.tpu import LANES
 from kernels.typing import AnyArray, IntScalar
 
 __all__ = ["KVCache", "decode_attention", "make_kv_cache"]

@@ -165,6 +165,24 @@ SUITES = (
                 for kv_heads, dtype in ((1, "float32"), (4, "bfloat16"))
             ),
             *(
+                _at_edges(
+                    f"{length} columns, {kv_heads} of 4 heads of {width}, bfloat16, ragged",
+                    atol=0.06,
+                    dtype="bfloat16",
+                    length=length,
+                    kv_heads=kv_heads,
+                    width=width,
+                    ragged=True,
+                    padded=True,
+                    window=window,
+                    edges=edges,
+                )
+                for length, kv_heads, width, window, edges in (
+                    (768, 1, 64, 0, (0, 200, 767)),
+                    (192, 2, 128, 50, (100,)),
+                )
+            ),
+            *(
                 _at_edges(f"{kv_heads} of 4 heads", kv_heads=kv_heads, edges=(70,))
                 for kv_heads in (4, 1)
             ),

@@ -17,6 +17,7 @@ from jax.lax import div, rem  # unlike // and %, without a case for negative num
 from kernels import tpu
 from kernels.decode_attention.reference import MASKED, KVCache
 from kernels.dispatch import register
+from kernels.operands import alike, result
 
 __all__ = ["decode_attention"]
 
@@ -78,14 +79,14 @@ def _attend(scalars, q, k, v, keys, values, *, size):
     new = pl.BlockSpec((1, width, kv_heads), lambda b, *_: (b, 0, 0))
     heads = pl.BlockSpec((1, kv_heads, groups, width), lambda b, *_: (b, 0, 0, 0))
     in_place = pl.BlockSpec(memory_space=pl.ANY)
-    operands = tpu.alike(*scalars, q, k, v, keys, values)
+    operands = alike(*scalars, q, k, v, keys, values)
     statistic = pltpu.VMEM((kv_heads, groups, 1), jnp.float32)
     return pl.pallas_call(
         functools.partial(_kernel, size=size, ragged=len(scalars) > 1),
         out_shape=[
-            tpu.result(q.shape, jnp.float32, operands[0]),
-            tpu.result(keys.shape, keys.dtype, operands[0]),
-            tpu.result(values.shape, values.dtype, operands[0]),
+            result(q.shape, jnp.float32, operands[0]),
+            result(keys.shape, keys.dtype, operands[0]),
+            result(values.shape, values.dtype, operands[0]),
         ],
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),

@@ -23,7 +23,7 @@ from kernels.machine.bundles import Walk, walk
 from kernels.machine.calls import count as count_calls
 from kernels.machine.chips import CHIPS, Chip
 
-__all__ = ["Program", "Workshop", "missing"]
+__all__ = ["Program", "Workshop", "described", "missing"]
 
 _MESH = 4  # chips of the smallest host
 
@@ -184,7 +184,7 @@ class Workshop:
         """
         if sharding is None:
             sharding = jax.sharding.SingleDeviceSharding(self.devices(chip)[0])
-        arguments = jax.tree.map(lambda leaf: _described(leaf, sharding), arguments)
+        arguments = jax.tree.map(lambda leaf: described(leaf, sharding), arguments)
         before = set(self._folder.iterdir())
         try:
             # A function of its own, so that nothing is left of how the same one was traced before.
@@ -220,7 +220,8 @@ class Workshop:
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def _described(leaf, sharding):
+def described(leaf: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    """The shape and dtype of an array, with this sharding where it has none of its own."""
     own = getattr(leaf, "sharding", None)
     kept = isinstance(leaf, jax.ShapeDtypeStruct) and own is not None
     if not hasattr(leaf, "dtype"):

@@ -14,6 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels import tpu
 from kernels.dispatch import register
 from kernels.mask_scores.reference import merged
+from kernels.operands import alike, result, up_to
 from kernels.sample_token.passes import first_of_the_largest, scan
 from kernels.sample_token.threefry import gumbel_of
 
@@ -34,7 +35,7 @@ def _refusal(logits, tokens, masked, keys, *, temperature, noise):
 def _block(length, vocabulary):
     """The positions of a block: a divisor that fills registers, or all; None where none fits."""
     sizes = (*(size for size in _BLOCKS if length % size == 0), length)
-    able = [size for size in sizes if 8 * size * tpu.up_to(vocabulary, tpu.LANES) <= _MEMORY]
+    able = [size for size in sizes if 8 * size * up_to(vocabulary, tpu.LANES) <= _MEMORY]
     return able[0] if able else None
 
 
@@ -63,22 +64,20 @@ def mask_scores(logits, tokens, masked, keys, *, temperature, noise):
 @functools.partial(jax.jit, static_argnames="temperature")
 def _run(logits, words, *, temperature):
     batch, length, vocabulary = logits.shape
-    words, logits = tpu.alike(words, logits)
+    words, logits = alike(words, logits)
     size = _block(length, vocabulary)
     row = pl.BlockSpec((1, 1, size), lambda b, i, words: (b, 0, i))
     drawn, log_prob = pl.pallas_call(
         functools.partial(_kernel, vocabulary=vocabulary, temperature=temperature),
         out_shape=[
-            tpu.result((batch, 1, length), jnp.int32, words),
-            tpu.result((batch, 1, length), jnp.float32, words),
+            result((batch, 1, length), jnp.int32, words),
+            result((batch, 1, length), jnp.float32, words),
         ],
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(batch, length // size),
             in_specs=[
-                pl.BlockSpec(
-                    (1, size, tpu.up_to(vocabulary, tpu.LANES)), lambda b, i, words: (b, i, 0)
-                )
+                pl.BlockSpec((1, size, up_to(vocabulary, tpu.LANES)), lambda b, i, words: (b, i, 0))
             ],
             out_specs=[row, row],
         ),

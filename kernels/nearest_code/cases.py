@@ -60,9 +60,9 @@ def _naive(x, codebook):
     return jnp.argmin(distances, axis=1).astype(jnp.int32), distances.min(axis=1)
 
 
-def _case(name, *shape, gradient=(), **options):
+def _case(name, *shape, gradient=(), large=False, **options):
     arguments = functools.partial(example, *shape, **options)
-    return Case(name, arguments, atol=(0.0, 1e-4), gradient=gradient)
+    return Case(name, arguments, atol=(0.0, 1e-4), gradient=gradient, large=large)
 
 
 SUITES = (
@@ -73,8 +73,9 @@ SUITES = (
             _case("one of one", 1, 1, 3),
             _case("every entry twice", 37, 24, 5, copies=2),
             _case("ties of one sublane", 40, 32, 5, copies=2),
-            _case("ties across blocks", 700, 2 * 1100, 6, copies=2),
-            _case("a rest of both", 1030, 1500, 4),
+            _case("ties across blocks", 700, 2 * 1100, 6, copies=2, large=True),
+            _case("a rest of both", 1030, 1500, 4, large=True),
+            _case("ties across tiles", 200, 2 * 192, 40, copies=2),
             _case("bfloat16", 64, 32, 4, dtype="bfloat16"),
             Case("full precision", functools.partial(_pairs, 500, 200, 9), atol=(0.0, 1e-4)),
             _case("gradients", 20, 18, 6, gradient=(0, 1)),

@@ -12,53 +12,49 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels import tpu
 from kernels.dispatch import register
+from kernels.nearest_code.halves import PAIRS, differentiable, is_half, split
 from kernels.nearest_code.reference import squared_distance
+from kernels.operands import alike, result, up_to
 
 __all__ = ["nearest_code"]
 
 _SUBLANES, _PACKED = 8, 16  # of a register, and of one of bfloat16
 # Vectors and codes of a block, by the rows of products: what the compiler fits into VMEM.
 _BLOCKS = {256: (2048, 1024), 1024: (1024, 1024), 2048: (512, 512)}
-_PAIRS = tuple((i, j) for i in range(3) for j in range(3 - i))  # the largest of nine products
 
 
 def _refusal(x, codebook):
-    products = 1 if _is_half(x, codebook) else len(_PAIRS)
+    products = 1 if is_half(x, codebook) else len(PAIRS)
     most = max(_BLOCKS) // products // _PACKED * _PACKED
     if x.shape[1] > most:
         return f"needs vectors of {x.dtype} of at most {most} values, not {x.shape[1]}"
     return None
 
 
-def _is_half(x, codebook):
-    return x.dtype == codebook.dtype == jnp.bfloat16
-
-
 @register("nearest_code", "tpu", default_on=("tpu",), only_on=("tpu",), refusal=_refusal)
-@jax.custom_jvp
+@differentiable
 def nearest_code(x, codebook):
-    """See `kernels.nearest_code`; its gradient is that of the distance to the code found."""
+    """See `kernels.nearest_code`."""
     (number, width), codes = x.shape, codebook.shape[0]
-    half = _is_half(x, codebook)
+    half = is_half(x, codebook)
     dtype = jnp.bfloat16 if half else jnp.float32
-    missing = tpu.up_to(width, _PACKED) - width
-    rows = (width + missing) * (1 if half else len(_PAIRS))
+    missing = up_to(width, _PACKED) - width
+    rows = (width + missing) * (1 if half else len(PAIRS))
     size, block = next(blocks for most, blocks in _BLOCKS.items() if rows <= most)
-    size, block = min(size, tpu.up_to(number, tpu.LANES)), min(block, tpu.up_to(codes, _PACKED))
+    size, block = min(size, up_to(number, tpu.LANES)), min(block, up_to(codes, _PACKED))
     vectors = jnp.pad(x.astype(dtype).T, ((0, missing), (0, -number % size)))  # [D, N]
     table = jnp.pad(codebook.astype(dtype), ((0, -codes % block), (0, missing)))
     half_square = 0.5 * jnp.square(codebook.astype(jnp.float32)).sum(axis=1)
     half_square = jnp.pad(half_square, (0, -codes % block), constant_values=jnp.inf)
-    parts = [-table] if half else [_split(-table)[j] for _, j in _PAIRS]
+    parts = [-table] if half else [split(-table)[j] for _, j in PAIRS]
     folded = -rows % tpu.LANES >= _PACKED
     if folded:
-        square = jnp.stack(_split(half_square), axis=1)
+        square = jnp.stack(split(half_square), axis=1)
         parts.append(jnp.pad(square, ((0, 0), (0, _PACKED - 3))))
     table = jnp.concatenate(parts, axis=1)  # [K, W]
     half_square = None if folded else half_square[:, None]
@@ -66,38 +62,17 @@ def nearest_code(x, codebook):
     return index[0, :number], squared_distance(x.astype(jnp.float32), score[0, :number])
 
 
-@nearest_code.defjvp
-def _tangent(primals, tangents):
-    x, codebook = primals
-    index, distance = nearest_code(x, codebook)
-    difference = x.astype(jnp.float32) - codebook[index].astype(jnp.float32)
-    change = tangents[0].astype(jnp.float32) - tangents[1][index].astype(jnp.float32)
-    tangent = 2 * (difference * change).sum(axis=1)
-    return (index, distance), (np.zeros(index.shape, jax.dtypes.float0), tangent)
-
-
-def _split(x):
-    """Three bfloat16 that add up to a float32; the last two are 0 for one that is infinite."""
-    parts = []
-    for _ in range(3):
-        # Not a pair of conversions, which the compiler may leave out.
-        rounded = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
-        parts.append(rounded.astype(jnp.bfloat16))
-        x = jnp.where(jnp.isinf(x), 0, x - rounded)
-    return parts
-
-
 @functools.partial(jax.jit, static_argnames=("size", "block"))
 def _search(vectors, table, half_square, *, size, block):
     (width, number), (codes, rows) = vectors.shape, table.shape
     column = [] if half_square is None else [half_square]
-    vectors, table, *column = tpu.alike(vectors, table, *column)
+    vectors, table, *column = alike(vectors, table, *column)
     row = pl.BlockSpec((1, size), lambda n, k: (0, n))
     return pl.pallas_call(
         functools.partial(_kernel, folded=half_square is None),
         out_shape=[
-            tpu.result((1, number), jnp.int32, vectors),
-            tpu.result((1, number), jnp.float32, vectors),
+            result((1, number), jnp.int32, vectors),
+            result((1, number), jnp.float32, vectors),
         ],
         grid=(number // size, codes // block),
         in_specs=[
@@ -163,7 +138,7 @@ def _store_factors(vectors, factors, folded):
         for _ in range(3):
             parts.append(rest.astype(jnp.bfloat16))
             rest = rest - parts[-1].astype(jnp.float32)
-        for row, (i, _) in enumerate(_PAIRS):
+        for row, (i, _) in enumerate(PAIRS):
             factors[row * width : (row + 1) * width] = parts[i]
     if folded:
         factors[-_PACKED:] = jnp.ones((_PACKED, factors.shape[1]), jnp.bfloat16)

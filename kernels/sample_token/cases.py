@@ -79,12 +79,29 @@ SUITES = (
         sample_logits,
         cases=(
             *(
-                Case(_name(choice), functools.partial(_logits, 9, 640, "float32"), choice, seeds=4)
+                Case(
+                    _name(choice),
+                    functools.partial(_logits, 9, 640, "float32"),
+                    choice,
+                    seeds=4,
+                    large=True,
+                )
                 for choice in (*FILTERS, *_LIMITS)
             ),
             *(
                 Case(
-                    f"{dtype}, {_name(choice)}", functools.partial(_logits, 300, 64, dtype), choice
+                    f"three rows, {_name(choice)}",
+                    functools.partial(_logits, 300, 1, "float32"),
+                    choice,
+                )
+                for choice in (FILTERS[7], {"temperature": 0})
+            ),
+            *(
+                Case(
+                    f"{dtype}, {_name(choice)}",
+                    functools.partial(_logits, 300, 64, dtype),
+                    choice,
+                    large=True,
                 )
                 for dtype in ("float16", "bfloat16")
                 for choice in ({}, {"temperature": 0.7, "top_k": 4})
@@ -106,11 +123,26 @@ SUITES = (
         sample_token,
         cases=(
             *(
-                Case(_name(choice), functools.partial(_hidden, 192, 16, 9, "float32"), choice)
+                Case(
+                    _name(choice),
+                    functools.partial(_hidden, 192, 16, 9, "float32"),
+                    choice,
+                    large=True,
+                )
                 for choice in ({"temperature": 0}, *FILTERS[:3], FILTERS[4])
             ),
-            Case("a head in bfloat16", functools.partial(_hidden, 192, 16, 9, "bfloat16")),
-            Case("300 tokens", functools.partial(_hidden, 20, 128, 300, "float32"), {"top_k": 7}),
+            Case(
+                "a head in bfloat16", functools.partial(_hidden, 192, 16, 9, "bfloat16"), large=True
+            ),
+            Case(
+                "300 tokens",
+                functools.partial(_hidden, 20, 128, 300, "float32"),
+                {"top_k": 7},
+                large=True,
+            ),
+            Case(
+                "2 of 600 tokens", functools.partial(_hidden, 2, 16, 600, "float32"), {"top_k": 7}
+            ),
         ),
         timed=tuple(
             Case(

@@ -50,9 +50,9 @@ def gumbel(
 
 
 def gumbel_of(
-    key: tuple[UInt32[Array, "#B 1"], UInt32[Array, "#B 1"]], ids: Integer[AnyArray, "#B N"]
-) -> Float32[Array, "B N"]:
-    """`gumbel` from the two words of each key; the ids may be those of all rows, or the key."""
+    key: tuple[UInt32[Array, "*#key"], UInt32[Array, "*#key"]], ids: Integer[AnyArray, "*#N"]
+) -> Float32[Array, "..."]:
+    """`gumbel` from the two words of a key, at ids; shapes broadcast."""
     ids = ids.astype(jnp.uint32)
     high, low = threefry2x32(key, jnp.zeros_like(ids), ids)
     bits = ((high ^ low) >> 9) | jnp.uint32(0x3F800000)  # a float in [1, 2)

@@ -15,6 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels import tpu
 from kernels.dispatch import register
+from kernels.operands import alike, result, up_to
 from kernels.sample_token.passes import first_of_the_largest, scan
 from kernels.sample_token.threefry import gumbel_of
 
@@ -28,19 +29,19 @@ _TINY = jnp.iinfo(jnp.int32).min
 
 def _rows(batch, vocabulary, top_p):
     """Rows of a block, or None where not even eight fit."""
-    row = 4 * tpu.up_to(vocabulary, _tile(vocabulary)) * (1 if top_p == 1 else 2)
+    row = 4 * up_to(vocabulary, _tile(vocabulary)) * (1 if top_p == 1 else 2)
     able = [rows for rows in _ROWS if rows * row <= _MEMORY]
-    return min(able[0], tpu.up_to(batch, _ROWS[-1])) if able else None
+    return min(able[0], up_to(batch, _ROWS[-1])) if able else None
 
 
 def _tile(vocabulary):
-    return next(size for size in _TILES if size <= tpu.up_to(vocabulary, tpu.LANES))
+    return next(size for size in _TILES if size <= up_to(vocabulary, tpu.LANES))
 
 
 def _is_transposed(depth, vocabulary):
     """Whether XLA keeps a head [D, V] by columns, since rows would be padded more."""
-    by_rows = tpu.up_to(depth, 8) * tpu.up_to(vocabulary, tpu.LANES)
-    return tpu.up_to(vocabulary, 8) * tpu.up_to(depth, tpu.LANES) < by_rows
+    by_rows = up_to(depth, 8) * up_to(vocabulary, tpu.LANES)
+    return up_to(vocabulary, 8) * up_to(depth, tpu.LANES) < by_rows
 
 
 def _refusal(logits, keys, *, temperature, top_p, **filters):
@@ -117,7 +118,7 @@ def _run(rows, head, keys, *, size, temperature, top_k, top_p, min_p):
     missing = ((0, -rows.shape[0] % size), (0, 0))
     rows, keys = jnp.pad(rows, missing), jnp.pad(keys, missing)
     tile = _tile(vocabulary)
-    width = tpu.up_to(vocabulary, tile)
+    width = up_to(vocabulary, tile)
     if head is None:
         operands, specs = [rows], [pl.BlockSpec((size, tile), lambda r, v: (r, v))]
     else:
@@ -128,7 +129,7 @@ def _run(rows, head, keys, *, size, temperature, top_k, top_p, min_p):
         ]
         if _is_transposed(*head.shape):
             operands[1], specs[1] = head.T, pl.BlockSpec((tile, depth), lambda r, v: (v, 0))
-    keys, *operands = tpu.alike(keys, *operands)
+    keys, *operands = alike(keys, *operands)
     scratch = [pltpu.VMEM((size, width), jnp.float32)] * (1 if top_p == 1 else 2)
     taken = sum(4 * size * width for _ in scratch)
     taken += sum(2 * math.prod(spec.block_shape) * 4 for spec in specs)
@@ -143,7 +144,7 @@ def _run(rows, head, keys, *, size, temperature, top_k, top_p, min_p):
             ),
             temperature=temperature,
         ),
-        out_shape=tpu.result((rows.shape[0], 1), jnp.int32, keys),
+        out_shape=result((rows.shape[0], 1), jnp.int32, keys),
         grid=(rows.shape[0] // size, width // tile),
         in_specs=[pl.BlockSpec((size, 2), lambda r, v: (r, 0)), *specs],
         out_specs=pl.BlockSpec((size, 1), lambda r, v: (r, 0)),

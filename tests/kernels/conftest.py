@@ -1,6 +1,8 @@
 """Annotations of the kernels are checked while their tests run."""
 
+import pathlib
 import sys
+import types
 
 import jaxtyping
 import pytest
@@ -15,3 +17,25 @@ def unchecked_types():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def plant(monkeypatch):
+    """Puts a changed copy in the place of a kernel: plant(entry, (line, other line), ...)."""
+    from kernels import dispatch
+
+    def planted(entry, *changes):
+        path = pathlib.Path(sys.modules[entry.run.__module__].__file__)
+        source = path.read_text(encoding="utf-8")
+        for line, other in changes:
+            assert source.count(line) == 1, f"{line} is not there once"
+            source = source.replace(line, other)
+        copy = {op: dict(found) for op, found in dispatch._REGISTRY.items()}
+        monkeypatch.setattr(dispatch, "_REGISTRY", copy)
+        for entries in copy.values():
+            entries.pop(entry.name, None)
+        module = types.ModuleType("changed")
+        monkeypatch.setitem(sys.modules, "changed", module)
+        exec(compile(source, "changed", "exec"), module.__dict__)
+
+    return planted

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import pytest
 
 from experiments.benchmarks import absent_tpu
-from kernels import dispatch, estimate, tpu
+from kernels import dispatch, estimate, operands
 from kernels.machine import calls
 from kernels.machine.chips import CHIPS
 
@@ -95,7 +95,7 @@ def test_left_out_implementations_are_no_defaults():
 
 
 def test_the_least_multiple():
-    assert [tpu.up_to(number, 8) for number in (0, 1, 8, 9)] == [0, 8, 8, 16]
+    assert [operands.up_to(number, 8) for number in (0, 1, 8, 9)] == [0, 8, 8, 16]
 
 
 @pytest.mark.parametrize(

@@ -54,5 +54,5 @@ def test_what_it_refuses():
     x, codebook = example(2, 4, 3)
     with pytest.raises(ValueError, match="the codebook has no entries"):
         kernels.nearest_code(x, codebook[:0])
-    with pytest.raises(NotImplementedError, match="known: reference, blocks, tpu"):
+    with pytest.raises(NotImplementedError, match="known: reference, blocks, gpu, tpu"):
         kernels.nearest_code(x, codebook, implementation="mosaic")

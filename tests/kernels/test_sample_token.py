@@ -213,7 +213,7 @@ def test_what_it_refuses():
     ):
         with pytest.raises(ValueError, match="out of range"):
             kernels.sample_logits(logits, keys, **wrong)
-    with pytest.raises(NotImplementedError, match="known: reference, indices"):
+    with pytest.raises(NotImplementedError, match="known: reference, gpu, indices"):
         kernels.sample_logits(logits, keys, top_k=2, implementation="mosaic")
     for choice in ({}, {"top_k": 4}, {"top_k": 2, "temperature": 0}):
         with pytest.raises(NotImplementedError, match=r"indices needs .*; available: reference$"):
