@@ -1,18 +1,24 @@
 """Times the implementations of operations beside each other.
 
-    python -m kernels.bench [OP ...] [--repeats N]
+    python -m kernels.bench [OP ...] [--repeats N] [--out DIR]
 
 For every case that its suite marks for timing, all implementations and the peers are compiled,
 compared with the reference, and then run in turns: a round has one turn of each. A turn is as many
 calls as last a few milliseconds. The table shows seconds of compiling, the median turn in
 milliseconds a call, its quartiles, and how many times as fast as the reference it is. The last
-line is JSON with all numbers and the machine.
+line is JSON with all numbers and the machine. On an accelerator the cases that are estimated for
+absent ones (`kernels.estimate`) are timed as well, and the calls of a turn are queued. With `--out`
+the folder gets `bench.txt`, the tables, and `bench.json`.
 """
 
 import argparse
+import contextlib
+import datetime
 import functools
+import io
 import json
 import os
+import pathlib
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -80,7 +86,7 @@ def _compiled(run, case):
 
 def _in_rounds(turns: dict[str, Callable], repeats: int) -> dict[str, list[float]]:
     """Seconds of a call, one figure for each round."""
-    calls = {}
+    calls, on_cpu = {}, jax.default_backend() == "cpu"
     for name, call in turns.items():
         jax.block_until_ready(call())
         began = time.perf_counter()
@@ -91,7 +97,10 @@ def _in_rounds(turns: dict[str, Callable], repeats: int) -> dict[str, list[float
         for name, call in turns.items():
             began = time.perf_counter()
             for _ in range(calls[name]):
-                jax.block_until_ready(call())
+                result = call()
+                if on_cpu:
+                    jax.block_until_ready(result)
+            jax.block_until_ready(result)
             seconds[name].append((time.perf_counter() - began) / calls[name])
     return seconds
 
@@ -116,6 +125,7 @@ def _print_table(op, case_rows):
 def _machine() -> dict[str, Any]:
     device = jax.devices()[0]
     return {
+        "date": datetime.date.today().isoformat(),
         "platform": device.platform,
         "device": device.device_kind,
         "machine": platform.machine(),
@@ -141,20 +151,33 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(prog="python -m kernels.bench", description=__doc__.splitlines()[0])
     parser.add_argument("op", nargs="*", help="operations; all when there is none")
     parser.add_argument("--repeats", type=_positive, default=15, help="rounds of each case")
+    parser.add_argument("--out", type=pathlib.Path, help="a folder for the tables and the JSON")
     arguments = parser.parse_args(argv)
     suites = testing.suites()
     for op in arguments.op:
         if op not in suites:
             parser.error(f"there is no operation {op!r}; there are {', '.join(suites)}")
-    results = {}
+    if arguments.out is not None:
+        try:
+            arguments.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"--out {arguments.out}: {error.strerror}")
+    results, tables = {}, ""
     for op in arguments.op or suites:
-        case_rows = [
-            (case, bench(suites[op], case, arguments.repeats)) for case in suites[op].timed
-        ]
-        _print_table(op, case_rows)
-        print()
+        cases = suites[op].timed
+        if jax.default_backend() != "cpu":
+            cases += suites[op].estimated
+        case_rows = [(case, bench(suites[op], case, arguments.repeats)) for case in cases]
+        with contextlib.redirect_stdout(io.StringIO()) as table:
+            _print_table(op, case_rows)
+        print(table.getvalue(), flush=True)
+        tables += f"{table.getvalue()}\n"
         results[op] = [{"case": str(case), "rows": rows} for case, rows in case_rows]
-    print(json.dumps({**_machine(), "repeats": arguments.repeats, "results": results}))
+    text = json.dumps({**_machine(), "repeats": arguments.repeats, "results": results})
+    print(text)
+    if arguments.out is not None:
+        (arguments.out / "bench.txt").write_text(tables, encoding="utf-8")
+        (arguments.out / "bench.json").write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ __all__ = [
     "leave_out",
     "operations",
     "platform",
+    "prefer",
     "register",
     "split_static",
 ]
@@ -40,6 +41,7 @@ _OPERATIONS: dict[str, "Operation"] = {}
 _REGISTRY: dict[str, dict[str, "Implementation"]] = {}
 _check_platform = True
 _left_out: frozenset[str] = frozenset()
+_preferred: frozenset[str] = frozenset()
 
 
 def platform() -> str:
@@ -169,6 +171,26 @@ def leave_out(*names: str) -> Iterator[None]:
         _left_out = before
 
 
+@contextlib.contextmanager
+def prefer(*names: str) -> Iterator[None]:
+    """Implementations of these names are the defaults wherever they take the arguments.
+
+    This is how kernels that are no defaults are tried in a sampling loop.
+
+    Raises:
+      ValueError: no operation has an implementation of this name.
+    """
+    global _preferred
+    known = {name for operation in _OPERATIONS.values() for name in operation.implementations()}
+    if unknown := set(names) - known:
+        raise ValueError(f"no operation has an implementation {min(unknown)!r}")
+    before, _preferred = _preferred, frozenset(names)
+    try:
+        yield
+    finally:
+        _preferred = before
+
+
 class Operation:
     """What the public function of an operation calls: it finds the implementation and runs it.
 
@@ -226,7 +248,8 @@ class Operation:
           Under "default" what most platforms take, and under the name of a platform what that
           one takes instead.
         """
-        entries = self.implementations().values()
+        entries = [_as_preferred(entry) for entry in self.implementations().values()]
+        entries.sort(key=lambda entry: entry.name not in _preferred)
         able = [
             entry
             for entry in entries
@@ -252,6 +275,13 @@ class Operation:
         branches = {entry.name: _branch(entry.run, rest) for entry in chosen.values()}
         branches = {platform: branches[entry.name] for platform, entry in chosen.items()}
         return jax.lax.platform_dependent(*arrays, **branches)
+
+
+def _as_preferred(entry):
+    if entry.name not in _preferred:
+        return entry
+    platforms = entry.only_on or EVERYWHERE
+    return dataclasses.replace(entry, default_on=platforms, default_when=_always)
 
 
 def _branch(run, rest):

@@ -250,6 +250,7 @@ def test_experiments_are_listed_without_jax(without_jax):
     others = ["compare_sampling", "report"]  # of many runs, and of any
     assert names[: len(files)] == files == sorted([item.name for item in EXPERIMENTS] + others)
     assert timed == [
+        "absent_gpu",
         "absent_tpu",
         "autoencoders",
         "diffusers",

@@ -12,7 +12,7 @@ last line is one JSON object.
 
 import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -36,6 +36,17 @@ from kernels.machine.compiling import Program, Workshop, missing
 _WITHOUT = ("tpu", "buckets")
 
 
+def check_names(what: str, names: Collection[str], known: Collection[str]) -> None:
+    """Refuses a name that is not known.
+
+    Raises:
+      ValueError: one is not.
+    """
+    unknown = set(names) - set(known)
+    if unknown:
+        raise ValueError(f"there is no {what} {min(unknown)}; there are {', '.join(known)}")
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """What to compile."""
@@ -46,10 +57,8 @@ class Config:
     """Which of the steps; empty for all."""
 
     def __post_init__(self):
-        for what, names, known in (("chip", self.chips, CHIPS), ("step", self.steps, STEPS)):
-            unknown = set(names) - set(known)
-            if unknown:
-                raise ValueError(f"there is no {what} {min(unknown)}; there are {', '.join(known)}")
+        check_names("chip", self.chips, CHIPS)
+        check_names("step", self.steps, STEPS)
 
 
 @dataclasses.dataclass(frozen=True)

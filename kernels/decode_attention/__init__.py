@@ -1,12 +1,11 @@
 """Attention of new tokens to all tokens so far, with the cache that it owns."""
 
-import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from kernels.decode_attention.reference import KVCache
-from kernels.dispatch import Operation
+from kernels.dispatch import Operation, platform
 from kernels.operands import up_to
 from kernels.tpu import LANES
 from kernels.typing import AnyArray, IntScalar
@@ -25,9 +24,10 @@ def make_kv_cache(
 ) -> KVCache:
     """An empty cache for sequences of up to `length` columns.
 
-    On a TPU there are as many more as fill its registers of 128, which its memory has in any case.
+    On a TPU there are as many more as fill its registers of 128, which its memory has in any case,
+    and on a GPU as fill the blocks of its kernel.
     """
-    if jax.default_backend() == "tpu":
+    if platform() in ("tpu", "cuda"):
         length = up_to(length, LANES)
     return KVCache(
         jnp.zeros((batch, kv_heads, head_width, length), dtype),
@@ -68,7 +68,7 @@ def decode_attention(
       causal: whether a new token sees only itself and those before it, or all new tokens.
       implementation: "reference" reads the whole cache; "buckets" what is needed (the default);
         "tpu" of one new token, what its row needs (the default there, for caches of whole
-        registers).
+        registers); "gpu" the same, of a cache in bfloat16.
 
     Returns:
       [B, L, H, Dh], and the cache after the write.

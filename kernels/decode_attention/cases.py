@@ -207,6 +207,7 @@ SUITES = (
                 width=64,
                 length=1024,
                 dtype="bfloat16",
+                atol=0.06,
                 edges=(column,),
                 estimated=True,
             )

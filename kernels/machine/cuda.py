@@ -37,6 +37,7 @@ _H100 = """gpu_device_info {
 platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 } runtime_version { major: 13 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
+_LAUNCHED = re.compile(r" (?:fusion|custom-call|sort|copy|scatter)\(")
 _HASH = re.compile(r'kernel_hash = "(.*?)", module')
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_]*)")
 
@@ -84,10 +85,29 @@ class Program:
     Attributes:
       kernels: those of Pallas; XLA's own are not read.
       temporaries: bytes that it needs besides arguments and results.
+      text: its HLO, as it was compiled.
     """
 
     kernels: tuple[Kernel, ...]
     temporaries: int
+    text: str
+
+    @property
+    def launches(self) -> int:
+        """Instructions that are a kernel, or a few, of their own.
+
+        Those of a loop count once, and of the branches of a choice the one with most counts.
+        """
+        bodies = dict(
+            re.findall(r"^(?:ENTRY )?%([\w.\-]+) \(.*?\{$(.*?)^\}", self.text, re.M | re.S)
+        )
+        entry = re.search(r"^ENTRY %([\w.\-]+)", self.text, re.M)[1]
+        return _launches(entry, bodies)
+
+    @property
+    def branches(self) -> int:
+        """Choices that are made while it runs."""
+        return self.text.count(" conditional(")
 
 
 class Workshop:
@@ -157,7 +177,8 @@ class Workshop:
                 raise RuntimeError(f"the machine code of {len(found)} kernels of {len(new)} came")
             self._known.update(zip(new, found, strict=True))
             kernels = tuple(self._known[own] for own in hashes)
-            return Program(kernels, compiled.memory_analysis().temp_size_in_bytes)
+            temporaries = compiled.memory_analysis().temp_size_in_bytes
+            return Program(kernels, temporaries, compiled.as_text())
         finally:
             for path in self._folder.iterdir():
                 path.unlink()
@@ -166,6 +187,22 @@ class Workshop:
         """Removes the folder of machine code."""
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(self._folder)
+
+
+def _launches(name, bodies):
+    """Of one computation, with those that it runs."""
+    number = 0
+    for line in bodies[name].splitlines():
+        called = re.findall(r"(?:body|to_apply)=%([\w.\-]+)", line)
+        branches = re.search(r"(?:branch_computations=\{|true_computation=)([^}]*)", line)
+        if _LAUNCHED.search(line):
+            number += 1
+        elif re.search(r" (?:while|call)\(", line):
+            number += sum(_launches(inner, bodies) for inner in called)
+        elif branches:
+            inner = re.findall(r"%([\w.\-]+)", branches[1])
+            number += max(_launches(own, bodies) for own in inner if own in bodies)
+    return number
 
 
 def _read(report):

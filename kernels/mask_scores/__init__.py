@@ -41,8 +41,8 @@ def mask_scores(
       temperature: divides the logits, at least 1e-6; 0 takes the most probable token (the first
         of equals).
       noise: not negative; a float, or a float32 scalar that may be traced (then not checked).
-      implementation: None for the platform's default, "reference", or "tpu", which reads the
-        logits once.
+      implementation: None for the platform's default, "reference", "tpu", which reads the logits
+        once, or "gpu", which reads those of masked positions.
 
     Returns:
       tokens int32 [B, L], log-probabilities float32 [B, L], confidences float32 [B, L]; where

@@ -116,6 +116,7 @@ SUITES = (
                     example, batch=batch, length=length, vocabulary=vocabulary, excluded=0.0
                 ),
                 {"noise": 1.0},
+                atol=2e-5,
             )
             for batch, length, vocabulary in ((64, 256, 1024), (1, 256, 1024))
         ),

@@ -25,8 +25,8 @@ def nearest_code(
       x: vectors, float32 or bfloat16.
       codebook: at least one entry, of the same width.
       implementation: "reference", which keeps all N x K distances; "blocks", which keeps those of
-        one block at a time; "tpu", which keeps none. None takes "tpu" on TPUs, and "blocks" where
-        there are more than fit in a block.
+        one block at a time; "tpu" and "gpu", which keep none. None takes "tpu" on TPUs, and
+        "blocks" where there are more than fit in a block.
 
     Returns:
       (index [N] int32, squared distance [N] float32). The distance is a difference of larger

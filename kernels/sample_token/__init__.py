@@ -65,7 +65,7 @@ def sample_logits(
       implementation: "reference" filters the whole vocabulary. "indices" (the default where
         top_k is given) goes on with k values and their ids: the same token, but for rounding.
         "tpu" (the default there with top_k or top_p for 8 rows or more) keeps the logits on the
-        chip.
+        chip, and "gpu" a row of them.
 
     Returns:
       int32 [B].

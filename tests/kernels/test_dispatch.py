@@ -56,11 +56,11 @@ def test_a_new_implementation_runs_the_cases_or_says_why_not(registry):
     assert list(reasons.values()) == [None, None, "knows no history"]
 
 
-def test_a_new_implementation_is_a_row_of_the_bench(registry, monkeypatch, capsys):
+def test_a_new_implementation_is_a_row_of_the_bench(registry, monkeypatch, capsys, tmp_path):
     register_toy()
     suites = {"diffusion_step": small_suite("diffusion_step")}
     monkeypatch.setattr(testing, "suites", lambda: suites)
-    bench.main(["diffusion_step", "--repeats", "2"])
+    bench.main(["diffusion_step", "--repeats", "2", "--out", str(tmp_path / "new" / "bench")])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "diffusion_step"
     assert sum(" toy " in line for line in lines) == 2
@@ -70,6 +70,17 @@ def test_a_new_implementation_is_a_row_of_the_bench(registry, monkeypatch, capsy
     rows = result["results"]["diffusion_step"][0]["rows"]
     assert [row["name"] for row in rows] == ["reference", "toy"]
     assert all(0 < row["low_ms"] <= row["ms"] <= row["high_ms"] for row in rows)
+    written = tmp_path / "new" / "bench"
+    assert json.loads((written / "bench.json").read_text()) == result
+    assert (written / "bench.txt").read_text().splitlines() == lines[:-1]
+
+
+def test_the_bench_refuses_a_file_for_a_folder(capsys, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as refused:
+        bench.main(["--out", str(tmp_path / "file" / "bench")])
+    assert refused.value.code == 2
+    assert capsys.readouterr().err.startswith("error: --out")
 
 
 def test_the_bench_shows_refusals_and_compares_before_it_times(registry):

@@ -3,10 +3,11 @@
 import jax.numpy as jnp
 import pytest
 
-from experiments.benchmarks import absent_tpu
-from kernels import dispatch, estimate, operands
+from experiments.benchmarks import absent_gpu, absent_tpu
+from kernels import dispatch, estimate, inspection, operands
 from kernels.machine import calls
 from kernels.machine.chips import CHIPS
+from kernels.machine.cuda import Kernel, Program
 
 
 @pytest.mark.parametrize(
@@ -14,6 +15,8 @@ from kernels.machine.chips import CHIPS
     [
         (["fft"], "error: there are no estimates of 'fft'; there are some of decode_attention, m"),
         (["--chip", "v5e,v9"], "error: argument --chip: there is no chip 'v9'; there are v5e, v6e"),
+        (["--chip", "v5e,h100"], "error: h100 has no cycles: ask for it alone, without --check"),
+        (["--chip", "h100", "--check"], "error: h100 has no cycles: ask for it alone, without"),
         (["--check", "--store"], "error: argument --store: not allowed with argument --check"),
     ],
 )
@@ -33,6 +36,14 @@ def test_without_libtpu_it_says_how_to_get_it(capsys, monkeypatch):
         estimate.main([])
     assert refused.value.code == 2
     assert capsys.readouterr().err == "error: libtpu is not installed: pip install it\n"
+
+
+def test_without_the_compilers_of_cuda_it_says_how_to_get_them(capsys, monkeypatch):
+    monkeypatch.setattr(estimate.cuda, "missing", lambda: "they are not installed: install them")
+    with pytest.raises(SystemExit) as refused:
+        estimate.main(["--chip", "h100"])
+    assert refused.value.code == 2
+    assert capsys.readouterr().err == "error: they are not installed: install them\n"
 
 
 def test_five_percent_more_than_stored_are_too_many():
@@ -94,6 +105,19 @@ def test_left_out_implementations_are_no_defaults():
     assert operation.defaults(*values)["default"].name == "threshold"
 
 
+def test_preferred_implementations_are_the_defaults_where_they_can_be():
+    codes = dispatch.operations()["nearest_code"]
+    small, wide = (jnp.zeros((4, width)) for width in (8, 400))
+    assert codes.defaults(small, small).keys() == {"default", "tpu"}
+    with dispatch.prefer("gpu", "blocks"):
+        chosen = codes.defaults(small, small)
+        assert chosen["cuda"].name == "gpu"
+        assert chosen["default"].name == "blocks"
+        assert "cuda" not in codes.defaults(wide, wide)  # for which it has no room
+    with pytest.raises(ValueError, match="has an implementation 'gpus'"), dispatch.prefer("gpus"):
+        pass
+
+
 def test_the_least_multiple():
     assert [operands.up_to(number, 8) for number in (0, 1, 8, 9)] == [0, 8, 8, 16]
 
@@ -105,3 +129,54 @@ def test_the_least_multiple():
 def test_loops_that_are_not_known(options, message):
     with pytest.raises(ValueError, match=message):
         absent_tpu.Config(**options)
+    if "steps" in options:
+        with pytest.raises(ValueError, match=message):
+            absent_gpu.Config(**options)
+
+
+HLO_OF_A_GPU = """
+%fused (p: f32[8]) -> f32[8] {
+  ROOT %a = f32[8]{0} copy(%p)
+}
+%few (p: f32[8]) -> f32[8] {
+  ROOT %b = f32[8]{0} fusion(%p), kind=kLoop, calls=%fused
+}
+%many (p: f32[8]) -> f32[8] {
+  %c = f32[8]{0} fusion(%p), kind=kLoop, calls=%fused
+  ROOT %d = f32[8]{0} custom-call(%c), custom_call_target="mosaic_gpu_v2"
+}
+%body (p: f32[8]) -> f32[8] {
+  ROOT %e = f32[8]{0} conditional(%i, %p, %p), branch_computations={%few, %many}
+}
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %f = f32[8]{0} fusion(%x), kind=kLoop, calls=%fused
+  ROOT %g = f32[8]{0} while(%f), condition=%cond, body=%body
+}
+"""
+
+
+def test_launches_and_branches_of_a_program():
+    program = Program((), 0, HLO_OF_A_GPU)
+    assert program.launches == 3  # one before the loop, and in it the longer branch
+    assert program.branches == 1
+
+
+KERNEL = Kernel("search", 111, 0, 4096, {"HGMMA": 2, "UTMALDG": 3, "IMAD": 100})
+
+
+@pytest.mark.parametrize(
+    ("row", "line"),
+    [
+        (
+            {"name": "gpu", "temporaries": 300_000, "kernels": (KERNEL,)},
+            "| few | gpu | 111 | 0 | 4.0 | 2 | 3 | 105 | 0.3 |",
+        ),
+        (
+            {"name": "reference", "temporaries": 2_000_000, "kernels": ()},
+            "| few | reference |  |  |  |  |  |  | 2.0 |",
+        ),
+        ({"name": "gpu", "refuses": "takes less"}, "| few | gpu | takes less |"),
+    ],
+)
+def test_lines_of_gpus(row, line):
+    assert inspection._line("few", row) == line
