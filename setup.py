@@ -63,6 +63,8 @@ setuptools.setup(
             "vl-convert-python>=1.7",
             "selenium>=4.20",  # pages in a headless Chromium, where one is installed
         ],
+        # Faster peers of benchmarks on CPUs; onnx writes what ONNX Runtime reads.
+        "peers": ["openvino>=2026.4", "onnxruntime>=1.32", "onnx>=1.23"],
         # The peers that parity tests and benchmarks compare with.
         "oracles": ["torch==2.13.0", "diffusers>=0.35", "transformers>=4.55"],
     },

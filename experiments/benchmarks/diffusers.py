@@ -3,17 +3,22 @@
     python -m experiments.benchmarks.diffusers
 
 Needs the extra `oracles` (PyTorch and diffusers). Random weights are made by diffusers, saved, and
-read through `gen_jax.interop`; before anything is timed, both sides must agree on every step.
-Compiling, preparing weights and warming up are apart; runs of the two sides alternate, and the
+read through `gen_jax.interop`; before anything is timed, both sides must agree on every step. With
+the extra `peers` the network of the pipeline is computed by OpenVINO and by ONNX Runtime as well.
+Compiling, preparing weights and warming up are apart; runs of the sides alternate, and the
 table gives medians. The last line is one JSON object.
 """
 
+import copy
 import dataclasses
+import importlib.util
 import os
 import statistics
 import sys
 import tempfile
 import time
+import warnings
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -49,8 +54,10 @@ class Config:
     """Timed runs of each side."""
     compiled: bool = True
     """Time torch.compile too (it compiles for minutes)."""
+    peers: bool = True
+    """Time OpenVINO and ONNX Runtime too, where they are installed and jax runs on a CPU."""
     threads: int = os.cpu_count() or 1
-    """Threads of PyTorch; XLA takes all cores."""
+    """Threads of the peers; XLA takes all cores."""
     tolerance: float = 1e-3
     """Largest difference between the images of both sides after one step."""
 
@@ -92,6 +99,51 @@ def converted(unet) -> tuple[DiffusionModel, dict]:
         return interop.load_diffusers_unet(directory, DiffusionConfig(variance="fixed_small"))
 
 
+def openvino_network(unet, x, t, threads: int) -> Callable:
+    """A UNet2DModel compiled by OpenVINO in float32, as a function of arrays of these shapes."""
+    import openvino
+
+    shapes = [openvino.PartialShape(list(a.shape)) for a in (x, t)]
+    model = openvino.convert_model(unet, example_input=(x, t), input=shapes)
+    options = {
+        "INFERENCE_NUM_THREADS": threads,
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": "f32",
+    }
+    compiled = openvino.compile_model(model, "CPU", options)
+    return lambda x, t: compiled((x, t))[0]
+
+
+def onnx_network(unet, x, t, threads: int) -> Callable:
+    """A UNet2DModel in ONNX Runtime, as a function of arrays of these shapes."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    with tempfile.TemporaryDirectory() as directory:
+        path = os.path.join(directory, "unet.onnx")
+        torch.onnx.export(unet, (x, t), path, dynamo=False, input_names=["x", "t"])
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda x, t: session.run(None, {"x": x, "t": t})[0]
+
+
+def output_alone(unet):
+    """A module that returns the prediction of a UNet2DModel as a tensor."""
+
+    class Prediction(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.unet = unet
+
+        def forward(self, x, t):
+            return self.unet(x, t).sample
+
+    return Prediction().eval()
+
+
+PEERS = {"OpenVINO": ("openvino", openvino_network), "ONNX Runtime": ("onnxruntime", onnx_network)}
+
+
 class Sides:
     """One network with the same weights on both sides."""
 
@@ -103,6 +155,7 @@ class Sides:
         self.model, params = converted(self.torch_unet)
         self.params, self.tolerance = jax.device_put(params), config.tolerance
         self.repeats, self.threads = config.repeats, config.threads
+        self.peers = config.peers and self.device == "cpu"
         self.parameters = sum(p.numel() for p in self.torch_unet.parameters())
 
     def sampler(self, solver: str, steps: int) -> DiffusionSampler:
@@ -118,6 +171,35 @@ class Sides:
             pipe = diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler())
         pipe.set_progress_bar_config(disable=True)
         return pipe
+
+    def computed_by(self, name: str, batch: int):
+        """The network of diffusers, computed by a peer for one batch size; None where it is absent.
+
+        Raises:
+          FloatingPointError: its output differs from that of PyTorch by more than the tolerance.
+        """
+        package, make = PEERS[name]
+        if importlib.util.find_spec(package) is None:
+            print(f"{name} is not installed (extra `peers`): not timed")
+            return None
+        size = self.torch_unet.config.sample_size
+        x, t = torch.randn(batch, 3, size, size), torch.full((batch,), 500)
+        plain = output_alone(self.torch_unet)
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            run = make(plain, x, t, self.threads)
+            expected = plain(x, t).numpy()
+        difference = np.abs(run(x.numpy(), t.numpy()) - expected).max()
+        timing.agreement(float(difference), self.tolerance, f"{name} and PyTorch")
+        unet = copy.copy(self.torch_unet)
+
+        def forward(x, t, **options):
+            t = np.full(batch, int(t))
+            sample = torch.from_numpy(run(x.numpy(), t))
+            return diffusers.models.unets.unet_2d.UNet2DOutput(sample=sample)
+
+        unet.forward = forward
+        return unet
 
     def check(self, steps: int) -> float:
         """The largest difference between both sides after one DDIM step, over all steps.
@@ -153,6 +235,10 @@ class Sides:
         units = {"diffusers eager": self.torch_unet}
         if compiled:
             units["diffusers compiled"] = torch.compile(self.torch_unet)
+        for name in PEERS if self.peers else ():
+            unet = self.computed_by(name, batch)
+            if unet is not None:
+                units[name] = unet
         for name, unet in units.items():
             pipe = self.pipeline(solver, unet)
             sides[name] = lambda pipe=pipe: pipe(

@@ -10,7 +10,7 @@ import pytest
 
 import kernels
 from kernels.conv_3x3 import sliced, winograd
-from kernels.conv_3x3.cases import example
+from kernels.conv_3x3.cases import convolution_by_shifts, example
 
 
 def test_slices_of_a_batch_do_not_change_it(monkeypatch):
@@ -19,10 +19,10 @@ def test_slices_of_a_batch_do_not_change_it(monkeypatch):
 
     x, kernel = example(8, 8, 8, 4, 4)
     whole = jax.jit(run)(x, kernel)
-    monkeypatch.setattr(winograd, "_TILES", 32)  # two images of 16 tiles
+    monkeypatch.setattr(winograd, "_TILES", 8)  # two images of 4 tiles
     for batch in (1, 6, 7, 8):
         part = jax.jit(lambda x, kernel: run(x, kernel))(x[:batch], kernel)
-        np.testing.assert_allclose(part, whole[:batch], atol=1e-6)
+        np.testing.assert_allclose(part, whole[:batch], atol=5e-6)
 
 
 @pytest.mark.parametrize(("images", "taken"), [(1, 1), (2, 2), (3, 3), (4, 3), (6, None)])
@@ -59,7 +59,7 @@ def test_prepared_weights_are_the_same_convolution():
     if jax.default_backend() != "cpu":
         assert prepared is None
         return
-    assert prepared.shape == (16, 128, 128)
+    assert prepared.shape == (36, 128, 128)
     run = jax.jit(kernels.conv_3x3)
     y = run(x, kernel, prepared)
     np.testing.assert_allclose(y, run(x, kernel), atol=3e-5)
@@ -68,7 +68,7 @@ def test_prepared_weights_are_the_same_convolution():
 
 
 def test_unprepared_or_small_convolutions_are_direct():
-    for channels, prepare in ((128, False), (64, True)):
+    for channels, prepare in ((128, False), (16, True)):
         x, kernel = example(1, 8, 8, channels, channels)
         prepared = kernels.prepare_conv_3x3(kernel) if prepare else None
         assert prepared is None
@@ -83,17 +83,29 @@ def test_other_platforms_take_the_weights_as_they_are():
         assert text.count("stablehlo.convolution") == convolutions, platform
 
 
-def test_what_winograd_cannot_read_is_direct_even_when_prepared():
-    x, kernel, prepared = example(2, 5, 4, 6, 6, read=True)
-    text = jax.jit(kernels.conv_3x3).lower(x, kernel, prepared).as_text()
-    assert text.count("stablehlo.convolution") == 1
-    assert "stablehlo.case" not in text
+def test_rounding_is_about_that_of_the_direct_sum():
+    x, kernel = example(2, 32, 32, 256, 8)
+    exact = convolution_by_shifts(x, kernel)
+    errors = {
+        name: np.sqrt(np.square(run(x, kernel, implementation=name) - exact).mean())
+        for name in ("reference", "winograd")
+        for run in [jax.jit(kernels.conv_3x3, static_argnames="implementation")]
+    }
+    assert exact.std() == pytest.approx(1, rel=0.1)
+    assert errors["winograd"] < 1.5e-6
+    assert errors["winograd"] < 8 * errors["reference"]
+
+
+def test_small_maps_are_one_product_even_when_prepared():
+    for batch, products in ((2, 1), (1, 0)):  # the matrix of a single map is large for one product
+        arguments = example(batch, 2, 2, 512, 512, read=True)
+        text = jax.jit(kernels.conv_3x3).lower(*arguments).as_text()
+        assert text.count("stablehlo.convolution") == 0
+        assert ("contracting_dims = [1] x [0]" in text) == products
 
 
 def test_what_it_refuses():
     run = functools.partial(kernels.conv_3x3, implementation="winograd")
-    with pytest.raises(NotImplementedError, match="even height and width, not 5 x 4; available: r"):
-        run(*example(1, 5, 4, 2, 2))
     with pytest.raises(NotImplementedError, match="dense needs maps of at most 2 x 2, not 1 x 4"):
         kernels.conv_3x3(*example(1, 1, 4, 2, 2), implementation="dense")
     with pytest.raises(NotImplementedError, match="needs float32, not bfloat16"):

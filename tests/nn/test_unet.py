@@ -167,7 +167,7 @@ def test_configurations_that_cannot_be(wrong, match):
         UNetNetwork(wrong)
 
 
-# From 128 channels on, 3 x 3 convolutions in float32 are in Winograd's form.
+# From 64 channels on, 3 x 3 convolutions in float32 are in Winograd's form.
 @pytest.mark.parametrize(("dtype", "width"), [("float32", 128), ("bfloat16", 8)])
 def test_prepared_parameters_are_the_same_network(dtype, width):
     network = variant(widths=(width,), attention=(), dtype=dtype)
