@@ -64,7 +64,7 @@ setuptools.setup(
             "selenium>=4.20",  # pages in a headless Chromium, where one is installed
         ],
         # Faster peers of benchmarks on CPUs; onnx writes what ONNX Runtime reads.
-        "peers": ["openvino>=2026.4", "onnxruntime>=1.32", "onnx>=1.23"],
+        "peers": ["openvino>=2026.4", "onnxruntime>=1.32", "onnx>=1.23", "ctranslate2>=4.8"],
         # The peers that parity tests and benchmarks compare with.
         "oracles": ["torch==2.13.0", "diffusers>=0.35", "transformers>=4.55"],
     },

@@ -4,7 +4,9 @@
 
 Needs the extra `oracles` (PyTorch and transformers). Random weights of GPT-2 are made by
 transformers, saved, and read through `gen_jax.interop`; before anything is timed, both sides must
-agree on logits and on greedy text. All is float32. Compiling, preparing weights and warming up are
+agree on logits and on greedy text. With the extra `peers` CTranslate2 runs the same weights, in
+float32, which must give the same greedy text, and in int8, whose products are others. All else is
+float32. Compiling, preparing weights and warming up are
 apart; runs of the sides alternate, and the table gives medians and the best of a few runs. Tokens
 per second count those of the whole batch, with the prompt read within the time. The bandwidth of
 memory is the best of sums over a large array, which take turns with the sides. The last line is one
@@ -12,7 +14,10 @@ JSON object.
 """
 
 import dataclasses
+import importlib.util
+import json
 import os
+import pathlib
 import statistics
 import sys
 import tempfile
@@ -46,6 +51,8 @@ class Config:
     """Timed runs of each side."""
     compiled: bool = True
     """Time torch.compile too."""
+    peers: bool = True
+    """Time CTranslate2 too, where it is installed and jax runs on a CPU."""
     layers: int = 12
     """Blocks of the network."""
     width: int = 768
@@ -57,7 +64,7 @@ class Config:
     context: int = 1024
     """Its longest sequence."""
     threads: int = os.cpu_count() or 1
-    """Threads of PyTorch; XLA takes all cores."""
+    """Threads of the peers; XLA takes all cores."""
     checked_tokens: int = 32
     """Greedy tokens that both sides must agree on."""
     tolerance: float = 1e-3
@@ -84,6 +91,50 @@ class Memory:
         self.sum(self.array).block_until_ready()
 
 
+class CTranslate2:
+    """The weights of a folder of transformers in CTranslate2.
+
+    Args:
+      directory: of `save_pretrained`; it gets a vocabulary, which the converter wants.
+      vocabulary: the number of tokens.
+      compute_type: "float32" or "int8".
+      threads: of one run.
+    """
+
+    def __init__(self, directory: str, vocabulary: int, compute_type: str, threads: int):
+        import ctranslate2
+
+        folder, end = pathlib.Path(directory), "<|endoftext|>"
+        tokens = {f"t{i}": i for i in range(vocabulary - 1)} | {end: vocabulary - 1}
+        special = dict.fromkeys(("unk_token", "bos_token", "eos_token"), end)
+        (folder / "vocab.json").write_text(json.dumps(tokens))
+        (folder / "merges.txt").write_text("#version: 0.2\n")
+        (folder / "tokenizer_config.json").write_text(
+            json.dumps({"tokenizer_class": "GPT2Tokenizer", **special})
+        )
+        converter = ctranslate2.converters.TransformersConverter(directory)
+        converter.convert(str(folder / compute_type), quantization=compute_type, force=True)
+        self._names = list(tokens)
+        self._generator = ctranslate2.Generator(
+            str(folder / compute_type),
+            device="cpu",
+            compute_type=compute_type,
+            intra_threads=threads,
+            inter_threads=1,
+        )
+
+    def __call__(self, prompts, tokens: int, top_k: int):
+        """What it adds to the prompts, [B, N]; with a top_k of 1 the greedy text."""
+        found = self._generator.generate_batch(
+            [[self._names[token] for token in prompt] for prompt in prompts],
+            max_length=tokens,
+            min_length=tokens,  # no text ends early
+            sampling_topk=top_k,
+            include_prompt_in_result=False,
+        )
+        return np.array([result.sequences_ids[0] for result in found])
+
+
 class Sides:
     """One GPT-2 with the same weights on both sides."""
 
@@ -108,11 +159,22 @@ class Sides:
         with tempfile.TemporaryDirectory() as directory:
             self.model.save_pretrained(directory)
             self.ours, params = interop.load_gpt2(directory)
+            self.others = self._others(directory) if config.peers else {}
         self.model.to(self.device)
         self.params = jax.device_put(params)
         self.parameters = sum(p.numel() for p in self.model.parameters())
         # One new token reads every weight (the head is the table of tokens) but the positions.
         self.weight_bytes = 4 * (self.parameters - config.context * config.width)
+
+    def _others(self, directory):
+        if self.device != "cpu" or importlib.util.find_spec("ctranslate2") is None:
+            print("CTranslate2 is not installed (extra `peers`), or this is no CPU: not timed")
+            return {}
+        config = self.config
+        return {
+            f"CTranslate2 {kind}": CTranslate2(directory, config.vocabulary, kind, config.threads)
+            for kind in ("float32", "int8")
+        }
 
     def prompts(self, batch: int):
         """Random tokens, int32 [B, P]."""
@@ -155,6 +217,8 @@ class Sides:
         if (ours != theirs).any():
             place = int((ours != theirs).any(axis=0).argmax())
             raise FloatingPointError(f"greedy texts differ from token {place} on: not timed")
+        if self.others and (self.others["CTranslate2 float32"](prompts, tokens, 1) != ours).any():
+            raise FloatingPointError("the greedy text of CTranslate2 is another one: not timed")
         return difference
 
     def compare(self, batch: int, memory: Memory) -> list[dict]:
@@ -173,6 +237,8 @@ class Sides:
             sides[name] = lambda options=options: self.generate(
                 prompts, config.tokens, do_sample=True, top_k=config.top_k, **options
             )
+        for name, run in self.others.items():
+            sides[name] = lambda run=run: run(prompts, config.tokens, config.top_k)
         for name, run in list(sides.items()):
             began = time.perf_counter()
             try:
