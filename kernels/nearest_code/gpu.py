@@ -44,6 +44,8 @@ def _slots(width, parts):
 
 
 def _refusal(x, codebook):
+    if not x.shape[0]:
+        return "needs at least one vector"
     if _slots(x.shape[1], _parts(x, codebook)) < 2:
         return f"has no room for vectors of {x.shape[1]} values of {x.dtype}"
     if codebook.shape[0] > _LARGEST:

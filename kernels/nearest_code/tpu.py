@@ -29,6 +29,8 @@ _BLOCKS = {256: (2048, 1024), 1024: (1024, 1024), 2048: (512, 512)}
 
 
 def _refusal(x, codebook):
+    if not x.shape[0]:
+        return "needs at least one vector"
     products = 1 if is_half(x, codebook) else len(PAIRS)
     most = max(_BLOCKS) // products // _PACKED * _PACKED
     if x.shape[1] > most:

@@ -56,3 +56,12 @@ def test_what_it_refuses():
         kernels.nearest_code(x, codebook[:0])
     with pytest.raises(NotImplementedError, match="known: reference, blocks, gpu, tpu"):
         kernels.nearest_code(x, codebook, implementation="mosaic")
+
+
+def test_no_vectors_have_no_codes():
+    x, codebook = example(2, 4, 3)
+    for platforms in (("cpu",), ("cuda",), ("tpu",)):
+        text = jax.jit(kernels.nearest_code).trace(x[:0], codebook)
+        assert "custom_call" not in text.lower(lowering_platforms=platforms).as_text()
+    index, distance = kernels.nearest_code(x[:0], codebook)
+    assert index.shape == distance.shape == (0,)
