@@ -12,10 +12,8 @@ the folder gets `bench.txt`, the tables, and `bench.json`.
 """
 
 import argparse
-import contextlib
 import datetime
 import functools
-import io
 import json
 import os
 import pathlib
@@ -105,21 +103,22 @@ def _in_rounds(turns: dict[str, Callable], repeats: int) -> dict[str, list[float
     return seconds
 
 
-def _print_table(op, case_rows):
+def _table(op, case_rows):
     width = max(len(str(case)) for case, _ in case_rows)
     name_width = max(len(row["name"]) for _, rows in case_rows for row in rows)
     figures = f"{'compile s':>10}{'ms':>10}{'quartiles':>20}{'speedup':>9}"
-    print(f"{op}\n{'case':<{width}}  {'':<{name_width}}{figures}")
+    lines = [op, f"{'case':<{width}}  {'':<{name_width}}{figures}"]
     for case, rows in case_rows:
         label = str(case)
         for row in rows:
             start, label = f"{label:<{width}}  {row['name']:<{name_width}}", ""
             if "refuses" in row:
-                print(f"{start}  {row['refuses']}")
+                lines.append(f"{start}  {row['refuses']}")
                 continue
             quartiles = f"{row['low_ms']:.3f}..{row['high_ms']:.3f}"
             figures = f"{row['compile_s']:>10.2f}{row['ms']:>10.3f}{quartiles:>20}"
-            print(f"{start}{figures}{row['speedup']:>9.2f}")
+            lines.append(f"{start}{figures}{row['speedup']:>9.2f}")
+    return "\n".join(lines) + "\n"
 
 
 def _machine() -> dict[str, Any]:
@@ -168,10 +167,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if jax.default_backend() != "cpu":
             cases += suites[op].estimated
         case_rows = [(case, bench(suites[op], case, arguments.repeats)) for case in cases]
-        with contextlib.redirect_stdout(io.StringIO()) as table:
-            _print_table(op, case_rows)
-        print(table.getvalue(), flush=True)
-        tables += f"{table.getvalue()}\n"
+        table = _table(op, case_rows)
+        print(table, flush=True)
+        tables += f"{table}\n"
         results[op] = [{"case": str(case), "rows": rows} for case, rows in case_rows]
     text = json.dumps({**_machine(), "repeats": arguments.repeats, "results": results})
     print(text)

@@ -8,9 +8,10 @@ import jax
 
 from kernels.dispatch import platform
 
-__all__ = ["ON_CHIP", "kernel", "mosaic", "unfit"]
+__all__ = ["ON_CHIP", "PROCESSORS", "kernel", "mosaic", "unfit"]
 
 ON_CHIP = 227 << 10  # bytes of shared memory that one block of threads can have, of a Hopper GPU
+PROCESSORS = 132  # of an H100: so many blocks of threads keep it busy
 _HOPPER = "9.0"
 
 

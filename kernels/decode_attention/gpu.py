@@ -28,7 +28,6 @@ _FEW = 8  # rows of which queries and results are copied: a multiple
 _LINE = 64  # values of bfloat16 in a line of shared memory
 _BLOCKS = (128, 64)  # columns of a block: the first that divides the length of the cache
 _SLOTS = 4  # blocks on the chip at once, at most
-_THREAD_BLOCKS = 132  # that keep an H100 busy
 _SPARE = 4 << 10
 _LOG2_E = math.log2(math.e)
 
@@ -50,15 +49,16 @@ def _refusal(q, k, v, cache, column, first, *, window, causal):
     return gpu.unfit()
 
 
-def _block(cache):
-    return next(size for size in _BLOCKS if not cache.keys.shape[-1] % size)
+def _block(length):
+    return next(size for size in _BLOCKS if not length % size)
 
 
 def _slots(cache):
     """How many blocks of keys and values there is room for, beside rows of queries."""
-    width = cache.keys.shape[2]
-    room = gpu.ON_CHIP - _SPARE - _ROWS * ((2 + 4) * width + 2 * _block(cache))
-    return min(_SLOTS, room // (2 * 2 * width * _block(cache)))
+    _, _, width, length = cache.keys.shape
+    size = _block(length)
+    room = gpu.ON_CHIP - _SPARE - _ROWS * ((2 + 4) * width + 2 * size)
+    return min(_SLOTS, room // (2 * 2 * width * size))
 
 
 @register("decode_attention", "gpu", only_on=("cuda",), refusal=_refusal)
@@ -74,8 +74,7 @@ def decode_attention(q, k, v, cache, column, first, *, window, causal):
         start = jnp.maximum(start, own + 1 - window)
     q = (q[:, 0] / width**0.5).astype(cache.keys.dtype).reshape(batch, kv_heads, -1, width)
     group = q.shape[2]
-    size = _block(cache)
-    splits = max(1, min(_THREAD_BLOCKS // (batch * kv_heads), length // size))
+    splits = max(1, min(gpu.PROCESSORS // (batch * kv_heads), length // _block(length)))
     out, most, mass = _attend(
         jnp.pad(q, ((0, 0), (0, 0), (0, up_to(group, _FEW) - group), (0, 0))),
         cache.keys,
@@ -95,7 +94,7 @@ def decode_attention(q, k, v, cache, column, first, *, window, causal):
 def _attend(q, keys, values, bounds, *, slots, splits):
     q, keys, values, bounds = alike(q, keys, values, bounds)
     batch, heads, rows, width = q.shape
-    size = next(size for size in _BLOCKS if not keys.shape[-1] % size)
+    size = _block(keys.shape[-1])
     statistic = result((batch, heads, splits, rows), jnp.float32, q)
     return gpu.kernel(
         functools.partial(_kernel, splits=splits),

@@ -25,7 +25,6 @@ __all__ = ["nearest_code"]
 _ROWS, _GROUPS = 64, 2  # vectors of a warpgroup, and warpgroups that multiply
 _TILE = 64  # codes of a tile: with more registers spill where vectors are wide
 _SLOTS = 8  # tiles on the chip at once, at most
-_BLOCKS = 132  # of threads that keep an H100 busy
 _LARGEST = 1 << 24  # an index goes through float32
 _SPARE = 4 << 10  # bytes on the chip for barriers, results and halves of squares
 
@@ -66,7 +65,7 @@ def nearest_code(x, codebook):
     half_square = 0.5 * jnp.square(codebook.astype(jnp.float32)).sum(axis=1)
     # Blocks of vectors that are too few for a GPU share the codes among several blocks of threads.
     tiles = -(-codes // _TILE)
-    each = -(-tiles // max(1, _BLOCKS // -(-number // size)))
+    each = -(-tiles // max(1, gpu.PROCESSORS // -(-number // size)))
     splits = -(-tiles // each)
     missing = _TILE * splits * each - codes
     index, score = _search(

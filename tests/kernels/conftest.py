@@ -21,21 +21,19 @@ def unchecked_types():
 
 @pytest.fixture
 def plant(monkeypatch):
-    """Puts a changed copy in the place of a kernel: plant(entry, (line, other line), ...)."""
+    """Puts a changed copy in the place of a kernel: plant(entry, line, other line)."""
     from kernels import dispatch
 
-    def planted(entry, *changes):
+    def planted(entry, line, other):
         path = pathlib.Path(sys.modules[entry.run.__module__].__file__)
         source = path.read_text(encoding="utf-8")
-        for line, other in changes:
-            assert source.count(line) == 1, f"{line} is not there once"
-            source = source.replace(line, other)
+        assert source.count(line) == 1, "the line is not there once"
         copy = {op: dict(found) for op, found in dispatch._REGISTRY.items()}
         monkeypatch.setattr(dispatch, "_REGISTRY", copy)
         for entries in copy.values():
             entries.pop(entry.name, None)
         module = types.ModuleType("changed")
         monkeypatch.setitem(sys.modules, "changed", module)
-        exec(compile(source, "changed", "exec"), module.__dict__)
+        exec(compile(source.replace(line, other), "changed", "exec"), module.__dict__)
 
     return planted

@@ -145,18 +145,14 @@ def test_under_shard_map():
     assert "mosaic_gpu" in text
 
 
-FEW = {  # blocks of threads, so that each has several blocks to go through
-    "decode_attention": [("_THREAD_BLOCKS = 132", "_THREAD_BLOCKS = 4")],
-    "nearest_code": [("_BLOCKS = 132", "_BLOCKS = 2")],
-}
+FEW = {"decode_attention": 4, "nearest_code": 2}  # processors, so that one has several blocks
 
 
 @interpreted
 @pytest.mark.parametrize("op", FEW)
-def test_with_few_blocks_of_threads(op, plant):
-    suite = SUITES[op]
-    plant(suite.implementations()["gpu"], *FEW[op])
-    assert testing.check(suite, case_of(op, SMALL[op]), "gpu") is None
+def test_with_few_blocks_of_threads(op, monkeypatch):
+    monkeypatch.setattr(gpu, "PROCESSORS", FEW[op])
+    assert testing.check(SUITES[op], case_of(op, SMALL[op]), "gpu") is None
 
 
 MISTAKES = [
@@ -174,9 +170,10 @@ MISTAKES = [
 
 @interpreted
 @pytest.mark.parametrize(("op", "line", "mistake"), MISTAKES)
-def test_a_planted_mistake_is_caught(op, line, mistake, plant):
+def test_a_planted_mistake_is_caught(op, line, mistake, plant, monkeypatch):
     suite = SUITES[op]
-    plant(suite.implementations()["gpu"], (line, mistake), *FEW.get(op, ()))
+    monkeypatch.setattr(gpu, "PROCESSORS", FEW.get(op, gpu.PROCESSORS))
+    plant(suite.implementations()["gpu"], line, mistake)
     with pytest.raises(AssertionError, match=r"not as defined|not the reference"):
         testing.check(suite, case_of(op, SMALL[op]), "gpu")
 

@@ -223,6 +223,6 @@ MISTAKES = [
 )
 def test_a_planted_mistake_is_caught(op, name, line, mistake, plant):
     suite = SUITES[op]
-    plant(suite.implementations()["tpu"], (line, mistake))
+    plant(suite.implementations()["tpu"], line, mistake)
     with pytest.raises(AssertionError, match=r"not as defined|not the reference"):
         testing.check(suite, case_of(op, name), "tpu")
