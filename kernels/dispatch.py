@@ -146,29 +146,32 @@ def _origin(function):
 
 
 @contextlib.contextmanager
+def _set(**values):
+    """The variables of this module have these values for a while."""
+    before = {name: globals()[name] for name in values}
+    globals().update(values)
+    try:
+        yield
+    finally:
+        globals().update(before)
+
+
+@contextlib.contextmanager
 def any_platform() -> Iterator[None]:
     """Lets `implementation=` force a backend of another platform than the default one.
 
     This is for lowering a program for a platform that is absent, and for the interpret mode of
     Pallas. The choice of a default needs no such help: it is made when the program is lowered.
     """
-    global _check_platform
-    before, _check_platform = _check_platform, False
-    try:
+    with _set(_check_platform=False):
         yield
-    finally:
-        _check_platform = before
 
 
 @contextlib.contextmanager
 def leave_out(*names: str) -> Iterator[None]:
     """Implementations of these names are no defaults, so that one can see what they are worth."""
-    global _left_out
-    before, _left_out = _left_out, frozenset(names)
-    try:
+    with _set(_left_out=frozenset(names)):
         yield
-    finally:
-        _left_out = before
 
 
 @contextlib.contextmanager
@@ -180,15 +183,11 @@ def prefer(*names: str) -> Iterator[None]:
     Raises:
       ValueError: no operation has an implementation of this name.
     """
-    global _preferred
     known = {name for operation in _OPERATIONS.values() for name in operation.implementations()}
     if unknown := set(names) - known:
         raise ValueError(f"no operation has an implementation {min(unknown)!r}")
-    before, _preferred = _preferred, frozenset(names)
-    try:
+    with _set(_preferred=frozenset(names)):
         yield
-    finally:
-        _preferred = before
 
 
 class Operation:

@@ -11,7 +11,6 @@ table gives medians. The last line is one JSON object.
 
 import copy
 import dataclasses
-import importlib.util
 import os
 import statistics
 import sys
@@ -155,7 +154,11 @@ class Sides:
         self.model, params = converted(self.torch_unet)
         self.params, self.tolerance = jax.device_put(params), config.tolerance
         self.repeats, self.threads = config.repeats, config.threads
-        self.peers = config.peers and self.device == "cpu"
+        self.peers = [
+            name
+            for name, (package, _) in PEERS.items()
+            if config.peers and timing.is_timed(package, name)
+        ]
         self._computed = {}
         self.parameters = sum(p.numel() for p in self.torch_unet.parameters())
 
@@ -174,17 +177,14 @@ class Sides:
         return pipe
 
     def computed_by(self, name: str, batch: int):
-        """The network of diffusers, computed by a peer for one batch size; None where it is absent.
+        """The network of diffusers, computed by a peer for one batch size.
 
         Raises:
           FloatingPointError: its output differs from that of PyTorch by more than the tolerance.
         """
         if (name, batch) in self._computed:
             return self._computed[name, batch]
-        package, make = PEERS[name]
-        if importlib.util.find_spec(package) is None:
-            print(f"{name} is not installed (extra `peers`): not timed")
-            return None
+        make = PEERS[name][1]
         size = self.torch_unet.config.sample_size
         x, t = torch.randn(batch, 3, size, size), torch.full((batch,), 500)
         plain = output_alone(self.torch_unet)
@@ -239,10 +239,7 @@ class Sides:
         units = {"diffusers eager": self.torch_unet}
         if compiled:
             units["diffusers compiled"] = torch.compile(self.torch_unet)
-        for name in PEERS if self.peers else ():
-            unet = self.computed_by(name, batch)
-            if unet is not None:
-                units[name] = unet
+        units |= {name: self.computed_by(name, batch) for name in self.peers}
         for name, unet in units.items():
             pipe = self.pipeline(solver, unet)
             sides[name] = lambda pipe=pipe: pipe(

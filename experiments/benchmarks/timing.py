@@ -14,7 +14,16 @@ import tyro
 
 from gen_jax import arguments, cli, hosts
 
-__all__ = ["Peer", "agreement", "alternate", "machine", "main", "require", "torch_device"]
+__all__ = [
+    "Peer",
+    "agreement",
+    "alternate",
+    "is_timed",
+    "machine",
+    "main",
+    "require",
+    "torch_device",
+]
 
 
 class Peer:
@@ -59,6 +68,17 @@ def require(*packages: str) -> None:
         raise ValueError(
             f"{' and '.join(missing)} not installed; install the extra: pip install -e '.[oracles]'"
         )
+
+
+def is_timed(package: str, name: str) -> bool:
+    """Whether a peer for CPUs (extra `peers`) can take part; where it cannot, a line says why."""
+    if torch_device() != "cpu":
+        print(f"{name} is timed on CPUs alone")
+    elif importlib.util.find_spec(package) is None:
+        print(f"{name} is not installed (extra `peers`): not timed")
+    else:
+        return True
+    return False
 
 
 def agreement(difference: float, tolerance: float, what: str = "the two sides") -> float:

@@ -14,7 +14,6 @@ JSON object.
 """
 
 import dataclasses
-import importlib.util
 import json
 import os
 import pathlib
@@ -167,8 +166,7 @@ class Sides:
         self.weight_bytes = 4 * (self.parameters - config.context * config.width)
 
     def _others(self, directory):
-        if self.device != "cpu" or importlib.util.find_spec("ctranslate2") is None:
-            print("CTranslate2 is not installed (extra `peers`), or this is no CPU: not timed")
+        if not timing.is_timed("ctranslate2", "CTranslate2"):
             return {}
         config = self.config
         return {
