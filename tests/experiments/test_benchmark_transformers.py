@@ -1,4 +1,5 @@
 import dataclasses
+import importlib.util
 import json
 
 import pytest
@@ -21,6 +22,7 @@ TINY = Config(
     threads=1,
     checked_tokens=8,
     bandwidth_bytes=2**16,
+    peers=False,
 )
 
 
@@ -48,6 +50,15 @@ def test_both_sides_are_timed_on_the_same_network(torch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 7
     assert lines[0].startswith("batch")
+
+
+@pytest.mark.oracle
+def test_a_peer_is_timed_or_said_to_be_absent(torch, capsys):
+    config = dataclasses.replace(TINY, batches=(1,), repeats=1, peers=True)
+    sides = [row["side"] for row in benchmark_transformers.benchmark(config)["rows"]]
+    installed = importlib.util.find_spec("ctranslate2") is not None
+    assert sides[3:] == (["CTranslate2 float32", "CTranslate2 int8"] if installed else [])
+    assert ("CTranslate2 is not installed" in capsys.readouterr().out) is not installed
 
 
 @pytest.mark.oracle
