@@ -426,7 +426,7 @@ def main(argv: list[str] | None = None) -> int:
 
     It is 0 where all strategies passed, 1 where one failed, 2 for bad input.
     """
-    passed = []
+    passed, given = [], sys.argv[1:] if argv is None else argv
 
     def run():
         with arguments.refusals_in_one_line():
@@ -434,7 +434,7 @@ def main(argv: list[str] | None = None) -> int:
                 CompareConfig,
                 prog="python -m experiments.compare_sampling",
                 description="Every strategy on the same data, side by side.",
-                args=argv,
+                args=given,
             )
         comparison = _comparison(config)
         if config.plugin:
@@ -444,7 +444,7 @@ def main(argv: list[str] | None = None) -> int:
         resolve("gen_jax.hosts:check_platform")()
         passed.append(resolve("gen_jax.comparison.run:compare")(config, comparison))
 
-    code = cli.guarded(run)
+    code = cli.guarded(run, cli.command_line("compare_sampling", given))
     return code or int(not all(passed))
 
 

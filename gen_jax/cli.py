@@ -12,11 +12,11 @@ import os
 import pathlib
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import tyro
 
-from gen_jax import arguments
+from gen_jax import arguments, signals
 from gen_jax import config as config_lib
 from gen_jax.config import RunConfig
 from gen_jax.tasks import config_class
@@ -25,13 +25,13 @@ from gen_jax.workdir import Workdir, WorkdirError
 __all__ = [
     "Experiment",
     "claim",
+    "command_line",
     "execute",
     "guarded",
     "main",
     "parse",
     "phases_of",
     "print_summary",
-    "resume_command",
     "store",
     "stored_form",
     "stored_run",
@@ -77,8 +77,9 @@ class Experiment:
 def main(experiment: Experiment, argv: list[str] | None = None) -> int:
     """Runs the command that the arguments ask for; the exit code of `guarded`."""
 
+    given = sys.argv[1:] if argv is None else argv
+
     def run():
-        given = sys.argv[1:] if argv is None else argv
         dry = "--dry-run" in given
         command, config = parse(experiment, [item for item in given if item != "--dry-run"])
         try:
@@ -88,7 +89,7 @@ def main(experiment: Experiment, argv: list[str] | None = None) -> int:
                 raise
             raise OSError(f"{error}, in the work directory {config.workdir}") from error
 
-    return guarded(run)
+    return guarded(run, command_line(experiment.name, given))
 
 
 def phases_of(config: RunConfig, command: str) -> tuple[str, ...]:
@@ -249,17 +250,26 @@ def _resumable(config, stored):
     return config.resumable + steps + same
 
 
-def guarded(run: Callable[[], None]) -> int:
+def guarded(run: Callable[[], None], command: str = "") -> int:
     """Runs to the end, or prints one line that says why not.
 
     A ValueError that was not raised by this project is a defect, not bad input: it passes.
 
+    Args:
+      run: what is run.
+      command: the command line that goes on where a signal stopped it, or "".
+
     Returns:
-      The exit code: 0, 2 for bad input, 1 for a run that failed, 130 for SIGINT.
+      The exit code: 0, 2 for bad input, 1 for a run that failed, 130 for SIGINT, 143 for SIGTERM.
     """
     sys.unraisablehook = _unraisable
     with _streams():
-        return _exit_code(run)
+        try:
+            with signals.handled():
+                return _exit_code(run)
+        except signals.Stopped as stop:
+            print(f"{stop}. Go on with:\n  {command}" if command else stop, file=sys.stderr)
+            return stop.code
 
 
 def _exit_code(run):
@@ -279,9 +289,6 @@ def _exit_code(run):
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return _fail(f"out of memory ({str(error).splitlines()[0][:200]}); {_SMALLER}", 1)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
     return 0
 
 
@@ -363,11 +370,18 @@ def _description(experiment, default):
     return "\n".join(lines)
 
 
-def resume_command(experiment: str, config: RunConfig, phases: tuple[str, ...]) -> str:
-    """The command line that goes on with a run of these phases, the first of which is training."""
-    command = "train" if phases == ("train",) else "all"
-    workdir = shlex.quote(str(config.workdir))
-    return f"python -m experiments.{experiment} {command} --workdir {workdir}"
+def command_line(name: str, argv: Sequence[str]) -> str:
+    """The command line of a module of `experiments` with these arguments.
+
+    Those of `distributed` are left out: they are of processes that are gone.
+    """
+    kept, left_out = [], False
+    for item in argv:
+        if item.startswith("--"):
+            left_out = item.startswith("--distributed.")
+        if not left_out:
+            kept.append(item)
+    return shlex.join(["python", "-m", f"experiments.{name}", *kept])
 
 
 def print_summary(title: str, rows: Mapping[str, object]) -> None:
@@ -429,6 +443,9 @@ def _streams():
 
 
 def _unraisable(what):
+    if isinstance(what.exc_value, signals.Stopped):
+        signals.raise_again(what.exc_value)
+        return
     # After an error, which is raised, TensorStore still calls back to an event loop that is gone.
     if str(what.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(what)

@@ -2,14 +2,13 @@
 
 import contextlib
 import functools
-import sys
 import time
 from typing import Any
 
 import jax
 import numpy as np
 
-from gen_jax import checkpoint, cli, hosts, parallel, pictures, training
+from gen_jax import checkpoint, cli, hosts, parallel, pictures, signals, training
 from gen_jax import config as config_lib
 from gen_jax.config import RunConfig
 from gen_jax.task import Context, Run, Stage, Task
@@ -39,12 +38,7 @@ def run(name: str, config: RunConfig, workdir: Workdir, phases: tuple[str, ...],
             print(f"{name}: {parallel.device_banner()}; {workdir.path}")
         current, report = Run(name, config, workdir, phases, task), {}
         if "train" in phases:
-            try:
-                report |= train(current)
-            except training.Interrupted as stop:
-                command = cli.resume_command(name, config, phases)
-                print(f"{stop}; saved. Resume with:\n  {command}", file=sys.stderr)
-                raise SystemExit(128 + stop.signum) from None
+            report |= train(current)
         if phases != ("train",):
             current.params, current.step = restore(current)
             report["step"] = current.step
@@ -54,10 +48,21 @@ def run(name: str, config: RunConfig, workdir: Workdir, phases: tuple[str, ...],
         commands = task.commands | {"sample": sample, "evaluate": evaluate}
         for phase in phases:
             if phase != "train":
-                report |= commands[phase](current)
+                with _naming(phase):
+                    report |= commands[phase](current)
         if main:
             report["wall_seconds"] = time.perf_counter() - current.began
             _summarise(current, report)
+
+
+@contextlib.contextmanager
+def _naming(phase):
+    """Names the phase in the message of a signal that stops it."""
+    try:
+        yield
+    except signals.Stopped as stop:
+        stop.place = stop.place or f" in the phase {phase}"
+        raise
 
 
 def make_task(config: RunConfig, workdir: Workdir, phases: tuple[str, ...], data: Any) -> Task:

@@ -9,10 +9,7 @@ import contextlib
 import dataclasses
 import datetime
 import math
-import os
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from gen_jax import checkpoint, event_log, hosts, parallel
+from gen_jax import checkpoint, event_log, hosts, parallel, signals
 from gen_jax.config import TrainConfig
 from gen_jax.training_step import Trainable, TrainState, init_state, make_step
 from gen_jax.workdir import MetricsLog, Workdir
@@ -30,7 +27,6 @@ from gen_jax.workdir import MetricsLog, Workdir
 __all__ = [
     "Interrupted",
     "NotFinite",
-    "StopSignal",
     "TrainState",
     "Trainable",
     "Trained",
@@ -73,12 +69,12 @@ class Trained:
         return int(self.state.step)
 
 
-class Interrupted(Exception):
-    """Training stopped for a signal, after saving; `signum` is the signal, `step` where it was."""
+class Interrupted(signals.Stopped):
+    """Training stopped for a signal, after saving; `step` is where it was."""
 
     def __init__(self, signum: int, step: int):
-        super().__init__(f"stopped by {signal.Signals(signum).name} after step {step}")
-        self.signum, self.step = signum, step
+        super().__init__(signum, f" after step {step}, which is saved")
+        self.step = step
 
 
 class NotFinite(FloatingPointError):
@@ -144,10 +140,10 @@ def fit(
         state = state.replace(ema=None)
     state = parallel.replicate(mesh, state)
     loop = _Loop(config, trainable, workdir, record or {}, evaluate, preview)
-    with loop.open(start, progress), StopSignal() as stop:
+    with loop.open(start, progress), signals.finishing("the step and saving") as stop:
         trained = loop.run(make_step(trainable, config, mesh), state, start, batch, mesh, stop)
-    if stop.signum:
-        raise Interrupted(stop.signum, config.steps)
+        if stop.signum:
+            raise Interrupted(stop.signum, config.steps)
     return trained
 
 
@@ -380,37 +376,3 @@ class _Loop:
 
 def _is_due(step, every):
     return every > 0 and step % every == 0
-
-
-class StopSignal:
-    """Catches signals while open: the first is remembered, a second ends the process.
-
-    They are SIGTERM, SIGINT, and SIGHUP where it is not ignored, as under nohup.
-
-    Attributes:
-      signum: the signal that came, or None.
-    """
-
-    def __init__(self):
-        self.signum: int | None = None
-        self._before = {}
-
-    def __enter__(self):
-        if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-                if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
-                    self._before[signum] = signal.signal(signum, self._receive)
-        return self
-
-    def __exit__(self, *_):
-        for signum, handler in self._before.items():
-            signal.signal(signum, handler)
-
-    def _receive(self, signum, _frame):
-        if self.signum is not None:
-            os._exit(128 + signum)
-        self.signum = signum
-        name = signal.Signals(signum).name
-        message = f"\n{name}: finishing the step and saving; once more to stop at once\n"
-        with contextlib.suppress(OSError):  # nobody may be reading; the step is saved all the same
-            os.write(2, message.encode())

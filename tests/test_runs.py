@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import shutil
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ import gen_jax
 from gen_jax import cli
 from gen_jax.condition import Condition
 from gen_jax.config import RunConfig, SampleConfig, TrainConfig, frozen
-from gen_jax.task import Stage, Task
+from gen_jax.task import Run, Stage, Task
 from gen_jax.trainables import ModelTrainable
 from gen_jax.workdir import Workdir, WorkdirError
 
@@ -164,6 +165,37 @@ def test_a_task_is_its_fields(tmp_path, capsys):
     # An earlier checkpoint, whose samples are not those on disk.
     assert main("evaluate", "--workdir", tmp_path, "--sample.checkpoint", 2) == 2
     assert "was drawn at step 4, the checkpoint is of step 2" in capsys.readouterr().err
+
+
+PLACES = {"load": "", "sample": " in the phase sample", "evaluate": " in the phase evaluate"}
+
+
+@pytest.mark.parametrize("phase", PLACES)
+def test_a_signal_stops_every_phase_with_the_command_that_goes_on(
+    phase, finished, monkeypatch, capsys
+):
+    """Training has tests of its own; of compiling, Python hears when the compiler returns."""
+
+    def stop(*arguments, **arrays):
+        signal.raise_signal(signal.SIGTERM)
+        raise AssertionError("it was not stopped")
+
+    if phase == "load":
+        monkeypatch.setattr(PointConfig, "load", stop)
+    else:  # where the samples are written, and where they are read
+        name = {"sample": "keep_samples", "evaluate": "kept_samples"}[phase]
+        monkeypatch.setattr(Run, name, stop)
+    argv = ("evaluate" if phase == "evaluate" else "sample", "--workdir", finished)
+    assert main(*argv) == 143
+    message, command = capsys.readouterr().err.splitlines()
+    assert message == f"stopped by SIGTERM{PLACES[phase]}. Go on with:"
+    assert command == f"  python -m experiments.points {argv[0]} --workdir {finished}"
+
+
+def test_the_command_that_goes_on_is_of_one_process():
+    options = ["--distributed.coordinator", "a:1", "--distributed.index=1", "--workdir", "a b"]
+    command = cli.command_line("points", ["train", *options])
+    assert command == "python -m experiments.points train --workdir 'a b'"
 
 
 def test_a_second_stage_is_a_second_entry(tmp_path, capsys):

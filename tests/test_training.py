@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from gen_jax import checkpoint, keys, parallel, trainables, training
+from gen_jax import checkpoint, keys, parallel, signals, trainables, training
 from gen_jax.config import TrainConfig
 from gen_jax.trainables import ModelTrainable
 from gen_jax.workdir import Workdir
@@ -194,7 +194,7 @@ def test_a_signal_during_the_last_save_is_not_forgotten(tmp_path, monkeypatch):
 def test_a_hangup_that_is_ignored_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with training.StopSignal() as stop:
+        with signals.finishing("the test") as stop:
             signal.raise_signal(signal.SIGHUP)
         assert stop.signum is None
     finally:

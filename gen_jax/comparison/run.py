@@ -10,7 +10,6 @@ import datetime
 import io
 import json
 import pathlib
-import shlex
 import sys
 import time
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from gen_jax import cli, loading, runs, training, whole_file
+from gen_jax import cli, loading, runs, whole_file
 from gen_jax.comparison import budget, measure, records, report
 from gen_jax.comparison.config import CompareConfig
 from gen_jax.comparison.gates import GateError
@@ -166,25 +165,9 @@ class _Comparing:
         began = time.perf_counter()
         with cli.claim(workdir, config):
             task = runs.make_task(config, workdir, phases, data)
-            try:
-                runs.train(Run(name, config, workdir, phases, task))
-            except training.Interrupted as stop:
-                print(f"{stop}; saved. Resume with:\n  {self._command()}", file=sys.stderr)
-                raise SystemExit(128 + stop.signum) from None
+            runs.train(Run(name, config, workdir, phases, task))
             seconds = time.perf_counter() - began
             workdir.write_json(_TOOK, {"seconds": seconds, "steps": _steps(config)})
-
-    def _command(self):
-        """The command that goes on with this comparison."""
-        words, plain = ["python", "-m", "experiments.compare_sampling"], CompareConfig()
-        for field in dataclasses.fields(self.config):
-            value = getattr(self.config, field.name)
-            if value == getattr(plain, field.name):
-                continue
-            words.append(f"--{field.name.replace('_', '-')}")
-            if not isinstance(value, bool):
-                words += map(str, value) if isinstance(value, tuple) else [str(value)]
-        return shlex.join(words)
 
     def _budget(self, name, config):
         """Parameters and operations of a run, from a file where they were counted before."""

@@ -33,7 +33,7 @@ def test_a_signal_saves_and_the_command_it_prints_goes_on(experiment, folder):
     assert 0 < step < 150
     assert f"{signum.name}: finishing the step and saving; once more to stop at once" in stderr
     message, command = stderr.splitlines()[-2:]
-    assert message == f"stopped by {signum.name} after step {step}; saved. Resume with:"
+    assert message == f"stopped by {signum.name} after step {step}, which is saved. Go on with:"
 
     python, *arguments = shlex.split(command)
     assert python == "python"

@@ -59,11 +59,7 @@ def train(config):
 
         perceptron = ModelTrainable(Perceptron(config.width), config.train)
         trainable = make_game() if config.game else perceptron
-        try:
-            training.fit(config.train, trainable, batch, workdir, mesh=parallel.data_mesh())
-        except training.Interrupted as stop:
-            print(f"{stop}; saved", file=sys.stderr)
-            raise SystemExit(128 + stop.signum) from None
+        training.fit(config.train, trainable, batch, workdir, mesh=parallel.data_mesh())
 
 
 @dataclasses.dataclass(frozen=True)
