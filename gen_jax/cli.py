@@ -119,8 +119,8 @@ def execute(
     training, several = "train" in phases, bool(config.distributed.coordinator)
     if not training and not config.pretrained and workdir.stored_config() is None:
         raise WorkdirError(f"no run in {path}; train one first, or give its --workdir")
-    if several and phases != ("train",):
-        raise ValueError("several hosts train together; sample and evaluate on one of them")
+    if several and not set(phases) <= set(_WHOLE):
+        raise ValueError(f"several hosts {', '.join(_WHOLE)}; run {phases[0]} on one of them")
     if dry and not training:
         raise ValueError(f"--dry-run is of training, not of {phases[0]}")
     _check_stored(workdir, config)

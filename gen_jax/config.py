@@ -226,8 +226,22 @@ class SampleConfig:
     """Most samples drawn at a time; 1 gives the lowest latency."""
     checkpoint: int = -1
     """Step of the checkpoint to sample and evaluate; -1 for the latest that is whole."""
+    of: int = 0
+    """Samples of the whole request, of which these are a part that another run takes over; or 0."""
+    start: int = 0
+    """Number of the first sample of a part."""
+    parts: tuple[str, ...] = ()
+    """Work directories with parts of this request, which need not be drawn again."""
 
     def __post_init__(self):
+        if self.start < 0 or self.of < 0:
+            raise ValueError(f"start and of must not be negative, got {self.start}, {self.of}")
+        if self.start and not self.of:
+            raise ValueError("start is of a part: give the number of all samples too, as of")
+        if self.of and self.start + self.number > self.of:
+            raise ValueError(
+                f"samples {self.start} to {self.start + self.number - 1} are no part of {self.of}"
+            )
         for name in ("number", "micro_batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

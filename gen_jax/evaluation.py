@@ -1,5 +1,7 @@
 """Figures of many rows of data, a batch at a time over all devices of this host."""
 
+import contextlib
+import contextvars
 import functools
 import sys
 from collections.abc import Callable, Iterator
@@ -7,11 +9,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from gen_jax import parallel
+from gen_jax import hosts, parallel, signals, trees
+from gen_jax.parts import Parts
 
-__all__ = ["log_prob", "map_rows", "slices"]
+__all__ = ["in_parts", "log_prob", "map_rows", "slices"]
 
 
 def map_rows(f: Callable[[Any, Any], Any], params: Any, rows: Any, batch: int) -> Any:
@@ -29,21 +33,93 @@ def map_rows(f: Callable[[Any, Any], Any], params: Any, rows: Any, batch: int) -
     """
     mesh, number = parallel.local_mesh(), len(jax.tree.leaves(rows)[0])
     size = -(-min(batch, number) // mesh.size) * mesh.size
-    params, parts = parallel.replicate(mesh, jax.device_get(params)), []
-    for rows_of_batch in slices(number, size):
-        first = rows_of_batch.start
-        chosen = np.minimum(np.arange(first, first + size), number - 1)
-        some = parallel.split(mesh, jax.tree.map(lambda leaf, c=chosen: leaf[c], rows))
-        part = jax.device_get(f(params, some))
-        parts.append(jax.tree.map(lambda leaf, n=number - first: leaf[:n], part))
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+    keeper = _KEEPER.get()
+
+    def map_batch(chosen):
+        some = parallel.split(mesh, jax.tree.map(lambda leaf: leaf[chosen], rows))
+        return jax.device_get(f(params, some))
+
+    def batches(of):
+        """The results of these batches of rows, those past the end as the last row."""
+        for first in of:
+            chosen = np.minimum(np.arange(first, first + size), number - 1)
+            yield map_batch(chosen) if keeper is None else keeper.kept(map_batch, chosen, rows)
+
+    params = jax.device_get(params)
+    if keeper is not None:
+        keeper.begin(f, params)
+    params, starts = parallel.replicate(mesh, params), range(0, number, size)
+    if keeper is None or jax.process_count() == 1:
+        results = list(batches(_shown(starts)))
+    else:
+        results = [_of_all_hosts(batches, starts)]
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:number], *results)
+
+
+def _of_all_hosts(batches, starts):
+    """The results of all batches, of which each host makes an equal share."""
+    count, index = jax.process_count(), jax.process_index()
+    share = -(-len(starts) // count)
+    mine = [starts[min(i, len(starts) - 1)] for i in range(index * share, (index + 1) * share)]
+    ours = jax.tree.map(lambda *leaves: np.concatenate(leaves), *batches(_shown(mine)))
+    hosts.meet("all rows are measured")
+    return jax.tree.map(
+        lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), multihost_utils.process_allgather(ours)
+    )
+
+
+class _Keeper:
+    """Keeps the results of batches, and reads those that are there."""
+
+    def __init__(self, parts):
+        self._parts, self._calls = parts, 0
+
+    def begin(self, f, params):
+        """Begins with another function of rows; the calls of an evaluation are always the same."""
+        self._calls += 1
+        self._params, self._f = params, f
+        self._made_of = trees.digest(params)
+
+    def kept(self, map_batch, chosen, rows):
+        """The results of a batch, made or read."""
+        batch = jax.tree.map(lambda leaf: leaf[chosen], rows)
+        facts = {"params": self._made_of, "rows": trees.digest(batch)}
+        name = f"{self._calls:03d}-{chosen[0]:012d}"
+        part = self._parts.read(name)
+        if part is not None and part[1] == facts:
+            structure = jax.tree.structure(jax.eval_shape(self._f, self._params, batch))
+            return jax.tree.unflatten(structure, [part[0][key] for key in sorted(part[0])])
+        with signals.finishing("the rows at work"):
+            result = map_batch(chosen)
+            leaves = enumerate(jax.tree.leaves(result))
+            self._parts.keep(name, {f"leaf{i:03d}": leaf for i, leaf in leaves}, facts)
+        return result
+
+
+_KEEPER: contextvars.ContextVar[_Keeper | None] = contextvars.ContextVar("keeper", default=None)
+
+
+@contextlib.contextmanager
+def in_parts(parts: Parts) -> Iterator[None]:
+    """Keeps what `map_rows` has finished inside of the block, so that another run goes on there.
+
+    All hosts come here together: the rows are shared among them.
+    """
+    token = _KEEPER.set(_Keeper(parts))
+    try:
+        yield
+    finally:
+        _KEEPER.reset(token)
 
 
 def slices(number: int, size: int) -> Iterator[slice]:
     """Slices of at most `size` of `number` rows, with a bar on a terminal."""
-    hidden = not sys.stderr.isatty()
-    for first in tqdm(range(0, number, size), "evaluating", unit="batch", disable=hidden):
+    for first in _shown(range(0, number, size)):
         yield slice(first, first + size)
+
+
+def _shown(batches):
+    return tqdm(batches, "evaluating", unit="batch", disable=not sys.stderr.isatty())
 
 
 def log_prob(model: Any, params: Any, rows: Any, batch: int) -> np.ndarray:

@@ -8,9 +8,20 @@ from typing import Any
 import jax
 import numpy as np
 
-from gen_jax import checkpoint, cli, hosts, parallel, pictures, signals, training
+from gen_jax import (
+    checkpoint,
+    cli,
+    evaluation,
+    hosts,
+    parallel,
+    parts,
+    pictures,
+    signals,
+    training,
+)
 from gen_jax import config as config_lib
 from gen_jax.config import RunConfig
+from gen_jax.parts import Parts
 from gen_jax.task import Context, Run, Stage, Task
 from gen_jax.workdir import Workdir
 
@@ -48,11 +59,15 @@ def run(name: str, config: RunConfig, workdir: Workdir, phases: tuple[str, ...],
         commands = task.commands | {"sample": sample, "evaluate": evaluate}
         for phase in phases:
             if phase != "train":
+                hosts.meet(f"the phase {phase} begins")
                 with _naming(phase):
                     report |= commands[phase](current)
+            if main:
+                workdir.write_json("summary.json", cli.stored_summary(workdir) | report)
         if main:
             report["wall_seconds"] = time.perf_counter() - current.began
             _summarise(current, report)
+            parts.clear(workdir.path)
 
 
 @contextlib.contextmanager
@@ -215,14 +230,29 @@ def _restore_stage(run: Run, stage: Stage):
 
 
 def sample(run: Run) -> dict[str, Any]:
-    """Draws samples and writes them; rates and latency."""
+    """Draws samples and writes them; rates and latency.
+
+    Several hosts draw a share each, in parts that the first one puts together.
+    """
+    if run.config.sample.of:
+        return run.draw_part()
+    if jax.process_count() > 1:
+        run.draw_share()
+        hosts.meet("all samples are drawn")
+        if jax.process_index() > 0:
+            return {}
     samples, report = run.task.draw(run) if run.task.draw is not None else run.draw()
     return report | run.task.write(run, samples, report)
 
 
 def evaluate(run: Run) -> dict[str, Any]:
-    """What the task measures of the trained model and of its samples."""
-    return run.task.evaluate(run)
+    """What the task measures of the trained model and of its samples.
+
+    Rows of the test set are shared among hosts; what is measured of them is kept until the run is
+    done.
+    """
+    with evaluation.in_parts(Parts(run.workdir.path, run.request("evaluate"))):
+        return run.task.evaluate(run)
 
 
 def _summarise(run, report):

@@ -32,6 +32,7 @@ __all__ = [
     "generate",
     "generate_many",
     "sample_keys",
+    "size_for",
     "stopped",
     "stream",
 ]
@@ -249,8 +250,10 @@ def generate_many(
     *,
     cond: Condition | None = None,
     start: int = 0,
+    whole: int | None = None,
     micro_batch: int = 64,
     mesh: Mesh | None = None,
+    kept: Callable[[int, int], Chunk | None] | None = None,
     progress: bool | None = None,
 ) -> Iterator[Chunk]:
     """Draws samples start .. start + number - 1 of a seed, a micro-batch at a time.
@@ -269,8 +272,11 @@ def generate_many(
       number: how many, at least 1.
       cond: of `number` rows, or None.
       start: number of the first sample.
+      whole: samples of the request that these are a part of, whose shape they take; None where they
+        are the whole.
       micro_batch: most samples at a time over all devices; rounded up to a multiple of them.
       mesh: devices with one axis "data" to spread each micro-batch over; None for one device.
+      kept: kept(first, count) is a chunk that was drawn before, or None where it must be drawn.
       progress: show a bar with rate and time left; None to show it on a terminal only.
 
     Yields:
@@ -283,17 +289,23 @@ def generate_many(
     if number < 1 or micro_batch < 1:
         raise ValueError(f"number and micro_batch must be at least 1, got {number}, {micro_batch}")
     cond = _checked(sampler, params, sample_keys(seed, start, number), cond)
-    return _generate_many(sampler, params, seed, number, cond, start, micro_batch, mesh, progress)
-
-
-def _generate_many(sampler, params, seed, number, cond, start, micro_batch, mesh, progress):
     devices = mesh.size if mesh is not None else 1
-    size, done = _size_for(number, micro_batch, devices), 0
+    size = size_for(number if whole is None else whole, micro_batch, devices)
+    return _generate_many(sampler, params, seed, number, cond, start, size, mesh, kept, progress)
+
+
+def _generate_many(sampler, params, seed, number, cond, start, size, mesh, kept, progress):
+    devices, done = mesh.size if mesh is not None else 1, 0
     params = _prepare(sampler, params)
     hidden = not sys.stderr.isatty() if progress is None else not progress
     with tqdm(total=number, desc="sampling", unit="sample", disable=hidden) as bar:
         while done < number:
             count = min(size, number - done)
+            if kept is not None and (chunk := kept(start + done, count)) is not None:
+                yield chunk
+                done += count
+                bar.update(count)
+                continue
             arguments = params, *_rows(seed, start, done, count, size, cond)
             try:
                 began = time.perf_counter()
@@ -337,8 +349,11 @@ def _program(sampler, arguments, mesh):
     return _programs[key], fresh
 
 
-def _size_for(number: int, micro_batch: int, devices: int) -> int:
-    """The smallest of `micro_batch`, its half, ... that holds `number`, a multiple of `devices`."""
+def size_for(number: int, micro_batch: int, devices: int) -> int:
+    """The samples of each micro-batch of a request of `generate_many`, padding counted.
+
+    It is the smallest of `micro_batch`, its half, ... that holds `number`, a multiple of `devices`.
+    """
     size = micro_batch
     while size > 1 and -(-size // 2) >= number:
         size = -(-size // 2)

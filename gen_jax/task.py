@@ -6,6 +6,7 @@ function of a configuration (see `gen_jax.tasks`); the phases of a run are funct
 """
 
 import dataclasses
+import functools
 import time
 import zipfile
 from collections.abc import Callable, Mapping
@@ -14,9 +15,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from gen_jax import parallel, sampling, whole_file
+from gen_jax import config as config_lib
+from gen_jax import sampling, whole_file
 from gen_jax.condition import Condition
 from gen_jax.config import RunConfig, TrainConfig
+from gen_jax.drawing import Drawing
+from gen_jax.parts import Parts
 from gen_jax.sampling import Sampler
 from gen_jax.trainables import Trainable
 from gen_jax.workdir import Workdir
@@ -163,7 +167,7 @@ class Run:
           options: further arguments of `sampling.generate_many`.
         """
         task, config = self.task, self.config.sample
-        number = min(number, task.number or number)
+        number = self._number(number)
         options = {"micro_batch": task.micro_batch or config.micro_batch} | options
         cond = task.condition(number) if task.condition else None
         params = task.sampler_params(params)
@@ -171,21 +175,72 @@ class Run:
             sampling.generate_many(task.sampler, params, config.seed, number, cond=cond, **options)
         )
 
-    def draw(self) -> tuple[Any, dict]:
-        """The samples that config.sample asks for, over all devices of this host; their figures."""
-        mesh = parallel.local_mesh()
-        mesh = mesh if mesh.size > 1 else None
-        chunks = self.generate(self.params, self.config.sample.number, mesh=mesh)
+    def draw(self) -> tuple[np.ndarray, dict]:
+        """The samples that config.sample asks for, over all devices of this host; their figures.
+
+        Finished parts are kept until the run is done, and are not drawn again.
+        """
+        number = self._number(self.config.sample.number)
+        samples, report = self.drawing.draw(0, number)
         alone = self.generate(self.params, 3, micro_batch=1, progress=False)
-        samples = jax.tree.map(lambda *parts: np.concatenate(parts), *(c.samples for c in chunks))
-        number = sum(len(jax.tree.leaves(chunk.samples)[0]) for chunk in chunks)
-        return samples, {
-            "nfe": self.task.sampler.nfe,
-            "samples": number,
-            "sample_compile_seconds": sum(chunk.compile_seconds for chunk in chunks + alone),
-            "sampling_latency_seconds": float(np.median([chunk.seconds for chunk in alone])),
-            "samples_per_second": number / sum(chunk.seconds for chunk in chunks),
-        }
+        report["sample_compile_seconds"] += sum(chunk.compile_seconds for chunk in alone)
+        latency = float(np.median([chunk.seconds for chunk in alone]))
+        return samples, report | {"sampling_latency_seconds": latency}
+
+    def draw_part(self) -> dict:
+        """Draws a part of a larger request, and leaves it for the run that asks for all; figures.
+
+        Raises:
+          ValueError: there are fewer conditions than the request has samples.
+        """
+        choice = self.config.sample
+        if self._number(choice.of) < choice.of:
+            raise ValueError(f"there are {self.task.number} samples in all, not {choice.of}")
+        return self.drawing.draw(choice.start, choice.start + choice.number)[1]
+
+    def draw_share(self) -> None:
+        """Draws what falls to this host of the samples that config.sample asks for.
+
+        The first host then finds all of them, as every host writes to the work directory.
+        """
+        number = self._number(self.config.sample.number)
+        hosts, index = jax.process_count(), jax.process_index()
+        batches = -(-number // self.drawing.size)
+        ends = [min(batches * i // hosts * self.drawing.size, number) for i in (index, index + 1)]
+        if ends[0] < ends[1]:
+            self.drawing.draw(*ends)
+
+    @functools.cached_property
+    def drawing(self) -> Drawing:
+        """The request for samples, with the parts of it that are there."""
+        task, choice = self.task, self.config.sample
+        whole = choice.of or self._number(choice.number)
+        return Drawing(
+            task.sampler,
+            task.sampler_params(self.params),
+            choice.seed,
+            task.condition(whole) if task.condition else Condition(),
+            whole,
+            task.micro_batch or choice.micro_batch,
+            lambda known: Parts(
+                self.workdir.path,
+                self.request("sample") | known,
+                choice.parts,
+                lasting=bool(choice.of),
+            ),
+        )
+
+    def request(self, phase: str) -> dict:
+        """What the parts of a phase depend on, beside parameters, conditions and data."""
+        fields = config_lib.to_dict(self.config)
+        others = () if phase == "evaluate" else ("evaluate",)
+        for name in ("workdir", "train", "distributed", "init_from", "sample", *others):
+            fields.pop(name, None)
+        return {"phase": phase, "task": self.config.task, "config": fields}
+
+    def _number(self, asked):
+        """As many samples as there are conditions for."""
+        return min(asked, self.task.number or asked)
 
     def keep_samples(self, **arrays: Any) -> None:
         """Writes samples.npz whole: the arrays, the step and the seed."""

@@ -1,4 +1,4 @@
-"""Two processes on loopback train as one does."""
+"""Two processes on loopback are as one."""
 
 import json
 import os
@@ -10,10 +10,16 @@ import sys
 import numpy as np
 import pytest
 
+from experiments import ddpm_cifar
+from gen_jax import cli
+from gen_jax.workdir import Workdir
+
 OPTIONS = (
     "--data.flip --model.widths 8 --model.groups 4 --model.attention --model.patch 4 "
     "--model.dropout 0.2 --train.steps 6 --train.batch 16 --train.warmup 1 "
-    "--train.learning-rate 0.01 --train.log-every 1 --train.checkpoint-every 3"
+    "--train.learning-rate 0.01 --train.log-every 1 --train.checkpoint-every 3 "
+    "--sample.number 12 --sample.micro-batch 4 --sampler.steps 4 "
+    "--evaluate.images 20 --evaluate.draws 2 --evaluate.batch 4"
 )
 
 
@@ -50,7 +56,18 @@ def start(path, processes, index, port, command="train", program=("-m", "experim
 
 
 def run(path, processes, port):
-    return losses(path, [start(path, processes, index, port) for index in range(processes)])
+    started = [start(path, processes, index, port, "all") for index in range(processes)]
+    return losses(path, started)
+
+
+def results_of(path):
+    """The samples, which are drawn by all processes, and the figures of the test set."""
+    assert not (path / "parts").exists()
+    with np.load(path / "samples.npz") as file:
+        samples = file["images"]
+    summary = json.loads((path / "summary.json").read_text())
+    assert summary["samples"] == len(samples) == 12
+    return samples, [summary["bits_per_dim"], summary["bits_per_dim_standard_error"]]
 
 
 def losses(path, started):
@@ -69,10 +86,14 @@ def port():
 
 
 def test_two_processes_of_two_devices_are_one_of_four(tmp_path, port):
+    """They train, sample and evaluate."""
     one = run(tmp_path / "one", 1, port)
     two = run(tmp_path / "two", 2, port)
     assert len(set(one)) == len(one) == 6
     np.testing.assert_allclose(two, one, rtol=1e-5)
+    results = [results_of(tmp_path / name) for name in ("one", "two")]
+    for mine, theirs in zip(*results, strict=True):
+        np.testing.assert_allclose(theirs, mine, rtol=1e-4, atol=1e-4)
 
     # One process goes on with the run of two, without being told that there were two.
     assert "distributed" not in json.loads((tmp_path / "two" / "config.json").read_text())
@@ -87,8 +108,9 @@ def test_a_host_waits_for_one_that_is_late(tmp_path, port):
     assert len(losses(tmp_path, [early, late])) == 6
 
 
-def test_several_hosts_only_train(tmp_path, port):
-    process = start(tmp_path, 2, 0, port, "all")
+def test_several_hosts_do_not_export(tmp_path, port):
+    Workdir(tmp_path).write_json("config.json", cli.stored_form(ddpm_cifar.TINY))
+    process = start(tmp_path, 2, 0, port, "export")
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 2
-    assert "several hosts train together; sample and evaluate on one of them" in output
+    assert "several hosts train, sample, evaluate; run export on one of them" in output

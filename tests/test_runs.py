@@ -198,6 +198,45 @@ def test_the_command_that_goes_on_is_of_one_process():
     assert command == "python -m experiments.points train --workdir 'a b'"
 
 
+def test_another_machine_draws_a_part(finished, tmp_path, capsys):
+    """It has a copy of the run, and leaves what it drew for the run that puts all together."""
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy, ignore=shutil.ignore_patterns("samples.npz"))
+    part = ("--sample.of", 2, "--sample.start", 1, "--sample.number", 1)
+    assert main("sample", "--workdir", copy, *part) == 0
+    assert not (copy / "samples.npz").exists()
+    assert len(list(copy.glob("parts/*/*.npz"))) == 1
+    assert main("sample", "--workdir", finished, "--sample.parts", copy) == 0
+    assert not (finished / "parts").exists()
+    capsys.readouterr()
+    others = ("--sample.seed", 1, "--sample.parts", copy)
+    assert main("sample", "--workdir", finished, *others) == 2
+    assert f"error: {copy} has no part of these samples" in capsys.readouterr().err
+
+
+def test_figures_of_a_finished_phase_are_kept(finished, monkeypatch, capsys):
+    def stop(run):
+        raise FloatingPointError("no figures")
+
+    (finished / "summary.json").unlink()
+    monkeypatch.setattr(Run, "kept_samples", stop)
+    assert main("--workdir", finished) == 1
+    assert summary(finished)["samples_per_second"] > 0
+
+
+PARTS = [
+    ({"start": 1}, "give the number of all samples too, as of"),
+    ({"start": 3, "number": 2, "of": 4}, "samples 3 to 4 are no part of 4"),
+    ({"of": -1}, "must not be negative"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "message"), PARTS)
+def test_parts_that_cannot_be_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        SampleConfig(**wrong)
+
+
 def test_a_second_stage_is_a_second_entry(tmp_path, capsys):
     """It sees what the first one learned, has a directory of its own, and is resumed by itself."""
     options = ("--workdir", tmp_path, "--stages", 2, "--train.checkpoint-every", 200)

@@ -115,7 +115,7 @@ def test_bits_do_not_change_with_a_request_of_one_shape_and_else_by_rounding(une
     ],
 )
 def test_a_short_request_is_not_padded_to_the_micro_batch(number, micro_batch, devices, size):
-    assert sampling._size_for(number, micro_batch, devices) == size
+    assert sampling.size_for(number, micro_batch, devices) == size
 
 
 def test_an_equal_request_does_not_compile_again(monkeypatch):

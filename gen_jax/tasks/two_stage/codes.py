@@ -15,21 +15,10 @@ from gen_jax.data import Images
 from gen_jax.data.exact import Enumerated
 from gen_jax.models.diffusion.process import to_signal
 from gen_jax.models.vq import Autoencoder
-from gen_jax.trees import named_leaves
 
-__all__ = ["check", "digest", "distribution", "encoded", "kept"]
+__all__ = ["check", "distribution", "encoded", "kept"]
 
 _BATCH = 256
-
-
-def digest(params: Any) -> str:
-    """A hash of every parameter of an autoencoder, by which codes are told apart."""
-    total = hashlib.blake2b(digest_size=16)
-    for name, leaf in named_leaves(params).items():
-        value = np.asarray(leaf)
-        total.update(f"{name} {value.dtype.str}{value.shape}".encode())
-        total.update(np.ascontiguousarray(value).tobytes())
-    return total.hexdigest()
 
 
 def encoded(model: Autoencoder, params: Any, images: np.ndarray, latents: bool) -> np.ndarray:

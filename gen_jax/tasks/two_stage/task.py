@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gen_jax import config as config_lib
-from gen_jax import evaluation, interop, loading, pictures, sampling
+from gen_jax import evaluation, interop, loading, pictures, sampling, trees
 from gen_jax.data import ShapesSet
 from gen_jax.data.streams import shard_slice
 from gen_jax.metrics import gaps
@@ -89,7 +89,7 @@ class _Space:
         record = context.records.get("prior")
         if config.autoencoder:
             self.model, self.params = _load(config, self.images, self.latents)
-            self.digest = code_files.digest(self.params)
+            self.digest = trees.digest(self.params)
             if record is not None and record["autoencoder"] != self.digest:
                 raise ValueError(
                     f"the prior in {context.workdir.path} was trained with another autoencoder "
@@ -130,7 +130,7 @@ class _Space:
         if split not in self._kept:
             mirrored = self.config.data.flip and split == "train"
             kind = "latents" if self.latents else "codes"
-            identity = code_files.digest({kind: self.params})
+            identity = trees.digest({kind: self.params})
             encode = functools.partial(code_files.encoded, self.model, self.params)
             self._kept[split] = code_files.kept(
                 self.folder,
