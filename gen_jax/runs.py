@@ -91,7 +91,14 @@ def make_task(config: RunConfig, workdir: Workdir, phases: tuple[str, ...], data
     if not (training or records or config.pretrained):
         raise FileNotFoundError(f"no checkpoint in {workdir.path} yet; run the command `train`")
     make = config_lib.resolve(config.make_task)
-    return make(config, Context(workdir, phases, records, data))
+    task = make(config, Context(workdir, phases, records, data))
+    # Checkpoints of older versions do not tell.
+    if training and any(known.get("data", task.data) != task.data for known in records.values()):
+        raise ValueError(
+            f"the data is not what the run in {workdir.path} was trained with: restore it, or "
+            "choose another --workdir"
+        )
+    return task
 
 
 def _wanted_step(config, training):
@@ -167,7 +174,7 @@ def _train_stage(run, stage, earlier, initial):
         lambda step: stage.batch(step, shard, earlier),
         run.workdir.stage(stage.name),
         mesh=parallel.data_mesh(),
-        record={"config": cli.stored_form(run.config)} | dict(stage.record),
+        record={"config": cli.stored_form(run.config), "data": run.task.data} | dict(stage.record),
         evaluate=stage.evaluate,
         preview=functools.partial(_preview, run, stage, earlier),
         initial=initial,

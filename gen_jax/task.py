@@ -113,6 +113,8 @@ class Task:
       evaluate: figures of the trained model, and of the samples drawn last.
       commands: further commands by name; what they return joins the summary.
       sizes: of the data, by name, for `--dry-run`.
+      data: a digest of what is trained on, which a run that goes on must find again; "" where it is
+        not read, or made anew for each step.
       results: files that the phases leave in the work directory, for the last line.
       tokenizer: of what the model reads and writes, where it is text.
     """
@@ -131,6 +133,7 @@ class Task:
     evaluate: Callable[["Run"], dict] | None = None
     commands: Mapping[str, Callable[["Run"], dict]] = dataclasses.field(default_factory=dict)
     sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    data: str = ""
     results: tuple[str, ...] = ()
     tokenizer: Any = None
 

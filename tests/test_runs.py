@@ -126,6 +126,7 @@ def make(config, context):
         write=write,
         evaluate=evaluate,
         commands={"double": lambda run: {"twice": float(2 * run.params["at"][0])}},
+        data=str(context.data) if "train" in context.phases else "",
         results=("samples.npz",),
     )
 
@@ -196,6 +197,20 @@ def test_the_command_that_goes_on_is_of_one_process():
     options = ["--distributed.coordinator", "a:1", "--distributed.index=1", "--workdir", "a b"]
     command = cli.command_line("points", ["train", *options])
     assert command == "python -m experiments.points train --workdir 'a b'"
+
+
+def test_a_run_does_not_go_on_with_other_data(finished, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    kept = [path for path in run.rglob("*") if path.is_file()]
+    monkeypatch.setattr(PointConfig, "load", lambda *arguments: 0.25)
+    assert main("train", "--workdir", run, "--train.steps", 9) == 2
+    error = f"error: the data is not what the run in {run} was trained with: restore it, or"
+    assert capsys.readouterr().err.startswith(error)
+    assert [path for path in run.rglob("*") if path.is_file()] == kept
+    assert main("sample", "--workdir", run) == 0, "which reads no data"
+    monkeypatch.undo()
+    assert main("train", "--workdir", run, "--train.steps", 9) == 0
 
 
 def test_another_machine_draws_a_part(finished, tmp_path, capsys):

@@ -1,5 +1,7 @@
 """A data set of images in memory, whose batches are a pure function of (seed, step)."""
 
+import functools
+import hashlib
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -58,6 +60,14 @@ class Images:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """A hash of all images and labels."""
+        total = hashlib.blake2b(str(self.images.shape).encode(), digest_size=16)
+        for values in (self.images, self.labels):
+            total.update(np.ascontiguousarray(values))
+        return total.hexdigest()
 
     def indices(self, seed: int, step: int, size: int) -> Int64[np.ndarray, " {size}"]:
         """The examples of one global batch.

@@ -52,6 +52,11 @@ class PixelSequences:
         return len(self.images)
 
     @property
+    def digest(self) -> str:
+        """A hash of all images and labels."""
+        return self.images.digest
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """(height, width, C) or (height, width) of one image."""
         return self.images.images.shape[1:]

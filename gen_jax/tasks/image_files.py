@@ -55,6 +55,11 @@ def scale(height: int) -> int:
     return max(1, 64 // height)
 
 
+def digest(splits: Mapping[str, Any]) -> str:
+    """Of the training images, `Images` or sequences of them; "" where they are not read."""
+    return splits["train"].digest if "train" in splits else ""
+
+
 def number_of_classes(
     config: Any, given: int, record: Mapping | None, splits: Iterable[Images]
 ) -> int:

@@ -120,3 +120,15 @@ def test_bad_arguments_are_refused(call, message):
 def test_arrays_that_do_not_fit_are_refused(images, labels, message):
     with pytest.raises(ValueError, match=message):
         Images(images, labels, ("one",))
+
+
+def test_other_images_or_labels_have_another_digest():
+    data = numbered(5)
+    others = [
+        Images(data.images[::-1], data.labels, data.label_names),
+        Images(data.images, data.labels[::-1].copy(), data.label_names),
+        numbered(5, (3, 2, 1)),
+        numbered(4),
+    ]
+    assert numbered(5).digest == data.digest
+    assert len({each.digest for each in [data, *others]}) == 5

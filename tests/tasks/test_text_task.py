@@ -408,7 +408,7 @@ def test_files_that_were_exchanged_are_noticed(tmp_path, copy, capsys):
     file.write_text("The eed. " * 40)
     capsys.readouterr()
     assert main("train", "--workdir", run, "--train.steps", 2) == 2
-    assert "error: the text is not what the run in" in capsys.readouterr().err
+    assert "error: the data is not what the run in" in capsys.readouterr().err
 
 
 def test_the_score_of_texts():

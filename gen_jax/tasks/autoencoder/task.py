@@ -41,6 +41,7 @@ def make(config: AutoencoderRunConfig, context: Context) -> Task:
         evaluate=functools.partial(_evaluate, config, model, splits.get("test")),
         commands={"export": _export},
         sizes={f"{split}_images": len(images) for split, images in splits.items()},
+        data=image_files.digest(splits),
         results=("reconstruction.png", "codes.png", "usage.png"),
     )
 

@@ -53,6 +53,7 @@ def make(config: ImagesConfig, context: Context) -> Task:
         evaluate=functools.partial(_evaluate, config, validate, splits.get("test")),
         commands={"export": _export},
         sizes={f"{split}_images": len(images) for split, images in splits.items()},
+        data=image_files.digest(splits),
         results=("samples.png", "samples.npz", "samples", "trajectory.png", "trajectory.gif"),
     )
 

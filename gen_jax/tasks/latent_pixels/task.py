@@ -12,6 +12,7 @@ from gen_jax.condition import Condition
 from gen_jax.models.parallel import ParallelModel, ParallelSampler, one_shot
 from gen_jax.nn.transformer import TokenNetwork
 from gen_jax.task import Context, Run, Stage, Task
+from gen_jax.tasks import image_files
 from gen_jax.tasks.latent_pixels.config import LatentPixelsConfig
 from gen_jax.tasks.pixels import task as pixels
 from gen_jax.trainables import ModelTrainable
@@ -42,6 +43,7 @@ def make(config: LatentPixelsConfig, context: Context) -> Task:
         show=functools.partial(pixels.show, config, shape),
         evaluate=functools.partial(pixels.evaluate, config, validate, splits.get("test")),
         sizes={f"{split}_images": len(images) for split, images in splits.items()},
+        data=image_files.digest(splits),
         results=("samples.png", "samples.npz", "samples"),
     )
 

@@ -45,6 +45,7 @@ def make(config: MaskedPixelsConfig, context: Context) -> Task:
         evaluate=functools.partial(pixels.evaluate, config, validate, splits.get("test")),
         commands={"complete": functools.partial(_complete, config, shape, splits.get("test"))},
         sizes={f"{split}_images": len(images) for split, images in splits.items()},
+        data=image_files.digest(splits),
         results=("samples.png", "samples.npz", "samples", "trajectory.png", "completed.png"),
     )
 

@@ -48,6 +48,7 @@ def make(config: MaskedTextConfig, context: Context) -> Task:
         evaluate=functools.partial(_evaluate, config, data, model),
         commands={"complete": functools.partial(_complete, data)},
         sizes=data.sizes(config.splits(context.phases)),
+        data=data.digest(),
         results=(TOKENIZER, "samples.txt", "samples.npz", "trajectory.txt", COMPLETED),
         tokenizer=data.tokenizer,
     )

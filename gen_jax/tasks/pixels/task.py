@@ -57,6 +57,7 @@ def make(config: PixelsConfig, context: Context) -> Task:
         show=functools.partial(show, config, shape),
         evaluate=functools.partial(evaluate, config, validate, splits.get("test")),
         sizes={f"{split}_images": len(images) for split, images in splits.items()},
+        data=image_files.digest(splits),
         results=("samples.png", "samples.npz", "samples", "trajectory.png"),
     )
 

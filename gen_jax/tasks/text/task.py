@@ -65,6 +65,7 @@ def make(config: TextRunConfig, context: Context) -> Task:
         evaluate=functools.partial(_evaluate, config, data, model),
         commands={"export": functools.partial(_export, data)},
         sizes=data.sizes(config.splits(context.phases)),
+        data=data.digest(),
         results=(TOKENIZER, "samples.txt", "samples.npz", "gpt2"),
         tokenizer=data.tokenizer,
     )

@@ -66,6 +66,7 @@ def make(config: TwoStageConfig, context: Context) -> Task:
         evaluate=functools.partial(_evaluate, config, space, model),
         commands={"export": _export},
         sizes={f"{split}_images": len(images) for split, images in context.data.items()},
+        data=image_files.digest(context.data),
         results=("samples.png", "samples.npz", "samples", "trajectory.png"),
     )
 
