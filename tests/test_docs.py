@@ -116,6 +116,13 @@ def test_what_is_public_is_there():
         assert getattr(gen_jax, name) is not None
 
 
+def test_the_tests_that_prove_what_is_promised_are_there():
+    named = re.findall(r"`([\w/]+\.py)::(\w+)`", (ROOT / "docs/reliability.md").read_text())
+    assert len(named) > 20
+    for file, name in named:
+        assert f"\ndef {name}(" in (ROOT / "tests" / file).read_text(), (file, name)
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/results.md", "docs/benchmarks.md"])
 def test_the_commands_of_the_docs_name_modules_that_exist(page):
     names = re.findall(r"python -m ((?:experiments|kernels)[\w.]*\w)", (ROOT / page).read_text())
