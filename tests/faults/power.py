@@ -30,10 +30,8 @@ def record(program, folder, *arguments):
 
     The test is skipped where there is no strace, or no process may be traced.
     """
-    trace, command = (
-        folder.parent / "trace",
-        ["strace", "-f", "--seccomp-bpf", "-qq", "-y", "-xx", "-s", "16777216"],
-    )
+    trace = folder.parent / "trace"
+    command = ["strace", "-f", "--seccomp-bpf", "-qq", "-y", "-xx", "-s", "16777216"]
     if shutil.which("strace") is None:
         pytest.skip("strace is not installed")
     if (tried := subprocess.run([*command, "true"], capture_output=True, text=True)).returncode:
