@@ -4,6 +4,7 @@ Orbax commits a step atomically but does not notice a flipped bit in array data;
 A checkpoint is a few named trees (say "ema" and "state") and a JSON record.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import logging
@@ -21,11 +22,13 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from gen_jax import hosts, whole_file
 from gen_jax.sealed import seal, unseal
 from gen_jax.trees import named_leaves
 
 __all__ = ["DamagedCheckpoint", "Restored", "digest", "restore", "save", "steps"]
 
+_TEMPORARY = ".orbax-checkpoint-tmp"  # in the names of folders that are no steps, to Orbax too
 FORMAT = 2  # 1 had the trees "params", "ema" and "state", in the work directory itself
 
 # An error of a thread of Orbax or of TensorStore is raised by `save`; the tracebacks that they log
@@ -69,7 +72,7 @@ def save(
     *,
     keep: int,
 ) -> None:
-    """Writes a checkpoint whole and returns when it is on disk.
+    """Writes a checkpoint whole and returns when it is on disk, where a loss of power leaves it.
 
     Checkpoints of this step and of later ones, which a run only comes to save over when they are
     damaged, are moved aside, to "<step>.damaged".
@@ -79,11 +82,12 @@ def save(
       step: of this checkpoint.
       trees: trees of arrays by name; replicated over all devices. Every process calls this.
       record: small JSON values kept beside them.
-      keep: newest checkpoints to keep; older ones are removed after the new one is committed.
+      keep: newest checkpoints to keep; older ones are removed once the new one is on disk.
 
     Raises:
       FloatingPointError: a leaf is not finite; nothing is written.
-      OSError: the disk is full or the like; older checkpoints are untouched.
+      OSError: the disk is full or the like; older checkpoints are untouched. Where one of those
+        cannot be removed the error names it, and the new one is saved.
     """
     items, digests = {}, {}
     for name, tree in trees.items():
@@ -98,22 +102,30 @@ def save(
     content = {"format": FORMAT, "step": step, "digests": digests, "record": dict(record)}
     meta = seal(content)
     arguments = {name: ocp.args.PyTreeSave(item) for name, item in items.items()}
-    path = pathlib.Path(directory).absolute()
-    if jax.process_index() == 0:
+    path, main = pathlib.Path(directory).absolute(), jax.process_index() == 0
+    if main:
         for later in (other for other in steps(path) if other >= step):
             _move_aside(path / str(later))
     try:
-        with _manager(path, keep=keep, create=True) as manager:
+        if main:
+            whole_file.make_folder(path)
+        with _manager(path, create=True) as manager:
             manager.save(
                 step,
                 args=ocp.args.Composite(**arguments, meta=ocp.args.JsonSave(meta)),
                 force=True,
             )
             manager.wait_until_finished()
+        if main:  # Orbax and TensorStore have seen to some of its files and folders, not to all
+            whole_file.sync_tree(path / str(step))
+            whole_file.sync(path)
     except (ValueError, OSError) as error:  # ValueError where TensorStore could not write
-        if jax.process_index() == 0:
+        if main:
             _remove_half_written(path, step)
         raise OSError(f"checkpoint of step {step} not saved in {path}: {_reason(error)}") from error
+    if main:
+        _prune(path, keep)
+    hosts.meet("a checkpoint is saved")
 
 
 def restore(
@@ -272,13 +284,29 @@ def _remove_half_written(path, step):
 
     Writes that are under way may add to it for a moment.
     """
+    with contextlib.suppress(FileNotFoundError):  # it is there where it only did not get to disk
+        _unname(path / str(step))
     for _ in range(20):
-        left = list(path.glob(f"{step}.orbax-checkpoint-tmp*"))
+        left = list(path.glob(f"{step}{_TEMPORARY}*"))
         if not left:
             return
         for folder in left:
             shutil.rmtree(folder, ignore_errors=True)
         time.sleep(0.1)
+
+
+def _prune(path, keep):
+    """Removes all steps but the newest; none is half there, whatever happens meanwhile."""
+    old = [_unname(path / str(step)) for step in steps(path)[:-keep]]
+    if old:
+        whole_file.sync(path)
+    for folder in old:
+        shutil.rmtree(folder)
+
+
+def _unname(path):
+    """Makes a step a folder that is none, which the next save removes where nobody else does."""
+    return path.rename(path.with_name(path.name + _TEMPORARY))
 
 
 def _move_aside(path):
@@ -289,12 +317,11 @@ def _move_aside(path):
     os.replace(path, aside)
 
 
-def _manager(path, *, keep=None, create=False):
+def _manager(path, *, create=False):
     options = ocp.CheckpointManagerOptions(
-        max_to_keep=keep,
         enable_async_checkpointing=False,
         create=create,
-        cleanup_tmp_directories=create,  # what a killed run left half-written
+        cleanup_tmp_directories=create,  # what a killed run left half-written, or half-removed
     )
     return ocp.CheckpointManager(path, options=options)
 

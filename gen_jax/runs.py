@@ -194,7 +194,6 @@ def _preview(run, stage, earlier, step, averaged):
     suffix = "txt" if isinstance(shown, str) else "png"
     name = f"{stage.name + '_' if several else ''}{step:08d}.{suffix}"
     path = run.workdir.path / "previews"
-    path.mkdir(exist_ok=True)
     if isinstance(shown, str):
         run.keep_text(f"previews/{name}", shown)
     else:

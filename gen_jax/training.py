@@ -219,6 +219,7 @@ class _Loop:
         path, self.logs, self.events = self.workdir.path, [], None
         if self.main:
             self.logs = [MetricsLog(path / "metrics.jsonl", start)]
+            self.metrics = self.logs[0]
         if self.main and self.config.tensorboard:
             self.events = event_log.EventLog(path / "tensorboard", start)
             self.logs.append(self.events)
@@ -263,6 +264,7 @@ class _Loop:
                 with self._apart():
                     self._preview(state, done)
         seconds = time.perf_counter() - began - self.aside
+        self._sync()
         rate = (self.config.steps - start) * self.config.batch / seconds
         return Trained(self._whole(state), start, self.compile_seconds, seconds, rate)
 
@@ -353,6 +355,10 @@ class _Loop:
         for log in self.logs:
             log.write(record)
 
+    def _sync(self):
+        if self.main:
+            self.metrics.sync()
+
     def _preview(self, state, step):
         shown = self.preview(step, self._whole(state).ema)
         if self.events is not None:
@@ -365,6 +371,7 @@ class _Loop:
         return state.replace(ema=self.trainable.averaged(state.state))
 
     def _save(self, state, step):
+        self._sync()  # a run that goes on from here has the records up to here
         state = self._whole(state)
         trees = {
             "ema": state.ema,

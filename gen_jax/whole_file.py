@@ -3,11 +3,23 @@
 import contextlib
 import os
 import pathlib
+import re
 import secrets
 from collections.abc import Iterator
 from typing import BinaryIO
 
-__all__ = ["naming", "replacing", "write"]
+__all__ = [
+    "make_folder",
+    "naming",
+    "remove_empty",
+    "remove_leftovers",
+    "replacing",
+    "sync",
+    "sync_tree",
+    "write",
+]
+
+_LEFTOVER = re.compile(r"\..+\.[0-9a-f]{16}", re.DOTALL)  # as `replacing` names what it writes
 
 
 @contextlib.contextmanager
@@ -29,7 +41,7 @@ def replacing(path: str | os.PathLike, *, durable: bool = True) -> Iterator[Bina
       OSError: the file cannot be written; the error names it.
     """
     path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         with naming(path), open(temporary, "xb") as file:
@@ -39,7 +51,7 @@ def replacing(path: str | os.PathLike, *, durable: bool = True) -> Iterator[Bina
                 os.fsync(file.fileno())
         os.replace(temporary, path)
         if durable:
-            _sync_folder(path.parent)
+            sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -61,10 +73,68 @@ def naming(path: pathlib.Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def _sync_folder(path):
-    """Makes the names in a folder outlive a loss of power."""
+def remove_leftovers(folder: str | os.PathLike) -> None:
+    """Removes what processes that were killed within `replacing` left in a folder.
+
+    Raises:
+      OSError: the folder cannot be read, or a file cannot be removed.
+    """
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if _LEFTOVER.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+                os.unlink(entry.path)
+
+
+def make_folder(path: str | os.PathLike) -> list[pathlib.Path]:
+    """Makes a folder, and those around it, where there is none; its name outlives a loss of power.
+
+    Returns:
+      The folders that were made, from the outermost on.
+
+    Raises:
+      OSError: it cannot be made; nothing is.
+    """
+    path, made = pathlib.Path(path).absolute(), []
+    while not os.path.lexists(outermost := made[0].parent if made else path):
+        made.insert(0, outermost)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        for folder in made:
+            sync(folder.parent)
+    except OSError:
+        remove_empty(made)
+        raise
+    return made
+
+
+def remove_empty(folders: list[pathlib.Path]) -> None:
+    """Removes folders, each inside of the one before it, where they are empty."""
+    for folder in reversed(folders):
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def sync_tree(path: str | os.PathLike) -> None:
+    """Makes a folder with all that is in it outlive a loss of power.
+
+    Raises:
+      OSError: something in it cannot be read or written.
+    """
+    with os.scandir(path) as entries:
+        for entry in entries:
+            (sync_tree if entry.is_dir(follow_symlinks=False) else sync)(entry.path)
+    sync(path)
+
+
+def sync(path: str | os.PathLike) -> None:
+    """Makes the content of a file, or the names in a folder, outlive a loss of power.
+
+    Raises:
+      OSError: it cannot be read or written; the error names it.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(pathlib.Path(path)):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -59,14 +59,11 @@ class Workdir:
         """The directories that were made for it, from the outermost on."""
         made = []
         try:
-            while not os.path.lexists(parent := self.path if not made else made[-1].parent):
-                made.append(parent)
-            made.reverse()
-            self.path.mkdir(parents=True, exist_ok=True)
+            made = whole_file.make_folder(self.path)
             with tempfile.TemporaryFile(dir=self.path) as file:
                 file.write(b"room?")
         except OSError as error:
-            _remove_empty(made)
+            whole_file.remove_empty(made)
             raise WorkdirError(
                 f"cannot write to the work directory {self.path} ({error.strerror}); "
                 "choose another with --workdir"
@@ -104,11 +101,12 @@ class Workdir:
     def lock(self) -> Iterator[None]:
         """Makes the directory and holds it for this process.
 
-        A directory that was made here is removed again where nothing was written to it, as when a
-        check fails.
+        What killed runs left of files that they were writing is removed. A directory that was made
+        here is removed again where nothing was written to it, as when a check fails.
 
         Raises:
           WorkdirError: it cannot be made or written to, or another process holds it.
+          OSError: what killed runs left cannot be removed.
         """
         made, path = self._create(), self.path / ".lock"
         with open(path, "a+") as file:
@@ -125,12 +123,21 @@ class Workdir:
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()
+            self._remove_leftovers()
             try:
                 yield
             finally:
                 if made and os.listdir(self.path) == [".lock"]:
                     path.unlink()
-                    _remove_empty(made)
+                    whole_file.remove_empty(made)
+
+    def _remove_leftovers(self):
+        """Also in folders of the directory where it can, unless another run has its lock there."""
+        whole_file.remove_leftovers(self.path)
+        for folder in self.path.iterdir():
+            ours = folder.is_dir() and os.access(folder, os.R_OK | os.W_OK | os.X_OK)
+            if ours and not (folder / ".lock").exists():
+                whole_file.remove_leftovers(folder)
 
     def stored_config(self) -> dict | None:
         """The configuration in config.json; where that is lost, the one in the last checkpoint.
@@ -219,15 +226,8 @@ class Workdir:
         return path
 
 
-def _remove_empty(directories):
-    """Removes directories, each inside of the one before it, where they are empty."""
-    for directory in reversed(directories):
-        with contextlib.suppress(OSError):
-            directory.rmdir()
-
-
 class MetricsLog:
-    """metrics.jsonl: one JSON object a line, appended and flushed.
+    """metrics.jsonl: one JSON object a line, appended and flushed, on disk after `sync`.
 
     Args:
       path: the file.
@@ -250,7 +250,8 @@ class MetricsLog:
 
         Raises:
           WorkdirError: the file cannot be read, or a line is no record with a step; a last line
-            that a crash cut short is left out instead.
+            that a crash cut short is left out instead, and so is all from a line of zeros on,
+            which a loss of power leaves of what was not on disk yet.
         """
         if not os.path.lexists(path):
             return []
@@ -263,7 +264,7 @@ class MetricsLog:
             try:
                 record = json.loads(line)
             except json.JSONDecodeError:
-                if number == len(lines) and not line.endswith("\n"):
+                if "\0" in line or (number == len(lines) and not line.endswith("\n")):
                     break  # cut short by a crash: what follows was never written
                 record = None
             if not isinstance(record, dict) or type(record.get("step")) is not int:
@@ -279,6 +280,11 @@ class MetricsLog:
         with whole_file.naming(self._path):
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
+
+    def sync(self) -> None:
+        """Makes all records so far outlive a loss of power."""
+        with whole_file.naming(self._path):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Closes the file."""

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from gen_jax import checkpoint, keys, parallel, signals, trainables, training
 from gen_jax.config import TrainConfig
 from gen_jax.trainables import ModelTrainable
-from gen_jax.workdir import Workdir
+from gen_jax.workdir import MetricsLog, Workdir
 
 pytestmark = pytest.mark.usefixtures("optimised")
 
@@ -189,6 +189,27 @@ def test_a_signal_during_the_last_save_is_not_forgotten(tmp_path, monkeypatch):
     with pytest.raises(training.Interrupted, match="stopped by SIGTERM after step 2"):
         fit(tmp_path, config)
     assert checkpoint.steps(tmp_path / "checkpoints") == [2]
+
+
+def test_records_are_on_disk_before_a_checkpoint_is_and_at_the_end(tmp_path, monkeypatch):
+    """Those of the evaluation after the last step, too, which no resume makes again."""
+    events = []
+
+    def sync(log):
+        events.append(("records", len(records(tmp_path))))
+
+    def save(directory, step, *arguments, **options):
+        events.append(("checkpoint", step))
+
+    monkeypatch.setattr(MetricsLog, "sync", sync)
+    monkeypatch.setattr(checkpoint, "save", save)
+    config = dataclasses.replace(CONFIG, evaluate_every=12)
+    fit(tmp_path, config, evaluate=lambda average: {"figure": 1.0})
+    assert events == [
+        *[("records", 6), ("checkpoint", 6)],
+        *[("records", 12), ("checkpoint", 12)],
+        ("records", 13),
+    ]
 
 
 def test_a_hangup_that_is_ignored_stays_ignored():

@@ -149,3 +149,39 @@ def test_records_after_the_step_of_a_resume_are_dropped(tmp_path):
     path.write_text("".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 3)))
     MetricsLog(path, step=2).close()
     assert MetricsLog.read(path) == [{"step": 1}, {"step": 2}]
+
+
+@pytest.mark.parametrize("rest", [64 * "\0", '{"step": 3, "lo' + 64 * "\0", 9 * "\0" + "\n"])
+def test_what_a_loss_of_power_left_of_records_ends_them(tmp_path, rest):
+    """Pages are written in any order: of those that were not, zeros are left."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n' + rest + ': 4.0}\n{"step": 5}\n')
+    assert MetricsLog.read(path) == [{"step": 1}, {"step": 2}]
+
+
+def test_a_lock_removes_what_killed_runs_were_writing(tmp_path):
+    left, folders = ".config.json.0123456789abcdef", ("", "model", "previews", "other")
+    for folder in folders:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / left).touch()
+        (tmp_path / folder / "config.json").touch()
+    (tmp_path / "other" / ".lock").touch()  # a directory of another run, which may be writing
+    with Workdir(tmp_path).lock():
+        assert [name for name in folders if (tmp_path / name / left).exists()] == ["other"]
+        assert all((tmp_path / name / "config.json").exists() for name in folders)
+
+
+def test_records_are_on_disk_after_a_sync(tmp_path, monkeypatch):
+    synced = []
+
+    def fsync(descriptor):
+        synced.append(os.pread(descriptor, 100, 0))
+
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log._file.close()
+    log._file = open(tmp_path / "metrics.jsonl", "a+")  # noqa: SIM115, to be read here too
+    monkeypatch.setattr(os, "fsync", fsync)
+    log.write({"step": 1})
+    log.sync()
+    assert synced == [b'{"step": 1}\n']
+    log.close()

@@ -1,3 +1,5 @@
+import errno
+import os
 import random
 import shutil
 import warnings
@@ -7,7 +9,7 @@ import orbax.checkpoint as ocp
 import pytest
 from processes import assert_same_leaves, read_leaves, saved_steps
 
-from gen_jax import checkpoint
+from gen_jax import checkpoint, whole_file
 from gen_jax.trees import named_leaves
 
 # After an error, which it raises, TensorStore calls back to an event loop that is gone.
@@ -273,6 +275,29 @@ def test_half_written_steps_are_no_steps(saved):
     checkpoint.save(saved, 3, trees(3), {"note": "α"}, keep=KEEP)
     assert checkpoint.steps(saved) == [1, 2, 3]
     assert not left.exists()
+
+
+def test_a_step_that_does_not_get_to_disk_is_not_saved(saved, monkeypatch):
+    def fail(path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr(whole_file, "sync_tree", fail)
+    with pytest.raises(OSError, match=r"step 3 not saved in .*: .*Input/output error"):
+        checkpoint.save(saved, 3, trees(3), {"note": "α"}, keep=1)
+    assert sorted(path.name for path in saved.iterdir()) == ["1", "2"]
+    assert not is_refused_or_right(saved)
+
+
+def test_what_is_left_of_a_step_that_was_being_removed_goes_with_the_next(saved, monkeypatch):
+    """As where the process is killed within."""
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda folder: None)
+        checkpoint.save(saved, 3, trees(3), {"note": "α"}, keep=2)
+    assert checkpoint.steps(saved) == [2, 3]
+    assert len(list(saved.iterdir())) == 3
+    checkpoint.save(saved, 4, trees(4), {"note": "α"}, keep=2)
+    assert sorted(path.name for path in saved.iterdir()) == ["3", "4"]
+    assert not is_refused_or_right(saved, 4)
 
 
 def test_training_goes_on_from_the_one_before(toy, folder):
