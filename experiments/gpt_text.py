@@ -106,7 +106,7 @@ SHAKESPEARE_CHAR_GPU = TextRunConfig(
 # nanoGPT leaves out the biases too; with them the published weights fit (--pretrained).
 GPT2_SMALL = TextRunConfig(
     workdir="runs/gpt_text_gpt2_small",
-    data=TextConfig(name="file", path="openwebtext.txt", validation=0.0005),
+    data=TextConfig(name="file", path="openwebtext.txt", validation=0.0005, max_bytes=2**36),
     tokenizer="tokenizer.json",
     model=TransformerConfig(dtype="bfloat16"),
     train=TrainConfig(

@@ -303,6 +303,8 @@ class RunConfig:
         "evaluate.",
         "distributed.",
         "data.dir",
+        "data.max_bytes",
+        "data.max_pixels",
         "pretrained",
         "train.log_every",
         "train.checkpoint_every",

@@ -2,7 +2,9 @@
 
 import codecs
 import io
+import math
 import pickle
+import pickletools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32, UInt8
 
+from gen_jax.bounded import read_bytes
 from gen_jax.data.config import Split
 from gen_jax.data.images import Images
 
@@ -45,6 +48,7 @@ TEST_FILES = ("test_batch",)
 _PIXELS = 3 * 32 * 32
 _RECORD = 1 + _PIXELS
 _OFFICIAL_RECORDS = 10_000
+_LARGEST, _OPERATIONS = 2**28, 2**17  # bytes of a file, operations of a pickle
 
 # What the standard library's unpickler raises on bytes that are cut short or altered.
 _DAMAGE = (
@@ -133,10 +137,9 @@ def _read_python(path: Path) -> tuple[np.ndarray, np.ndarray]:
     batch = _unpickle(content, path)
     if not isinstance(batch, dict) or not {b"data", b"labels"} <= batch.keys():
         raise ValueError(f"{path} is no batch of CIFAR-10: it lacks the keys data and labels")
-    data, labels = batch[b"data"], batch[b"labels"]
+    data, labels = getattr(batch[b"data"], "value", None), batch[b"labels"]
     if (
         not isinstance(data, np.ndarray)
-        or data.dtype != np.uint8
         or data.ndim != 2
         or data.shape[1] != _PIXELS
         or not isinstance(labels, list)
@@ -155,7 +158,7 @@ def _content(path: Path, expected: str) -> bytes:
         raise FileNotFoundError(
             f"{path} is missing (expected {expected}, found nothing): unpack {URL} again"
         )
-    return path.read_bytes()
+    return read_bytes(path, _LARGEST)
 
 
 def _planes_to_images(planes: np.ndarray) -> np.ndarray:
@@ -172,6 +175,7 @@ def _checked_labels(labels: np.ndarray, source: str) -> np.ndarray:
 
 def _unpickle(content: bytes, path: Path) -> Any:
     try:
+        _check_operations(content)
         return _ArrayUnpickler(io.BytesIO(content), path).load()
     except _Refused:
         raise
@@ -180,6 +184,14 @@ def _unpickle(content: bytes, path: Path) -> Any:
             f"{path} has {len(content)} bytes and is no whole pickle (expected about 31035000 "
             f"bytes; {type(error).__name__}): the file is damaged, copy it again"
         ) from None
+
+
+def _check_operations(content):
+    """Refuses a pickle that is long, or keeps an object at a place for which memory is taken."""
+    for number, (operation, place, _) in enumerate(pickletools.genops(content)):
+        kept = operation.name in ("PUT", "BINPUT", "LONG_BINPUT")
+        if number > _OPERATIONS or (kept and place > _OPERATIONS):
+            raise pickle.UnpicklingError("too many operations")
 
 
 class _Refused(ValueError):
@@ -196,9 +208,9 @@ class _ArrayUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         module = module.replace("numpy._core", "numpy.core")
         admitted = {
-            ("numpy.core.multiarray", "_reconstruct"): _empty_array,
-            ("numpy", "ndarray"): np.ndarray,
-            ("numpy", "dtype"): _byte_dtype,
+            ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
+            ("numpy", "ndarray"): _Array,
+            ("numpy", "dtype"): _Bytes,
             ("_codecs", "encode"): _latin1,
         }
         if (module, name) not in admitted:
@@ -212,16 +224,33 @@ class _ArrayUnpickler(pickle.Unpickler):
         raise _Refused(f"{self._path} is refused: its pickle asks for the external object {pid!r}")
 
 
-def _empty_array(kind, shape, typecode):
-    if kind is not np.ndarray or tuple(shape) != (0,):
+class _Bytes:
+    """Stands for the dtype of bytes, whose state NumPy would take as it comes."""
+
+    def __init__(self, code, align=False, copy=True):
+        if code not in ("u1", b"u1", "|u1", b"|u1"):
+            raise pickle.UnpicklingError(f"dtype {code!r}")
+
+    def __setstate__(self, state):
+        pass
+
+
+class _Array:
+    """Stands for an array of bytes; `value` is that array once its state is known."""
+
+    value = None
+
+    def __setstate__(self, state):
+        _, shape, kind, by_column, content = state
+        if not isinstance(kind, _Bytes) or by_column or math.prod(shape) != len(content):
+            raise pickle.UnpicklingError("not an array of bytes")
+        self.value = np.frombuffer(content, np.uint8).reshape(shape)
+
+
+def _reconstruct(kind, shape, typecode):
+    if kind is not _Array or tuple(shape) != (0,):
         raise pickle.UnpicklingError("not an array")
-    return np.empty((0,), np.uint8)
-
-
-def _byte_dtype(code, align=False, copy=True):
-    if code not in ("u1", b"u1", "|u1", b"|u1"):
-        raise pickle.UnpicklingError(f"dtype {code!r}")
-    return np.dtype("u1", copy=True)
+    return _Array()
 
 
 def _latin1(text, encoding):

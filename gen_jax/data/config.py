@@ -33,6 +33,8 @@ class DataConfig:
     """Name of the set in TensorFlow Datasets, for name=tfds."""
     flip: bool = False
     """Flip each training image left to right with probability one half."""
+    max_pixels: int = 2**26
+    """Folder only: most pixels of an image as it is stored; a larger one is refused."""
 
     def __post_init__(self):
         if self.name == "shapes" and self.size not in (16, 32):
@@ -41,6 +43,8 @@ class DataConfig:
             )
         if self.size < 1:
             raise ValueError(f"data.size is {self.size}; give a number of pixels of at least 1")
+        if self.max_pixels < 1:
+            raise ValueError(f"data.max_pixels is {self.max_pixels}; give a number of at least 1")
         if self.palette and self.name != "shapes":
             raise ValueError(f"data.palette is for data.name=shapes only, not {self.name}")
         if self.name == "folder" and not self.dir:
@@ -59,7 +63,7 @@ class TextConfig:
     name: Literal["pydoc", "file", "tfds"] = "pydoc"
     """pydoc (English that comes with Python, nothing to download), file (UTF-8) or tfds."""
     path: str = ""
-    """The text file, for name=file."""
+    """The text file, for name=file, also .gz."""
     dir: str = ""
     """The TFDS data_dir, for name=tfds; empty for its default."""
     tfds_name: str = "lm1b"
@@ -68,6 +72,8 @@ class TextConfig:
     """The last share of a pydoc or file text, held out as the test split; TFDS has its own."""
     characters: int = 0
     """Read at most this many characters of the text, or of a split of TFDS; 0 for all."""
+    max_bytes: int = 2**30
+    """Most bytes of a text file; a larger one is refused, unless `characters` are given."""
 
     def __post_init__(self):
         if self.name == "file" and not self.path:
@@ -79,6 +85,11 @@ class TextConfig:
             raise ValueError(f"data.validation is {self.validation}; give a share between 0 and 1")
         if self.characters < 0:
             raise ValueError(f"data.characters is {self.characters}; give 0 for all, or a number")
+        if self.max_bytes < max(self.characters, 1):
+            raise ValueError(
+                f"data.max_bytes is {self.max_bytes}; give a number from 1 up, and from "
+                "data.characters up"
+            )
 
 
 @frozen
@@ -107,6 +118,8 @@ class TranslationConfig:
     """Read only this many training pairs, the first ones; 0 for all, or 50000 synonyms."""
     targets: str = ""
     """UTF-8 file with one line per training pair that replaces its target: distillation."""
+    max_bytes: int = 2**30
+    """Most bytes of a file of sentences, unpacked, and 64 times its most lines."""
     words: int = 64
     """Synonyms only: source words, from 1 up."""
     min_words: int = 3
@@ -130,7 +143,8 @@ class TranslationConfig:
             raise ValueError(
                 f"data.source {self.source!r} and data.target {self.target!r} must be two languages"
             )
-        for field, low in (("vocabulary", 258), ("max_length", 2), ("pairs", 0), ("seed", 0)):
+        least = {"vocabulary": 258, "max_length": 2, "pairs": 0, "seed": 0, "max_bytes": 1}
+        for field, low in least.items():
             if getattr(self, field) < low:
                 raise ValueError(f"data.{field} is {getattr(self, field)}; give at least {low}")
         if not 1 <= self.min_words <= self.max_words <= self.words:

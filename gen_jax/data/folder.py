@@ -1,6 +1,8 @@
 """A folder of pictures as a data set: one class per sub-folder, or a single class."""
 
+import contextlib
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +14,11 @@ from gen_jax.data.images import Images
 __all__ = ["SUFFIXES", "read"]
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_HEADER, _BYTES = 2**20, 8  # of a file, and of a pixel in it, at most
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # by content: Pillow would start a program for PostScript
 
 
-def read(directory: str | Path, split: Split, size: int) -> Images:
+def read(directory: str | Path, split: Split, size: int, max_pixels: int) -> Images:
     """Reads pictures, crops each to its central square and resizes it.
 
     Where the folder holds `train` and `test`, those are the splits. Otherwise a picture belongs
@@ -27,6 +30,7 @@ def read(directory: str | Path, split: Split, size: int) -> Images:
         sorted names of the sub-folders. Names that begin with a dot are left out.
       split: "train" or "test".
       size: side of the result in pixels.
+      max_pixels: of a picture as it is stored; larger ones are refused before they are decoded.
 
     Returns:
       Images uint8 [examples, size, size, 3] with labels; grey pictures become RGB and transparent
@@ -34,7 +38,7 @@ def read(directory: str | Path, split: Split, size: int) -> Images:
 
     Raises:
       FileNotFoundError: there is no such folder.
-      ValueError: it holds no pictures for this split, or one of them cannot be read.
+      ValueError: it holds no pictures for this split, or one of them is too large or damaged.
     """
     root = Path(directory)
     if not root.is_dir():
@@ -57,7 +61,8 @@ def read(directory: str | Path, split: Split, size: int) -> Images:
             "or into one sub-folder per class"
         )
     labels = [_label(path, base, classes) for path in paths]
-    images = np.stack([_square(path, size) for path in paths])
+    with _any_size():
+        images = np.stack([_square(path, size, max_pixels) for path in paths])
     return Images(images, np.array(labels, np.int32), classes or ("image",))
 
 
@@ -101,16 +106,43 @@ def _in_test(path: Path, root: Path) -> bool:
     return int.from_bytes(hashlib.sha256(name).digest()[:8]) % 10 == 0
 
 
-def _square(path: Path, size: int) -> np.ndarray:
+@contextlib.contextmanager
+def _any_size() -> Iterator[None]:
+    """Switches off the limit of Pillow, which warns of a size and refuses twice that."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+class _TooLarge(ValueError):
+    pass
+
+
+def _check_size(path: Path, pixels: int, max_pixels: int) -> None:
+    if pixels > max_pixels:
+        raise _TooLarge(
+            f"{path} has {pixels} pixels, and at most {max_pixels} are read; shrink or move it, or "
+            "raise --data.max-pixels"
+        )
+
+
+def _square(path: Path, size: int, max_pixels: int) -> np.ndarray:
+    try:
+        # No format needs more for a pixel; some are read whole when they are opened.
+        _check_size(path, (path.stat().st_size - _HEADER) // _BYTES, max_pixels)
         with Image.open(path, formats=_FORMATS) as file:
+            _check_size(path, file.width * file.height, max_pixels)
             image = ImageOps.exif_transpose(file)
             has_alpha = image.mode in ("LA", "RGBA", "PA") or "transparency" in image.info
             if has_alpha:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
             image = image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (MemoryError, _TooLarge):
+        raise
+    except Exception as error:  # of decoders, on damaged bytes
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} cannot be read as an image ({reason}); mend or move it") from None
     side = min(image.size)

@@ -33,6 +33,6 @@ def load(config: DataConfig, split: Split) -> Images:
         case "cifar10":
             return cifar10.read(config.dir, split)
         case "folder":
-            return folder.read(config.dir, split, config.size)
+            return folder.read(config.dir, split, config.size, config.max_pixels)
         case "tfds":
             return data.tfds_source.read(config.tfds_name, split, config.dir)

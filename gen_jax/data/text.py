@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Int32, UInt16
 
 from gen_jax import data
+from gen_jax.bounded import read_text
 from gen_jax.data.config import Split, TextConfig
 from gen_jax.data.streams import check_range, check_tokens, shard_of_step
 
@@ -158,10 +159,4 @@ def _read_file(config: TextConfig) -> str:
             f"{path} is no file; give --data.path a UTF-8 text file, or use the embedded text "
             "with --data.name pydoc"
         )
-    try:
-        with open(path, encoding="utf-8", newline="") as file:  # line ends stay as they are
-            return file.read(config.characters or -1)
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not UTF-8 text ({error.reason}); convert it, for example with iconv"
-        ) from None
+    return read_text(Path(path), config.max_bytes, "--data.max-bytes", config.characters)

@@ -1,9 +1,11 @@
 """Between text and tokens: bytes, characters, or the vocabulary of a published model."""
 
 import codecs
+import contextlib
 import json
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import field
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +14,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32
 
+from gen_jax.bounded import parse_json, read_bytes
 from gen_jax.config import frozen
+from gen_jax.data import tokenizer_check
 from gen_jax.data.tokenizer_base import EOS_NAMES, Ids, StoredTokenizer, TextStream, Tokenizer
 from gen_jax.data.words import Words
 from gen_jax.extras import require
@@ -40,18 +44,22 @@ def make(choice: str, text: str) -> Tokenizer:
 def load(path: str | os.PathLike) -> Tokenizer:
     """Reads a tokenizer.json, of `save` or of the package `tokenizers`.
 
+    One of the package is tried in another process first, which takes a fraction of a second.
+
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: the file is damaged or no tokenizer, or the package `tokenizers` is needed.
+      ValueError: the file is damaged, too large, hostile (see `tokenizer_check`) or no tokenizer,
+        or the package `tokenizers` is needed.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(
             f"{path} is no file; choose bytes, chars or the path of a tokenizer.json"
         )
+    content = read_bytes(path, tokenizer_check.LARGEST)
     try:
-        content = Path(path).read_bytes().decode()
-        fields = json.loads(content)
-    except (ValueError, RecursionError) as error:
+        content = content.decode()
+        fields = parse_json(content)
+    except ValueError as error:
         raise ValueError(f"{path} is no JSON file ({error}); write it again") from None
     match fields:
         case {"kind": "bytes"}:
@@ -67,6 +75,8 @@ def load(path: str | os.PathLike) -> Tokenizer:
             except ValueError as error:
                 raise ValueError(f"{path} is damaged: {error}") from None
         case {"model": _}:
+            require("tokenizers", "text", f"{path} needs")
+            tokenizer_check.check(content, fields, str(path))
             return Pretrained(content, str(path))
     raise ValueError(
         f"{path} is no tokenizer: it has neither a kind (bytes, chars, words) nor a model"
@@ -156,7 +166,7 @@ class Pretrained(StoredTokenizer):
     shows them. Truncation and padding that the file asks for are left out.
 
     Attributes:
-      content: the text of a tokenizer.json.
+      content: the text of a tokenizer.json; one of others is for `load`, which tries it first.
       source: its name, for errors.
 
     Raises:
@@ -174,11 +184,8 @@ class Pretrained(StoredTokenizer):
     @cached_property
     def _tokenizer(self) -> Any:
         tokenizers = require("tokenizers", "text", f"{self.source} needs")
-        try:
+        with _refusing(f"{self.source} is no tokenizer of `tokenizers`"):
             model = tokenizers.Tokenizer.from_str(self.content)
-        except Exception as error:  # the package raises nothing narrower
-            reason = " ".join(str(error).split())
-            raise ValueError(f"{self.source} is no tokenizer of `tokenizers` ({reason})") from None
         model.no_truncation()
         model.no_padding()
         if not model.get_vocab_size():
@@ -196,16 +203,31 @@ class Pretrained(StoredTokenizer):
 
     def encode(self, text: str) -> Int32[np.ndarray, " L"]:
         text.encode()  # a lone surrogate is a ValueError here, and a TypeError of the package
-        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+        with _refusing(f"{self.source} has no tokens for the text"):
+            ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return np.array(ids, np.int32)
 
     def decode(self, ids: Ids) -> str:
-        return self._tokenizer.decode(self.checked(ids).tolist(), skip_special_tokens=False)
+        ids = self.checked(ids).tolist()
+        with _refusing(f"{self.source} has no text for the tokens"):
+            return self._tokenizer.decode(ids, skip_special_tokens=False)
 
     def stream(self) -> TextStream:
         return _PretrainedStream(self)
 
     def _content(self) -> str:
         return self.content
+
+
+@contextlib.contextmanager
+def _refusing(problem: str) -> Iterator[None]:
+    """Makes a ValueError of what `tokenizers` raises: an Exception, or a panic, which is none."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{problem} ({' '.join(str(error).split())})") from None
 
 
 class _ByteStream:

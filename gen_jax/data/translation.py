@@ -1,8 +1,6 @@
 """Pairs of sentences, and batches of their tokens that are a pure function of (seed, step)."""
 
-import gzip
 import re
-import zlib
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +10,7 @@ import numpy as np
 from jaxtyping import Int32, Int64, Integer
 
 from gen_jax import data
+from gen_jax.bounded import read_text
 from gen_jax.data.bpe import train_bpe
 from gen_jax.data.config import TranslationConfig, TranslationSplit
 from gen_jax.data.streams import shard_of_step
@@ -31,6 +30,7 @@ __all__ = [
 ]
 
 PAD = 0
+_LINE = 64  # bytes of memory for a line, at least
 BUCKET_SHARES = (0.3, 0.45, 0.65, 1.0)
 SYNONYM_PAIRS = {"train": 50_000, "validation": 1000, "test": 1000}
 _STEMS = {"train": ("train",), "validation": ("val",), "test": ("test_2016_flickr", "test")}
@@ -67,7 +67,7 @@ def load_pairs(config: TranslationConfig, split: TranslationSplit) -> tuple[list
     if not sources:
         raise ValueError(f"data.name={config.name} holds no pair in its {split} split")
     if config.targets and split == "train":
-        targets = _read_lines(Path(config.targets))
+        targets = _read_lines(Path(config.targets), config.max_bytes)
         if len(targets) != len(sources):
             raise ValueError(
                 f"{config.targets} has {len(targets)} lines for {len(sources)} training pairs; "
@@ -352,7 +352,7 @@ def _resized(tokens: np.ndarray, length: int) -> np.ndarray:
 
 def _read_files(config: TranslationConfig, split: str) -> tuple[list[str], list[str]]:
     paths = [_find(config.dir, split, language) for language in (config.source, config.target)]
-    sources, targets = map(_read_lines, paths)
+    sources, targets = (_read_lines(path, config.max_bytes) for path in paths)
     if len(sources) != len(targets):
         raise ValueError(
             f"{paths[0]} has {len(sources)} lines and {paths[1]} has {len(targets)}; "
@@ -384,16 +384,10 @@ def _find(directory: str, split: str, language: str) -> Path:
     return found[0]
 
 
-def _read_lines(path: Path) -> list[str]:
+def _read_lines(path: Path, most: int) -> list[str]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is no file; give a UTF-8 text with one sentence per line")
-    try:
-        content = path.read_bytes()
-        text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not UTF-8 text ({error.reason}); convert it, for example with iconv"
-        ) from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} cannot be read ({error}); fetch it again") from None
+    text = read_text(path, most, "--data.max-bytes")
+    if text.count("\n") > most // _LINE:
+        raise ValueError(f"{path} has more than {most // _LINE} lines; raise --data.max-bytes")
     return [line.strip() for line in text.removesuffix("\n").split("\n")] if text else []

@@ -1,27 +1,25 @@
 """config.json of diffusers and transformers: how it is read, and refused; this loads no jax."""
 
 import json
-import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-__all__ = ["CONFIG", "DEEPEST", "LARGEST", "Refusals", "is_count", "read_json", "refusal"]
+__all__ = [
+    "CONFIG",
+    "DEEPEST",
+    "LARGEST",
+    "MOST_PIXELS",
+    "Refusals",
+    "is_count",
+    "refusal",
+    "shown",
+    "unknown",
+]
 
 CONFIG = "config.json"
 # Larger sizes are no networks: memory, or the compiler, would end the process.
-LARGEST, DEEPEST = 2**20, 2**10
-
-
-def read_json(path: pathlib.Path) -> Any:
-    """The content of a file of JSON.
-
-    Raises:
-      ValueError: the file is damaged.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+LARGEST, DEEPEST, MOST_PIXELS = 2**20, 2**8, 2**24
+_SHOWN, _LISTED = 200, 20  # characters of a value, options that are unknown
 
 
 def is_count(value: Any, most: int = LARGEST) -> bool:
@@ -31,7 +29,19 @@ def is_count(value: Any, most: int = LARGEST) -> bool:
 
 def refusal(options: Mapping, key: str, supported: str) -> str:
     """What is said of an option whose value is not supported."""
-    return f"{key}={json.dumps(options[key])} (supported: {supported})"
+    return f"{key}={shown(options[key])} (supported: {supported})"
+
+
+def unknown(options: Mapping, known: Iterable[str]) -> list[str]:
+    """What is said of the options that are not known; a name with an underscore is passed over."""
+    names = sorted(key for key in options.keys() - set(known) if not key.startswith("_"))
+    return [f"{shown(key)[1:-1]}={shown(options[key])} (unknown)" for key in names[:_LISTED]]
+
+
+def shown(value: Any) -> str:
+    """A value of config.json in a line, cut where it is long."""
+    text = json.dumps(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 class Refusals:

@@ -4,8 +4,10 @@ import dataclasses
 import json
 import os
 import pathlib
+import reprlib
 from typing import Any
 
+from gen_jax.bounded import read_json
 from gen_jax.interop import diffusers_blocks
 from gen_jax.interop.config_json import (
     CONFIG,
@@ -13,8 +15,8 @@ from gen_jax.interop.config_json import (
     LARGEST,
     Refusals,
     is_count,
-    read_json,
     refusal,
+    unknown,
 )
 from gen_jax.models.vq.config import CodebookOptions, GaussianOptions, QuantiserOptions
 from gen_jax.nn.config import AutoencoderConfig
@@ -107,7 +109,7 @@ def read_layout(directory: str | os.PathLike, kind: str) -> tuple[pathlib.Path, 
     options = read_json(path)
     name = options.get("_class_name") if isinstance(options, dict) else None
     if name != kind:
-        raise ValueError(f"{path} is not of a {kind}: _class_name={name!r}")
+        raise ValueError(f"{path} is not of a {kind}: _class_name={reprlib.repr(name)}")
     return folder, to_layout(options, kind)
 
 
@@ -119,8 +121,7 @@ def to_layout(stored: dict[str, Any], kind: str) -> Layout:
     """
     defaults = _DEFAULTS[kind]
     options = defaults | stored
-    unknown = sorted(k for k in stored.keys() - defaults.keys() if not k.startswith("_"))
-    problems = [f"{key}={json.dumps(stored[key])} (unknown)" for key in unknown]
+    problems = unknown(stored, defaults)
     problems += [
         refusal(options, key, " or ".join(map(json.dumps, allowed)))
         for key, allowed in _FIXED.items()

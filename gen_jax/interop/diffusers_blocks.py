@@ -1,9 +1,10 @@
 """What the options of diffusers' networks of blocks have in common; importing this loads no jax."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from gen_jax.interop.config_json import DEEPEST, LARGEST, Refusals, is_count
+from gen_jax.interop.config_json import DEEPEST, LARGEST, MOST_PIXELS, Refusals, is_count
 
 __all__ = ["check_structure", "check_values", "sizes"]
 
@@ -43,7 +44,7 @@ def check_values(
 
 
 def check_structure(refusals: Refusals, down: list[bool], up: list[bool]) -> None:
-    """Refuses blocks and groups that do not fit the widths.
+    """Refuses blocks and groups that do not fit the widths, and images that are too large.
 
     Args:
       refusals: of options whose values are of their kind; it gets more.
@@ -58,6 +59,13 @@ def check_structure(refusals: Refusals, down: list[bool], up: list[bool]) -> Non
         "norm_num_groups",
         all(width % groups == 0 for width in widths),
         f"a divisor of every width {widths}",
+    )
+    most = DEEPEST // len(widths)
+    refusals.unless("layers_per_block", lambda value: value <= most, f"at most {most} here")
+    refusals.unless(
+        "sample_size",
+        lambda value: math.prod(sizes(value) or ()) <= MOST_PIXELS,
+        f"at most {MOST_PIXELS} pixels",
     )
 
 

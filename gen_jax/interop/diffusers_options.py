@@ -1,9 +1,12 @@
 """Options of diffusers' `UNet2DModel` as a `UNetConfig`, and back; importing this loads no jax."""
 
 import json
+import math
 import os
 import pathlib
+import reprlib
 
+from gen_jax.bounded import read_json
 from gen_jax.interop import diffusers_blocks
 from gen_jax.interop.config_json import (
     CONFIG,
@@ -11,8 +14,8 @@ from gen_jax.interop.config_json import (
     LARGEST,
     Refusals,
     is_count,
-    read_json,
     refusal,
+    unknown,
 )
 from gen_jax.nn.config import UNetConfig
 
@@ -106,7 +109,7 @@ def read_network(
     options = read_json(path)
     if not isinstance(options, dict) or options.get("_class_name") != "UNet2DModel":
         name = options.get("_class_name") if isinstance(options, dict) else None
-        raise ValueError(f"{path} is not of a UNet2DModel: _class_name={name!r}")
+        raise ValueError(f"{path} is not of a UNet2DModel: _class_name={reprlib.repr(name)}")
     return folder, *to_config(options)
 
 
@@ -159,10 +162,7 @@ def to_config(stored: dict) -> tuple[UNetConfig, tuple[int, int]]:
       ValueError: names every option that cannot be expressed.
     """
     options = _DEFAULTS | stored
-    unknown = {
-        key for key in stored.keys() - _DEFAULTS.keys() - _MOVING_AVERAGE if not key.startswith("_")
-    }
-    problems = [f"{key}={json.dumps(stored[key])} (unknown)" for key in sorted(unknown)]
+    problems = unknown(stored, _DEFAULTS.keys() | _MOVING_AVERAGE)
     for key, allowed in _FIXED.items():
         if options[key] not in allowed:
             problems.append(refusal(options, key, " or ".join(map(json.dumps, allowed))))
@@ -182,8 +182,8 @@ def to_config(stored: dict) -> tuple[UNetConfig, tuple[int, int]]:
         attention=tuple(height >> level for level, has in enumerate(attended) if has),
         head_width=options["attention_head_dim"] or 0,
         groups=options["norm_num_groups"],
-        norm_epsilon=options["norm_eps"],
-        dropout=options["dropout"],
+        norm_epsilon=float(options["norm_eps"]),
+        dropout=float(options["dropout"]),
         patch=patch,
         channels=options["in_channels"] // patch**2,
         out_channels=options["out_channels"] // patch**2,
@@ -201,7 +201,7 @@ def _wrong_values(options):
     refusals = Refusals(options)
 
     def number(value):
-        return type(value) in (int, float) and value >= 0
+        return type(value) in (int, float) and 0 <= value < math.inf
 
     for key in ("in_channels", "out_channels", "norm_num_groups"):
         refusals.unless(key, is_count, f"a positive integer up to {LARGEST}")

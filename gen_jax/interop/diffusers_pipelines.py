@@ -9,10 +9,12 @@ import dataclasses
 import json
 import os
 import pathlib
+import reprlib
 from typing import Any
 
+from gen_jax.bounded import read_json
 from gen_jax.interop import files
-from gen_jax.interop.config_json import CONFIG, Refusals, read_json
+from gen_jax.interop.config_json import CONFIG, Refusals
 from gen_jax.interop.diffusers import load_diffusers_unet, save_diffusers_unet
 from gen_jax.interop.diffusers_autoencoder_options import read_layout
 from gen_jax.interop.diffusers_autoencoders import (
@@ -129,7 +131,7 @@ def _check_index(directory):
     stored = read_json(path)
     name = stored.get("_class_name") if isinstance(stored, dict) else None
     if name != "LDMPipeline":
-        raise ValueError(f"{path} is not of an LDMPipeline: _class_name={name!r}")
+        raise ValueError(f"{path} is not of an LDMPipeline: _class_name={reprlib.repr(name)}")
     refusals = Refusals(dict.fromkeys(_PARTS) | stored)
     for part, kinds in _PARTS.items():
         supported = [["diffusers", kind] for kind in kinds]

@@ -6,10 +6,12 @@ An option that the file leaves out has the default of diffusers 0.42.
 import json
 import os
 import pathlib
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
-from gen_jax.interop.config_json import LARGEST, Refusals, is_count, read_json
+from gen_jax.bounded import read_json
+from gen_jax.interop.config_json import LARGEST, Refusals, is_count, unknown
 from gen_jax.models.diffusion.config import DiffusionConfig
 from gen_jax.models.diffusion.solvers import DDIM, Solver
 from gen_jax.models.diffusion.time_grid import TimeGrid
@@ -103,11 +105,10 @@ def read_ddim(directory: str | os.PathLike, steps: int) -> tuple[DiffusionConfig
         raise FileNotFoundError(f"{path.parent} has no {SCHEDULER}")
     stored = _read(path)
     if (name := stored.get("_class_name")) != "DDIMScheduler":
-        raise ValueError(f"{path} is not of a DDIMScheduler: _class_name={name!r}")
+        raise ValueError(f"{path} is not of a DDIMScheduler: _class_name={reprlib.repr(name)}")
     known = _PROCESS_OF_DDIM.keys() | _DDIM.keys() | _OLD_DDIM.keys()
-    unknown = sorted(key for key in stored.keys() - known if not key.startswith("_"))
     refusals = Refusals(_PROCESS | _DDIM | _OLD_DDIM | stored)
-    refusals.problems += [f"{key}={json.dumps(stored[key])} (unknown)" for key in unknown]
+    refusals.problems += unknown(stored, known)
     _check_process(refusals)
     _check_ddim(refusals, steps)
     if refusals.problems:

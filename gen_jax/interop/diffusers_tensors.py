@@ -65,7 +65,7 @@ def read(directory: pathlib.Path, abstract_params: Mapping, names: Names) -> dic
       ValueError: the weights are pickled, sharded or damaged, or tensors are missing, unknown or of
         another shape.
     """
-    tensors = _read_tensors(directory)
+    tensors = _read_tensors(directory, files.count(abstract_params))
     expected = _export(abstract_params, names)
     tensors = {name: _squeeze(name, tensor, expected) for name, tensor in tensors.items()}
     files.check(directory / WEIGHTS, files.shapes(expected), files.shapes(tensors))
@@ -93,14 +93,14 @@ def write(
     files.write(directory, options, WEIGHTS, _export(given, names))
 
 
-def _read_tensors(directory):
+def _read_tensors(directory, parameters):
     path = directory / WEIGHTS
     if (index := directory / files.index_name(WEIGHTS)).exists():
         raise ValueError(
             f"{directory} holds sharded weights ({index.name}), which are not supported; "
             "save the model again as one file"
         )
-    stored = files.read_tensors(files.find_weights(directory, WEIGHTS))
+    stored = files.read_tensors(files.find_weights(directory, WEIGHTS), parameters)
     tensors = {}
     for name, tensor in stored.items():
         new = _OLD_ATTENTION.sub(lambda match: f"{match[1]}.{_NEW_NAMES[match[2]]}.", name)

@@ -2,24 +2,27 @@
 
 import functools
 import json
+import math
 import pathlib
 import re
+import reprlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
 from flax import traverse_util
 
 from gen_jax import whole_file
-from gen_jax.interop.config_json import CONFIG, read_json
+from gen_jax.bounded import read_json
+from gen_jax.interop.config_json import CONFIG
 
 __all__ = [
     "abstract_params",
     "check",
+    "count",
     "find_weights",
     "index_name",
     "listing",
@@ -29,6 +32,10 @@ __all__ = [
 ]
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+_TYPES = ("F32", "F16", "BF16")  # as safetensors calls float32, float16 and bfloat16
+# Axes of a tensor; numbers on an axis, and those that a file may have beside what the network has.
+_MOST_AXES, _MOST_NUMBERS = 8, 2**24
+_SHOWN = 100  # characters of a name
 
 
 def index_name(weights: str) -> str:
@@ -59,11 +66,14 @@ def find_weights(directory: pathlib.Path, weights: str) -> pathlib.Path:
     raise FileNotFoundError(f"{directory} has no {weights}")
 
 
-def read_tensors(path: pathlib.Path, ignored: re.Pattern | None = None) -> dict[str, np.ndarray]:
+def read_tensors(
+    path: pathlib.Path, parameters: int, ignored: re.Pattern | None = None
+) -> dict[str, np.ndarray]:
     """The tensors of a file or, given an index, of all its shards.
 
     Args:
       path: of `find_weights`.
+      parameters: of the network; files with far more numbers are refused before they are read.
       ignored: names to leave out (searched), whatever their type.
 
     Returns:
@@ -71,43 +81,55 @@ def read_tensors(path: pathlib.Path, ignored: re.Pattern | None = None) -> dict[
 
     Raises:
       FileNotFoundError: a shard is missing.
-      ValueError: a file is damaged, the index does not fit the shards, or a tensor has another
-        type.
+      ValueError: a file is damaged, the index does not fit the shards, a tensor has another type,
+        or there are far too many numbers.
     """
     if path.name.endswith(".index.json"):
-        return _read_shards(path, ignored)
+        return _read_shards(path, parameters, ignored)
     try:
-        stored = safetensors.numpy.load_file(path)
-    except (safetensors.SafetensorError, KeyError) as error:  # KeyError: a type numpy lacks
+        with safetensors.safe_open(path, "numpy") as file:
+            names = [n for n in list(file.keys()) if ignored is None or not ignored.search(n)]
+            _check_header(path, {name: file.get_slice(name) for name in names}, parameters)
+            return {name: file.get_tensor(name).astype(np.float32, copy=False) for name in names}
+    except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-    tensors = {}
-    for name, tensor in stored.items():
-        if ignored is not None and ignored.search(name):
-            continue
-        if tensor.dtype not in (np.float32, np.float16, jnp.bfloat16):
-            raise ValueError(
-                f"{path}: {name} is {tensor.dtype} (supported: float32, float16, bfloat16)"
-            )
-        tensors[name] = tensor.astype(np.float32, copy=False)
-    return tensors
 
 
-def _read_shards(index, ignored):
+def _check_header(path, slices, parameters):
+    """Refuses tensors that the network cannot have, before any of them is read."""
+    total = 0
+    for name, tensor in slices.items():
+        kind, shape = tensor.get_dtype(), tensor.get_shape()
+        if kind not in _TYPES:
+            raise ValueError(f"{path}: {name} is {kind} (supported: {', '.join(_TYPES)})")
+        if len(shape) > _MOST_AXES or max(shape, default=0) > _MOST_NUMBERS:
+            raise ValueError(f"{path}: {name} is of the shape {reprlib.repr(shape)}")
+        total += math.prod(shape)
+    _check_total(path, total, parameters)
+
+
+def _check_total(path, total, parameters):
+    if total > 2 * parameters + _MOST_NUMBERS:  # a table may be there twice, and names be wrong
+        raise ValueError(f"{path} has {total} numbers, but the network has {parameters}")
+
+
+def _read_shards(index, parameters, ignored):
     stored = read_json(index)
     places = stored.get("weight_map") if isinstance(stored, dict) else None
     if not isinstance(places, dict) or not places:
         raise ValueError(f"{index} is damaged: it has no weight_map")
-    shards = set(places.values())
-    if wrong := [str(shard) for shard in shards if not _is_file_name(shard)]:
+    shards = set(map(str, places.values()))
+    if wrong := [shard[:_SHOWN] for shard in shards if not _is_file_name(shard)]:
         raise ValueError(f"{index} names {listing(sorted(wrong))}, not files beside it")
     tensors, found = {}, {}
     for shard in sorted(shards):
         if not (index.parent / shard).is_file():
             raise FileNotFoundError(f"{index.parent} has no {shard}, which {index.name} names")
-        for name, tensor in read_tensors(index.parent / shard, ignored).items():
+        for name, tensor in read_tensors(index.parent / shard, parameters, ignored).items():
             if name in found:
                 raise ValueError(f"{index.parent} has {name} in both {found[name]} and {shard}")
             tensors[name], found[name] = tensor, shard
+        _check_total(index, count(tensors), parameters)
     places = {n: s for n, s in places.items() if ignored is None or not ignored.search(n)}
     if differing := sorted(n for n in places.keys() | found if places.get(n) != found.get(n)):
         raise ValueError(f"{index} does not fit its shards: {listing(differing)}")
@@ -115,7 +137,7 @@ def _read_shards(index, ignored):
 
 
 def _is_file_name(value):
-    return isinstance(value, str) and re.fullmatch(r"\w[\w.\-]*\.safetensors", value) is not None
+    return re.fullmatch(r"\w[\w.\-]*\.safetensors", value) is not None
 
 
 def check(
@@ -158,6 +180,11 @@ def abstract_params(network: Any, *sizes: int) -> dict[tuple[str, ...], np.ndarr
         path: np.broadcast_to(zero, leaf.shape)
         for path, leaf in traverse_util.flatten_dict(shapes).items()
     }
+
+
+def count(leaves: Mapping) -> int:
+    """How many numbers the leaves have."""
+    return sum(math.prod(np.shape(leaf)) for leaf in leaves.values())
 
 
 def shapes(leaves: Mapping) -> dict[str, tuple]:

@@ -165,8 +165,9 @@ def save_gpt2(
 def _load(directory, config, layout, stored):
     """Our tree of parameters; `stored` tells which tensors the file has, the others are zero."""
     path = files.find_weights(directory, _WEIGHTS)
-    tensors = _with_prefix(path, files.read_tensors(path, layout.ignored), layout.prefix)
     abstract_params = files.abstract_params(TokenNetwork(config))
+    tensors = files.read_tensors(path, files.count(abstract_params), layout.ignored)
+    tensors = _with_prefix(path, tensors, layout.prefix)
     expected = {n: t for n, t in _export(abstract_params, config, layout).items() if stored(n)}
     if config.tied and _HEAD in tensors:
         (token,) = _parts(("token",), abstract_params["token",], config, layout)

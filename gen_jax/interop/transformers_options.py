@@ -11,14 +11,16 @@ import math
 import os
 import pathlib
 
+from gen_jax.bounded import read_json
 from gen_jax.interop.config_json import (
     CONFIG,
     DEEPEST,
     LARGEST,
     Refusals,
     is_count,
-    read_json,
     refusal,
+    shown,
+    unknown,
 )
 from gen_jax.nn.config import TransformerConfig
 
@@ -251,7 +253,7 @@ def to_gpt2_config(stored: dict) -> TransformerConfig:
         width=options["n_embd"],
         heads=options["n_head"],
         mlp_dim=options["n_inner"] or 0,
-        norm_epsilon=options["layer_norm_epsilon"],
+        norm_epsilon=float(options["layer_norm_epsilon"]),
         tied=options["tie_word_embeddings"],
     )
 
@@ -312,7 +314,7 @@ def to_llama_config(stored: dict) -> tuple[TransformerConfig, frozenset[str]]:
         position="rotary",
         rotary_base=float(base),
         norm="rms",
-        norm_epsilon=options["rms_norm_eps"],
+        norm_epsilon=float(options["rms_norm_eps"]),
         activation="swiglu",
         bias=bool(biased),
         tied=options["tie_word_embeddings"],
@@ -326,13 +328,11 @@ def _check_kind(stored, kinds):
     kind = stored.get("model_type")
     supported = " or ".join(kinds)
     if not isinstance(kind, str) or kind not in kinds:
-        raise ValueError(
-            f"model_type={json.dumps(kind)} cannot be expressed (supported: {supported})"
-        )
+        raise ValueError(f"model_type={shown(kind)} cannot be expressed (supported: {supported})")
     names = stored.get("architectures") or [kinds[kind][0]]
     if not isinstance(names, list) or any(name not in kinds[kind] for name in names):
         raise ValueError(
-            f"architectures={json.dumps(names)} cannot be expressed "
+            f"architectures={shown(names)} cannot be expressed "
             f"(supported: {' or '.join(kinds[kind])})"
         )
 
@@ -340,8 +340,7 @@ def _check_kind(stored, kinds):
 def _unknown_and_fixed(stored, options, read, fixed):
     fixed = _FIXED | fixed
     known = read | fixed.keys() | _WITHOUT_EFFECT
-    unknown = {key for key in stored.keys() - known if not key.startswith("_")}
-    problems = [f"{key}={json.dumps(stored[key])} (unknown)" for key in sorted(unknown)]
+    problems = unknown(stored, known)
     for key, allowed in fixed.items():
         if key in options and not _is_one_of(options[key], allowed):
             problems.append(refusal(options, key, " or ".join(map(json.dumps, allowed))))
@@ -417,9 +416,9 @@ def _rotary_base(options):
         if rest.get("rope_theta") is not None:
             bases.append(rest["rope_theta"])
     if not problems and not all(_is_positive(base) for base in bases):
-        problems.append(f"rope_theta={json.dumps(bases[0])} (supported: a positive number)")
+        problems.append(f"rope_theta={shown(bases[0])} (supported: a positive number)")
     elif not problems and len(set(bases)) > 1:
-        problems.append(f"rope_theta={json.dumps(bases)} (supported: the same at each place)")
+        problems.append(f"rope_theta={shown(bases)} (supported: the same at each place)")
     return bases[0] if bases else 10_000.0, problems
 
 

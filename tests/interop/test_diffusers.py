@@ -394,7 +394,7 @@ def without(name):
         (lambda tensors: {}, r"missing .* and \d+ more$"),
         (
             lambda tensors: tensors | {"conv_in.bias": np.zeros(8, np.int32)},
-            r"conv_in\.bias is int32 \(supported: float32",
+            r"conv_in\.bias is I32 \(supported: F32",
         ),
     ],
 )

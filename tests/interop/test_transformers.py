@@ -443,7 +443,7 @@ def changed(**shapes):
         (lambda tensors: {}, r"missing .* and \d+ more$"),
         (
             lambda tensors: tensors | {"transformer.ln_f.bias": np.zeros(8, np.int32)},
-            r"ln_f\.bias is int32 \(supported: float32",
+            r"ln_f\.bias is I32 \(supported: F32",
         ),
         (
             lambda tensors: tensors | {"lm_head.weight": np.zeros((11, 8), np.float32)},
