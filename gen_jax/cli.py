@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import tyro
 
-from gen_jax import arguments
+from gen_jax import arguments, host_watch
 from gen_jax import config as config_lib
 from gen_jax.config import RunConfig
 from gen_jax.tasks import config_class
@@ -259,7 +259,7 @@ def guarded(run: Callable[[], None]) -> int:
     """
     sys.unraisablehook = _unraisable
     with _streams():
-        return _exit_code(run)
+        return host_watch.end_together(run, _exit_code)
 
 
 def _exit_code(run):

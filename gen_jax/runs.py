@@ -28,7 +28,7 @@ def run(name: str, config: RunConfig, workdir: Workdir, phases: tuple[str, ...],
       phases: the commands, in order.
       data: of `config.load` for these phases.
     """
-    hosts.start(config.distributed)
+    hosts.start(config.distributed, cli.resume_command(name, config, phases))
     main = jax.process_index() == 0
     several = bool(config.distributed.coordinator)
     claimed = cli.claim(workdir, config) if several and main else None
