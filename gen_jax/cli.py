@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import tyro
 
-from gen_jax import arguments, signals
+from gen_jax import arguments, host_watch, signals
 from gen_jax import config as config_lib
 from gen_jax.config import RunConfig
 from gen_jax.tasks import config_class
@@ -264,12 +264,17 @@ def guarded(run: Callable[[], None], command: str = "") -> int:
     """
     sys.unraisablehook = _unraisable
     with _streams():
-        try:
-            with signals.handled():
-                return _exit_code(run)
-        except signals.Stopped as stop:
-            print(f"{stop}. Go on with:\n  {command}" if command else stop, file=sys.stderr)
-            return stop.code
+        return host_watch.end_together(run, lambda run: _stoppable(run, command))
+
+
+def _stoppable(run, command):
+    """The exit code, also where a signal stops it."""
+    try:
+        with signals.handled():
+            return _exit_code(run)
+    except signals.Stopped as stop:
+        print(f"{stop}. Go on with:\n  {command}" if command else stop, file=sys.stderr)
+        return stop.code
 
 
 def _exit_code(run):

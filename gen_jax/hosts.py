@@ -4,11 +4,16 @@ A collective gives up when another host comes half a minute late to it, and host
 their data, at their own pace. They therefore `meet` before a collective that follows such work.
 """
 
+import os
+import socket
+
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax._src.clusters import ClusterEnv
 from jax.experimental import multihost_utils
 
+from gen_jax import host_watch
 from gen_jax.config import DistributedConfig
 
 __all__ = ["check_platform", "gather", "meet", "start"]
@@ -16,17 +21,64 @@ __all__ = ["check_platform", "gather", "meet", "start"]
 _PATIENCE = 600  # seconds that the first host waits for the last
 
 
-def start(config: DistributedConfig) -> None:
+def start(config: DistributedConfig, resume: str = "") -> None:
     """Joins the processes of a run on several hosts; call it before anything touches a device.
 
+    From then on this process ends with one line when another is gone; see `host_watch`.
+
+    Args:
+      config: how they find each other.
+      resume: the command that goes on with the run.
+
     Raises:
-      ValueError: there is no device of the platforms that JAX_PLATFORMS names.
+      ValueError: there is no device of the platforms that JAX_PLATFORMS names, no cluster that
+        tells who is there, or a process that does not fit the others.
+      OSError: not all processes came.
     """
-    if config.coordinator == "auto":
-        jax.distributed.initialize()
-    elif config.coordinator:
-        jax.distributed.initialize(config.coordinator, config.processes, config.index)
+    if config.coordinator:
+        _join(config, f"go on from the last checkpoint, on any number of hosts: {resume}")
     check_platform()
+
+
+def _join(config, advice):
+    address, processes, index = config.coordinator, config.processes, config.index
+    devices = None
+    if address == "auto":
+        address, processes, index, devices = ClusterEnv.auto_detect_unset_distributed_params(
+            os.environ.get("JAX_COORDINATOR_ADDRESS"), None, None, None, None, int(config.wait)
+        )
+        if None in (address, processes, index):
+            raise ValueError(
+                "no cluster that jax knows tells who is there; give --distributed.coordinator "
+                "host:port, --distributed.processes and --distributed.index"
+            )
+    _, port = host_watch.join(
+        address,
+        processes,
+        index,
+        patience=config.patience,
+        wait=config.wait,
+        advice=advice,
+        port=_free_port,
+    )
+    if index != 0:
+        port = host_watch.relay(address.rpartition(":")[0].strip("[]"), port)
+    anywhere = "[::]" if socket.has_dualstack_ipv6() else "0.0.0.0"
+    jax.distributed.initialize(
+        f"127.0.0.1:{port}",
+        processes,
+        index,
+        devices,
+        coordinator_bind_address=f"{anywhere}:{port}",
+        initialization_timeout=int(config.wait),
+        # The watch comes first.
+        heartbeat_timeout_seconds=int(10 * config.patience) + 100,
+    )
+
+
+def _free_port():
+    with socket.create_server(("", 0)) as server:
+        return server.getsockname()[1]
 
 
 def check_platform() -> None:

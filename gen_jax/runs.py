@@ -38,7 +38,9 @@ def run(name: str, config: RunConfig, workdir: Workdir, phases: tuple[str, ...],
       phases: the commands, in order.
       data: of `config.load` for these phases.
     """
-    hosts.start(config.distributed)
+    command = "all" if len(phases) > 1 else phases[0]
+    resume = cli.command_line(name, [command, "--workdir", str(config.workdir)])
+    hosts.start(config.distributed, resume)
     main = jax.process_index() == 0
     several = bool(config.distributed.coordinator)
     claimed = cli.claim(workdir, config) if several and main else None

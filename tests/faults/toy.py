@@ -6,6 +6,7 @@ The model is a perceptron that takes noise out of random vectors, or a game of t
 turns; the faults are those of the machine around it, and are asked for by options.
 """
 
+import contextlib
 import dataclasses
 import resource
 import sys
@@ -15,7 +16,7 @@ import numpy as np
 import tyro
 
 from gen_jax import cli
-from gen_jax.config import TrainConfig, to_dict
+from gen_jax.config import DistributedConfig, TrainConfig, to_dict
 from gen_jax.workdir import Workdir
 
 
@@ -38,24 +39,34 @@ class Config:
     """Step whose batch takes a minute."""
     largest_file: int = 0
     """Bytes above which no file can be written; 0 for no limit."""
+    distributed: DistributedConfig = DistributedConfig()
+    """The processes that train together."""
 
 
 def train(config):
     """Trains; raises what `training.fit` raises."""
     if config.largest_file:
         resource.setrlimit(resource.RLIMIT_FSIZE, (config.largest_file, config.largest_file))
+    index, processes = config.distributed.index, config.distributed.processes
+    if config.distributed.coordinator:
+        from gen_jax import hosts
+
+        hosts.start(config.distributed, f"python toy.py --workdir {config.workdir}")
     workdir = Workdir(config.workdir)
-    with workdir.lock():
-        workdir.write_config(
-            to_dict(config), ("workdir", "train.", "pause", "block_at", "largest_file")
-        )
+    with workdir.lock() if index == 0 else contextlib.nullcontext():
+        if index == 0:
+            workdir.write_config(
+                to_dict(config),
+                ("workdir", "train.", "pause", "block_at", "largest_file", "distributed."),
+            )
         from gen_jax import parallel, training
         from gen_jax.trainables import ModelTrainable
 
         def batch(step):
             time.sleep(60 if step == config.block_at else config.pause)
             generator = np.random.default_rng([config.train.seed, step])
-            return {"x": generator.normal(size=(config.train.batch, 16)).astype(np.float32)}
+            x = generator.normal(size=(config.train.batch, 16)).astype(np.float32)
+            return {"x": np.split(x, processes)[index]}
 
         perceptron = ModelTrainable(Perceptron(config.width), config.train)
         trainable = make_game() if config.game else perceptron
