@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from gen_jax import cli, operations, parallel, runs, training
+from gen_jax import cli, memory, operations, parallel, runs, training
 from gen_jax import config as config_lib
 from gen_jax.config import RunConfig
 from gen_jax.task import Stage
@@ -73,18 +73,13 @@ def _describe(config: RunConfig, stage: Stage, mesh, earlier) -> dict[str, Any]:
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(held))
     step, arguments = training_step(config, stage, mesh, earlier)
     batch = arguments[1]
-    memory = operations.peak_memory(step.lower(*arguments).compile())
+    peak = operations.peak_memory(step.lower(*arguments).compile())
     parameters = sum(leaf.size for leaf in jax.tree.leaves(stage.abstract_params()))
     shapes = {name: f"{leaf.dtype} {list(leaf.shape)}" for name, leaf in batch.items()}
     return {
         "parameters": f"{parameters:,}",
-        "state_in_checkpoints": _bytes(held),
+        "state_in_checkpoints": memory.readable(held),
         **{f"batch_{name}": shape for name, shape in shapes.items()},
         "operations_per_step": f"{mesh.size * operations.count(step, *arguments):.4g}",
-        "memory_of_a_step_per_device": _bytes(memory),
+        "memory_of_a_step_per_device": memory.readable(peak),
     }
-
-
-def _bytes(number):
-    power = min(max(int(number).bit_length() - 1, 0) // 10, 3)
-    return f"{number / 1024**power:.4g} {('bytes', 'KiB', 'MiB', 'GiB')[power]}"

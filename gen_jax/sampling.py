@@ -22,6 +22,7 @@ from jaxtyping import Bool, Key
 from tqdm import tqdm
 
 from gen_jax import keys as key_streams
+from gen_jax import memory
 from gen_jax.condition import Condition
 
 __all__ = [
@@ -285,6 +286,7 @@ def generate_many(
     Raises:
       ValueError: `number` or `micro_batch` is below 1, or as `generate` does.
       jax.errors.JaxRuntimeError: one sample per device does not fit in memory.
+      MemoryError: the same on CPUs, before it is tried.
     """
     if number < 1 or micro_batch < 1:
         raise ValueError(f"number and micro_batch must be at least 1, got {number}, {micro_batch}")
@@ -312,8 +314,9 @@ def _generate_many(sampler, params, seed, number, cond, start, size, mesh, kept,
                 program, fresh = _program(sampler, arguments, mesh)
                 compiled = time.perf_counter()
                 samples = jax.tree.map(np.asarray, program(*arguments))
-            except jax.errors.JaxRuntimeError as error:
-                if "RESOURCE_EXHAUSTED" not in str(error) or size <= devices:
+            except (MemoryError, jax.errors.JaxRuntimeError) as error:
+                exhausted = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+                if not exhausted or size <= devices:
                     raise
                 size = _round_up(size // 2, devices)
                 warnings.warn(
@@ -373,8 +376,17 @@ def compile_generate(
     It takes `sampler.prepare(params)`, so that calls share the preparation. With a mesh each
     device runs the whole loop on its own share of the samples, whose number it divides; nothing
     is exchanged between devices.
+
+    Raises:
+      MemoryError: it does not fit in the memory of the CPU; see `memory.check`.
     """
-    loop, cond = functools.partial(_loop, sampler), Condition() if cond is None else cond
+    program = _compiled(sampler, prepared, keys, Condition() if cond is None else cond, mesh)
+    memory.check(f"a micro-batch of {keys.shape[0]}", program)
+    return program
+
+
+def _compiled(sampler, prepared, keys, cond, mesh):
+    loop = functools.partial(_loop, sampler)
     if mesh is None:
         return jax.jit(loop).lower(prepared, keys, cond).compile()
     mapped = jax.shard_map(

@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from gen_jax import checkpoint, event_log, hosts, parallel, signals
+from gen_jax import checkpoint, event_log, hosts, memory, parallel, signals
 from gen_jax.config import TrainConfig
 from gen_jax.training_step import Trainable, TrainState, init_state, make_step
 from gen_jax.workdir import MetricsLog, Workdir
@@ -124,6 +124,7 @@ def fit(
       NotFinite: more than `config.max_skipped` updates in a row were not finite; names step and
         seed. The last checkpoint is from before the first of them, or from a step whose own
         update was skipped, so that its state is finite.
+      MemoryError: a step does not fit in the memory of the CPU.
     """
     check_start(config, trainable, mesh, initial is not None)
     if jax.process_index() == 0:
@@ -275,6 +276,7 @@ class _Loop:
             with self._apart():
                 began = time.perf_counter()
                 self.programs[shapes] = step_fn.lower(*arguments).compile()
+                memory.check("a step of training", self.programs[shapes])
                 self.compile_seconds += time.perf_counter() - began
                 hosts.meet("a step is compiled")
         return self.programs[shapes]

@@ -1,0 +1,95 @@
+"""Memory of the host: what a compiled program takes there, and what is left.
+
+Where memory runs out on a CPU, the kernel or XLA ends the process without a word. What does not fit
+is refused here instead, when it is compiled. Nothing is checked where a device has memory of its
+own, whose allocator raises an error, nor where nobody says what a program takes or what is left.
+"""
+
+import contextlib
+import math
+import os
+import pathlib
+import resource
+from collections.abc import Iterator
+from typing import Any
+
+from gen_jax import operations
+
+__all__ = ["available", "check", "readable"]
+
+
+def check(what: str, program: Any) -> None:
+    """Refuses a compiled program for CPUs that does not fit in what is left of their memory.
+
+    Args:
+      what: the program is, as in "a step of training".
+      program: of `jax.stages.Compiled`; its arguments are taken to be in memory already.
+
+    Raises:
+      MemoryError: it does not fit; the message says what it takes and what is left.
+    """
+    devices = program.runtime_executable().local_devices()
+    analysis = program.memory_analysis()
+    if devices[0].platform != "cpu" or analysis is None:
+        return
+    taken = len(devices) * (operations.peak_memory(program) - analysis.argument_size_in_bytes)
+    left = available()
+    if taken > left:
+        raise MemoryError(f"{what} takes {readable(taken)} more, and {readable(left)} are left")
+
+
+def available(root: pathlib.Path = pathlib.Path("/")) -> float:
+    """Bytes that this process may still take: of the machine, its control groups, and ulimit -v.
+
+    Args:
+      root: where proc and sys are.
+
+    Returns:
+      The least of those that can be read, not below 0; infinity where there are none.
+    """
+    return float(max(0, min(_rooms(root), default=math.inf)))
+
+
+def readable(number: int | float) -> str:
+    """A number of bytes in the unit that makes it short."""
+    power = min(max(int(number).bit_length() - 1, 0) // 10, 3)
+    return f"{number / 1024**power:.4g} {('bytes', 'KiB', 'MiB', 'GiB')[power]}"
+
+
+def _rooms(root: pathlib.Path) -> Iterator[int]:
+    process = root / "proc/self"
+    with contextlib.suppress(OSError):
+        yield 1024 * _fields(root / "proc/meminfo")["MemAvailable"]
+    most, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if most != resource.RLIM_INFINITY:
+        with contextlib.suppress(OSError):
+            pages = int((process / "statm").read_text().split()[0])
+            yield most - pages * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError):
+        for line in (process / "cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if not controllers:
+                names = "memory.max", "memory.current", "inactive_file"
+                yield from _rooms_of_groups(root / "sys/fs/cgroup", path, *names)
+            elif "memory" in controllers.split(","):
+                names = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+                yield from _rooms_of_groups(root / "sys/fs/cgroup/memory", path, *names)
+
+
+def _rooms_of_groups(mount, path, most, used, unused):
+    """What a group and those around it leave; a container may see the outermost alone."""
+    inner = mount / path.lstrip("/")
+    for folder in (inner, *inner.parents):
+        if not folder.is_relative_to(mount):
+            return
+        with contextlib.suppress(OSError):  # the root of version 2 has no limit
+            limit = (folder / most).read_text().strip()
+            if limit != "max":
+                files = _fields(folder / "memory.stat")[unused]  # which the kernel can drop
+                yield int(limit) - int((folder / used).read_text()) + files
+
+
+def _fields(path):
+    """Names and numbers of a file of lines as "name: number unit"."""
+    lines = (line.split() for line in path.read_text().splitlines())
+    return {words[0].rstrip(":"): int(words[1]) for words in lines if len(words) > 1}
