@@ -265,7 +265,7 @@ class DistributedConfig:
     """Seconds that processes wait for one another at the start."""
     patience: float = 30.0
     """Seconds of silence after which a process counts as gone, and all others end; one that dies is
-    noticed at once. On CPUs at most 35: a collective gives up then, with messages of its own."""
+    noticed at once."""
 
     def __post_init__(self):
         for name in ("wait", "patience"):
