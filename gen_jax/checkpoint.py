@@ -32,8 +32,9 @@ _TEMPORARY = ".orbax-checkpoint-tmp"  # in the names of folders that are no step
 FORMAT = 2  # 1 had the trees "params", "ema" and "state", in the work directory itself
 
 # An error of a thread of Orbax or of TensorStore is raised by `save`; the tracebacks that they log
-# besides, one for each thread, are noise.
+# besides, one for each thread, are noise. So are those of metadata of which nothing is read here.
 logging.getLogger("absl").addFilter(lambda record: "_SignalingThread" not in record.getMessage())
+logging.getLogger("absl").addFilter(lambda record: "Metadata file" not in record.getMessage())
 logging.getLogger("asyncio").addFilter(lambda record: "OCDBT" not in record.getMessage())
 
 
@@ -167,7 +168,14 @@ def restore(
 
 def _restore(directory, abstract, step):
     path = pathlib.Path(directory).absolute()
-    with _manager(path) as manager:
+    try:
+        manager = _manager(path)
+    except ValueError as error:  # Orbax reads what it left in the folders of all steps
+        raise DamagedCheckpoint(
+            f"checkpoint of step {step} is damaged: a _CHECKPOINT_METADATA in {path} cannot be "
+            f"read ({_first_line(error)}); move that file away"
+        ) from error
+    with manager:
         meta = _read_meta(manager, step)
         trees = {}
         for name, tree in abstract.items():

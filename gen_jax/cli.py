@@ -217,6 +217,8 @@ def stored_run(path: str | os.PathLike, kind: type[RunConfig] | None = None) -> 
     values.pop("distributed", None)  # which older versions stored
     if task is None:
         raise WorkdirError(f"{path} is of an older version; train again in another --workdir")
+    if not isinstance(task, str):
+        raise WorkdirError(f"{path}/config.json: task must be a name, got {task!r}")
     if kind is not None and task != kind.task:
         raise WorkdirError(
             f"{path} holds a run of the task {task!r}, not {kind.task!r}; choose another directory"
@@ -290,7 +292,9 @@ def _exit_code(run):
         return _fail(f"out of memory{f' ({error})' * bool(str(error))}; {_SMALLER}", 1)
     except (FloatingPointError, OSError) as error:
         return _fail(error, 2 if getattr(error, "errno", None) == errno.ENAMETOOLONG else 1)
-    except RuntimeError as error:  # of jax, which may not have been imported
+    except RuntimeError as error:  # of pathlib, or of jax, which may not have been imported
+        if "home directory" in str(error):
+            return _fail("a path begins with ~ and a user who is not known here", 2)
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return _fail(f"out of memory ({str(error).splitlines()[0][:200]}); {_SMALLER}", 1)
@@ -336,7 +340,7 @@ def parse(experiment: Experiment, argv: list[str]) -> tuple[str, RunConfig]:
         else None
     )
     if folder:
-        name = f"{experiment.name}_{pathlib.Path(folder).expanduser().resolve().name}"
+        name = f"{experiment.name}_{_last_name(folder)}"
         place = str(pathlib.Path(default.workdir).parent / name)
         default = dataclasses.replace(default, workdir=place)
     stored = None
@@ -356,6 +360,10 @@ def parse(experiment: Experiment, argv: list[str]) -> tuple[str, RunConfig]:
     with arguments.refusals_in_one_line():
         config = tyro.cli(type(default), prog=prog, description=about, default=default, args=rest)
     return command, config
+
+
+def _last_name(folder):
+    return os.path.basename(os.path.abspath(os.path.expanduser(folder)))
 
 
 def _description(experiment, default):
@@ -457,5 +465,6 @@ def _unraisable(what):
 
 
 def _fail(error, code):
-    print(f"error: {error}", file=sys.stderr)
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(error))
+    print(f"error: {line}", file=sys.stderr)  # also of a path with a line break
     return code

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 T = TypeVar("T")
 
 __all__ = [
+    "LARGEST_BATCH",
     "Choice",
     "DistributedConfig",
     "RunConfig",
@@ -34,6 +35,8 @@ __all__ = [
     "resolve",
     "to_dict",
 ]
+
+LARGEST_BATCH = 2**24  # of more, the indices alone would take the memory of a host
 
 
 @typing.dataclass_transform(frozen_default=True)
@@ -96,7 +99,9 @@ def _problem(hint, value):
         kind, name = _NUMBERS[hint]
         if not isinstance(value, kind) or isinstance(value, bool):
             return name
-        return "finite" if hint is float and not math.isfinite(value) else None
+        if hint is int and not -(2**63) <= value < 2**63:
+            return "a whole number of at most 64 bits"
+        return None if hint is int or _is_finite(value) else "finite"
     if origin in (typing.Union, types.UnionType):
         problems = [_problem(argument, value) for argument in arguments]
         return None if None in problems else " or ".join(problems)
@@ -108,12 +113,21 @@ def _problem(hint, value):
             return f"a tuple of {len(inner)}"
         found = (_problem(one, item) for one, item in zip(inner, value, strict=True))
         return next((f"a tuple of which each entry is {what}" for what in found if what), None)
+    if hint is str and isinstance(value, str) and "\0" in value:
+        return "text without null characters"
     kind = origin or hint
     if not isinstance(kind, type) or getattr(kind, "_is_protocol", False):
         return None
     if isinstance(value, kind):
         return None
     return "None" if kind is types.NoneType else f"of type {kind.__name__}"
+
+
+def _is_finite(value):
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number that is larger than any float
+        return False
 
 
 def resolve(name: str | Callable) -> Callable:
@@ -127,7 +141,7 @@ def resolve(name: str | Callable) -> Callable:
     module, _, attribute = name.partition(":")
     try:
         return functools.reduce(getattr, attribute.split("."), importlib.import_module(module))
-    except (ModuleNotFoundError, AttributeError, ValueError) as error:
+    except (ModuleNotFoundError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{name!r} names no module:attribute that can be imported") from error
 
 
@@ -197,6 +211,11 @@ class TrainConfig:
         for name in counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("steps", "warmup", "preview"):
+            if getattr(self, name) >= 2**31:
+                raise ValueError(f"{name} must be below 2**31, got {getattr(self, name)}")
+        if self.batch > LARGEST_BATCH:
+            raise ValueError(f"batch must be at most {LARGEST_BATCH}, got {self.batch}")
         counts = ("warmup", "evaluate_every", "preview_every", "max_skipped")
         for name in (*counts, "clip_norm", "learning_rate", "weight_decay"):
             if getattr(self, name) < 0:
@@ -245,6 +264,8 @@ class SampleConfig:
         for name in ("number", "micro_batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            if getattr(self, name) >= 2**31:
+                raise ValueError(f"{name} must be below 2**31, got {getattr(self, name)}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be in [0, 2**32), got {self.seed}")
         if self.checkpoint < -1:

@@ -23,7 +23,7 @@ from gen_jax import config as config_lib
 from gen_jax.config import RunConfig
 from gen_jax.parts import Parts
 from gen_jax.task import Context, Run, Stage, Task
-from gen_jax.workdir import Workdir
+from gen_jax.workdir import MetricsLog, Workdir
 
 __all__ = ["evaluate", "make_task", "restore", "run", "sample", "train"]
 
@@ -47,6 +47,9 @@ def run(name: str, config: RunConfig, workdir: Workdir, phases: tuple[str, ...],
     with claimed or contextlib.nullcontext():
         hosts.meet("the work directory is there")
         task = make_task(config, workdir, phases, data)
+        for path in (workdir.path / name for name in ("summary.json", *task.results)):
+            if path.suffix and path.is_dir():  # results without one are folders
+                raise IsADirectoryError(f"{path} is a directory; move it away")
         if main:
             print(f"{name}: {parallel.device_banner()}; {workdir.path}")
         current, report = Run(name, config, workdir, phases, task), {}
@@ -142,6 +145,7 @@ def _begin(run):
         given = initial[stage.name] is not None
         config = stage.training(run.config)
         training.check_start(config, stage.trainable, parallel.data_mesh(), given)
+        MetricsLog.read(run.workdir.stage(stage.name).path / "metrics.jsonl")
     if jax.process_index() == 0:
         cli.store(run.workdir, run.config)
         if run.task.begin is not None:

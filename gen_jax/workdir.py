@@ -32,13 +32,22 @@ class Workdir:
       path: the directory, which need not exist.
 
     Raises:
-      WorkdirError: its name is empty, or not text in this locale.
+      WorkdirError: its name is empty, not text in this locale, or begins with the home directory of
+        nobody.
     """
 
     def __init__(self, path: str | os.PathLike):
         if not os.fspath(path):
             raise WorkdirError("the work directory has no name; give one with --workdir")
-        self.path = pathlib.Path(path).expanduser().absolute()
+        try:
+            self.path = pathlib.Path(path).expanduser().absolute()
+        except RuntimeError as error:
+            raise WorkdirError(
+                f"the work directory {str(path)!a} begins with a home directory that is not there; "
+                "choose another with --workdir"
+            ) from error
+        if "\0" in str(self.path):
+            raise WorkdirError(f"the work directory {str(path)!a} has a null character in its name")
         try:
             str(self.path).encode()  # TensorStore takes no other names
         except UnicodeEncodeError as error:
@@ -263,7 +272,7 @@ class MetricsLog:
         for number, line in enumerate(lines, 1):
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):  # ValueError also of a number of 5,000 digits
                 if "\0" in line or (number == len(lines) and not line.endswith("\n")):
                     break  # cut short by a crash: what follows was never written
                 record = None

@@ -95,6 +95,7 @@ UNKNOWN = [
     ("--presets tiny", "unknown option --presets"),
     ("--sampler dddim", "unknown --sampler 'dddim'; did you mean ddim?"),
     ("--sampler nowhere:Mine", "'nowhere:Mine' names no module:attribute that can be imported"),
+    ("--sampler .:Mine", "'.:Mine' names no module:attribute that can be imported"),
     ("--sampler.eta 1", "unknown option --sampler.eta"),
     ("--sampler", "--sampler needs a value"),
 ]
@@ -118,6 +119,12 @@ ILL_TYPED = [
 OUT_OF_RANGE = [
     ("--train.steps 0", "steps must be at least 1, got 0"),
     ("--train.batch -1", "batch must be at least 1, got -1"),
+    ("--train.steps 3000000000", "steps must be below 2**31, got 3000000000"),
+    (f"--train.steps 1{'0' * 30}", "steps must be a whole number of at most 64 bits, got 1000"),
+    ("--train.batch 1000000000000", "batch must be at most 16777216, got 1000000000000"),
+    ("--sample.number 3000000000", "number must be below 2**31, got 3000000000"),
+    ("--model.widths 8000000000", "widths must be at most 1048576, got (8000000000,)"),
+    ("--model.blocks 2000", "blocks must be at most 1024, got 2000"),
     ("--train.keep 0", "keep must be at least 1, got 0"),
     ("--train.ema 1", "ema must be in [0, 1), got 1.0"),
     ("--train.ema nan", "ema must be finite, got nan"),
@@ -178,6 +185,8 @@ MISSING = [
     ("--data.name cifar10 --data.dir nowhere", "no CIFAR-10 files in "),
     ("--data.name folder --data.dir nowhere", "nowhere is no folder"),
     ("sample --workdir nowhere", "no run in"),
+    ("--workdir ~nobody-here/run", "'~nobody-here/run' begins with a home directory that is not"),
+    ("--pretrained ~nobody-here/weights", "a path begins with ~ and a user who is not known here"),
     ("evaluate --workdir nowhere", "train one first, or give its --workdir"),
 ]
 OF_TOKENS = [

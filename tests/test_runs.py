@@ -388,7 +388,10 @@ DAMAGE = [
     ("config.json", b"[" * 100_000, "sample", "config.json is damaged (maximum recursion depth"),
     ("config.json", {"stages": [[1]]}, "sample", "config.json: stages must be a whole number"),
     ("config.json", {"train": [1]}, "sample", "config.json: TrainConfig cannot be read from [1]"),
-    ("config.json", {"data": 10**30}, "sample", None),
+    ("config.json", {"data": 2**62}, "sample", None),
+    ("config.json", {"data": 10**30}, "sample", "data must be a whole number of at most 64 bits"),
+    ("config.json", {"pretrained": "\0"}, "sample", "must be text without null characters"),
+    ("config.json", {"task": {}}, "sample", "config.json: task must be a name, got {}"),
     ("config.json", None, "sample", "config.json cannot be read (Is a directory)"),
     ("summary.json", b"", "sample", "summary.json is damaged (Expecting value"),
     ("summary.json", b"[]", "evaluate", "summary.json is damaged (it holds no object of fields)"),
@@ -398,6 +401,9 @@ DAMAGE = [
     ("samples.npz", b"words", "evaluate", "samples.npz is damaged"),
     ("first/metrics.jsonl", b'{"loss": 1}\n', "train", "line 1 is no record with a step"),
     ("first/metrics.jsonl", None, "train", "metrics.jsonl cannot be read (Is a directory)"),
+    ("first/metrics.jsonl", b"[" * 100_000 + b"\n", "train", "line 1 is no record with a step"),
+    ("first/metrics.jsonl", b"1" * 5000 + b"\n", "train", "line 1 is no record with a step"),
+    ("samples.npz", None, "sample", "samples.npz is a directory; move it away"),
     ("first/checkpoints", b"words", "train", "checkpoints is no directory; move it away"),
     ("first", b"words", "train", "first is no directory; move it away"),
 ]
@@ -423,6 +429,7 @@ def test_damaged_files_are_named_before_any_work(
     (run / name).mkdir() if content is None else (run / name).write_bytes(content)
     drawn = (run / "samples.npz").stat() if name != "samples.npz" else None
     steps = ("--train.steps", 4) if command == "train" else ()
+    stored = (run / "config.json").stat()
     code = main(command, "--workdir", run, *steps)
     output = capsys.readouterr()
     if message is None:  # a number of any size is one
@@ -431,6 +438,7 @@ def test_damaged_files_are_named_before_any_work(
     assert code == 2, output.err
     assert "\n" not in output.err.rstrip("\n")
     assert message in output.err
+    assert (run / "config.json").stat() == stored
     assert drawn is None or (run / "samples.npz").stat() == drawn
 
 
@@ -438,6 +446,7 @@ def test_damaged_files_are_named_before_any_work(
     ("error", "code", "message"),
     [
         (MemoryError(), 1, "error: out of memory; try a larger --train.accumulate"),
+        (FileNotFoundError("no a\nb\r\x1b"), 2, r"error: no a\nb\r\x1b"),
         (MemoryError("8 EiB"), 1, "error: out of memory (8 EiB); try"),
         (FileExistsError(17, "File exists", "samples"), 2, "File exists: 'samples'"),
         (OSError(errno.ENAMETOOLONG, "File name too long", "a"), 2, "File name too long: 'a'"),

@@ -4,6 +4,8 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from gen_jax.nn.config import DEEPEST, LARGEST
+
 __all__ = [
     "CONFIG",
     "DEEPEST",
@@ -17,8 +19,7 @@ __all__ = [
 ]
 
 CONFIG = "config.json"
-# Larger sizes are no networks: memory, or the compiler, would end the process.
-LARGEST, DEEPEST, MOST_PIXELS = 2**20, 2**8, 2**24
+MOST_PIXELS = 2**24
 _SHOWN, _LISTED = 200, 20  # characters of a value, options that are unknown
 
 

@@ -1,10 +1,21 @@
 """Sizes of the networks, as frozen dataclasses; importing this loads nothing heavy."""
 
+import dataclasses
 from typing import Literal
 
 from gen_jax.config import frozen
 
-__all__ = ["AutoencoderConfig", "DiscriminatorConfig", "TransformerConfig", "UNetConfig"]
+__all__ = [
+    "DEEPEST",
+    "LARGEST",
+    "AutoencoderConfig",
+    "DiscriminatorConfig",
+    "TransformerConfig",
+    "UNetConfig",
+]
+
+# Larger sizes are no networks: memory, or the compiler, would end the process.
+LARGEST, DEEPEST = 2**20, 2**10
 
 
 @frozen
@@ -137,6 +148,7 @@ class DiscriminatorConfig:
         for name in ("width", "layers", "groups"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        _check_largest(self)
         if 2 * self.width % self.groups:
             raise ValueError(f"groups ({self.groups}) must divide twice the width ({self.width})")
 
@@ -160,6 +172,16 @@ class DiscriminatorConfig:
         return shape
 
 
+def _check_largest(config):
+    """Refuses whole numbers that are larger than those of any network."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        most = DEEPEST if field.name in ("layers", "blocks") else LARGEST
+        largest = max(value, default=0) if isinstance(value, tuple) else value
+        if isinstance(largest, int) and largest > most:
+            raise ValueError(f"{field.name} must be at most {most}, got {value}")
+
+
 def _check_convolutional(config, at_least_one):
     """What both networks of images ask of their sizes."""
     if not config.widths or min(config.widths) < 1:
@@ -167,6 +189,7 @@ def _check_convolutional(config, at_least_one):
     for name in at_least_one:
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
+    _check_largest(config)
     for name in ("head_width", "norm_epsilon"):
         if getattr(config, name) < 0:
             raise ValueError(f"{name} must not be negative, got {getattr(config, name)}")
@@ -239,6 +262,7 @@ class TransformerConfig:
         for name in ("context", "layers", "width", "heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        _check_largest(self)
         for name in ("vocabulary", "kv_heads", "head_width", "mlp_dim", "window", "extra_inputs"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")

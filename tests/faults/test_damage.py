@@ -220,6 +220,12 @@ def test_too_little_memory_is_no_damage(saved, monkeypatch):
         checkpoint.restore(saved, ABSTRACT)
 
 
+def test_metadata_of_orbax_that_it_cannot_read_are_named(saved):
+    (saved / "2" / "_CHECKPOINT_METADATA").write_text("7")
+    with pytest.raises(checkpoint.DamagedCheckpoint, match=r"_CHECKPOINT_METADATA in .* move that"):
+        checkpoint.restore(saved, ABSTRACT, step=2)
+
+
 def test_a_missing_step_is_no_damage(saved):
     with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 3 .*\[1, 2\]"):
         checkpoint.restore(saved, ABSTRACT, step=3)
