@@ -448,9 +448,11 @@ class Damage:
                 command = "train" if command == "more" else command
                 main = lambda: self._main(name, "damaged", command, steps)  # noqa: E731
             before = contents(place)
-            # One that is lost is written again from the checkpoint, before samples are read.
-            lost = () if (place / "config.json").exists() else ("config.json",)
-            return _said(ended(main), f"{name} {command} after {done}", before, place, lost)
+            lost, end = not (place / "config.json").exists(), ended(main)
+            # It is written before samples are read where it is lost, and before all arrays are.
+            early = lost or end.stderr.startswith("error: every checkpoint in ")
+            restored = ("config.json",) if early else ()
+            return _said(end, f"{name} {command} after {done}", before, place, restored)
         finally:
             shutil.rmtree(place)
 
