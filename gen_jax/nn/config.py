@@ -15,7 +15,7 @@ __all__ = [
 ]
 
 # Larger sizes are no networks: memory, or the compiler, would end the process.
-LARGEST, DEEPEST = 2**20, 2**10
+LARGEST, DEEPEST = 2**20, 2**8
 
 
 @frozen
