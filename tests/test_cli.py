@@ -124,7 +124,7 @@ OUT_OF_RANGE = [
     ("--train.batch 1000000000000", "batch must be at most 16777216, got 1000000000000"),
     ("--sample.number 3000000000", "number must be below 2**31, got 3000000000"),
     ("--model.widths 8000000000", "widths must be at most 1048576, got (8000000000,)"),
-    ("--model.blocks 2000", "blocks must be at most 1024, got 2000"),
+    ("--model.blocks 2000", "blocks must be at most 256, got 2000"),
     ("--train.keep 0", "keep must be at least 1, got 0"),
     ("--train.ema 1", "ema must be in [0, 1), got 1.0"),
     ("--train.ema nan", "ema must be finite, got nan"),
