@@ -49,6 +49,7 @@ class Drawing:
         self.size = sampling.size_for(whole, micro_batch, mesh.size)
         self._parts = parts({"seed": seed, "shape": self.size, "params": trees.digest(params)})
         self._there = [tuple(map(int, name.split("-"))) for name in self._parts.names()]
+        self._read: Chunk | None = None  # the last one that was not drawn
 
     def draw(self, first: int, last: int) -> tuple[np.ndarray, dict[str, Any]]:
         """Samples `first` to `last` - 1, and figures of them.
@@ -74,7 +75,8 @@ class Drawing:
         while sum(len(chunk.samples) for chunk in drawn) < last - first:
             with signals.finishing("the samples at work"):
                 chunk = next(chunks)
-                self._keep(chunk)
+                if chunk is not self._read:
+                    self._keep(chunk)
             drawn.append(chunk)
         return np.concatenate([chunk.samples for chunk in drawn]), {
             "nfe": self._sampler.nfe,
@@ -87,9 +89,8 @@ class Drawing:
         if not isinstance(chunk.samples, np.ndarray):
             raise ValueError("the samples of a run must be one array")
         first, last = chunk.start, chunk.start + len(chunk.samples)
-        if (first, last) not in self._there:
-            facts = {"seconds": chunk.seconds, "conditions": self._conditions(first, last)}
-            self._parts.keep(_name(first, last), {"samples": chunk.samples}, facts)
+        facts = {"seconds": chunk.seconds, "conditions": self._conditions(first, last)}
+        self._parts.keep(_name(first, last), {"samples": chunk.samples}, facts)
 
     def _kept(self, first, count):
         """A chunk from one or several parts; None where some of it is in none."""
@@ -111,7 +112,8 @@ class Drawing:
             samples.append(arrays["samples"][inside])
             seconds += facts["seconds"] * (until - at) / (place[1] - place[0])
             at = until
-        return Chunk(first, np.concatenate(samples), seconds, 0.0)
+        self._read = Chunk(first, np.concatenate(samples), seconds, 0.0)
+        return self._read
 
     def _conditions(self, first, last):
         """A digest of the condition of each sample; nothing where there is none."""

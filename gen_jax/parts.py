@@ -50,19 +50,23 @@ class Parts:
     ):
         text = json.dumps(request, sort_keys=True)
         self._request = hashlib.sha256(text.encode()).hexdigest()[:32]
-        self._mine = workdir / FOLDER / (self._request + _LASTING * lasting)
-        places = [workdir, *(pathlib.Path(other).expanduser() for other in others)]
-        ends = ("", _LASTING)
-        self._folders = []
-        for number, place in enumerate(places):
-            folders = [place / FOLDER / (self._request + end) for end in ends]
-            if number and not any(folder.is_dir() for folder in folders):
+        ordinary, kept = self._places(workdir)
+        self._mine = kept if lasting else ordinary
+        # What goes when the run is done is no part that lasts.
+        self._folders = [kept] if lasting else [ordinary, kept]
+        for place in (pathlib.Path(other).expanduser() for other in others):
+            folders = self._places(place)
+            if not any(folder.is_dir() for folder in folders):
                 raise ValueError(
                     f"{place} has no part of these samples: it must be a run of the same "
                     "checkpoint and sampler, whose parts were drawn with the same --sample.seed, "
                     "--sample.micro-batch and number of all samples (--sample.of)"
                 )
             self._folders += folders
+
+    def _places(self, workdir):
+        """Where parts of this request are that go with the run, and those that last."""
+        return [workdir / FOLDER / (self._request + end) for end in ("", _LASTING)]
 
     def names(self) -> list[str]:
         """The names of all parts that there are, ascending."""

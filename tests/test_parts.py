@@ -100,6 +100,7 @@ def test_other_machines_draw_parts_of_a_request(tmp_path, drawn, whole):
     assert samples.tobytes() == whole.tobytes()
     # The last chunk is in no part as a whole.
     assert drawn == [*range(20), *range(16, 22)]
+    assert len(list((tmp_path / "all").glob("parts/*/*.npz"))) == 1, "what was read is not copied"
 
 
 @pytest.mark.parametrize(
@@ -131,6 +132,14 @@ def test_a_damaged_part_is_made_again(tmp_path, drawn, whole, damage, capsys):
     assert capsys.readouterr().err == f"{first} is damaged: that part is made again\n"
     drawing(tmp_path).draw(0, 22)
     assert capsys.readouterr().err == "", "it was written again"
+
+
+def test_a_part_for_others_outlives_what_a_killed_run_left(tmp_path, whole):
+    drawing(tmp_path / "one").draw(0, 22)
+    drawing(tmp_path / "one", lasting=True).draw(0, 8)
+    parts.clear(tmp_path / "one")
+    samples, _ = drawing(tmp_path / "all", others=[tmp_path / "one"]).draw(0, 8)
+    assert samples.tobytes() == whole[:8].tobytes()
 
 
 def test_samples_keep_their_conditions(tmp_path, drawn):
