@@ -21,7 +21,6 @@ from gen_jax import (
 )
 from gen_jax import config as config_lib
 from gen_jax.config import RunConfig
-from gen_jax.parts import Parts
 from gen_jax.task import Context, Run, Stage, Task
 from gen_jax.workdir import MetricsLog, Workdir
 
@@ -29,7 +28,9 @@ __all__ = ["evaluate", "make_task", "restore", "run", "sample", "train"]
 
 
 def run(name: str, config: RunConfig, workdir: Workdir, phases: tuple[str, ...], data: Any) -> None:
-    """Runs phases one after the other, prints the summary and adds it to summary.json.
+    """Runs phases one after the other, adds what each measures to summary.json, and prints it.
+
+    What was not measured again stays in that file.
 
     Args:
       name: of the experiment.
@@ -68,10 +69,10 @@ def run(name: str, config: RunConfig, workdir: Workdir, phases: tuple[str, ...],
                 with _naming(phase):
                     report |= commands[phase](current)
             if main:
-                workdir.write_json("summary.json", cli.stored_summary(workdir) | report)
+                figures = report | {"wall_seconds": time.perf_counter() - current.began}
+                workdir.write_json("summary.json", cli.stored_summary(workdir) | figures)
         if main:
-            report["wall_seconds"] = time.perf_counter() - current.began
-            _summarise(current, report)
+            _summarise(current, figures)
             parts.clear(workdir.path)
 
 
@@ -263,14 +264,12 @@ def evaluate(run: Run) -> dict[str, Any]:
     Rows of the test set are shared among hosts; what is measured of them is kept until the run is
     done.
     """
-    with evaluation.in_parts(Parts(run.workdir.path, run.request("evaluate"))):
+    with evaluation.in_parts(parts.Parts(run.workdir.path, run.request("evaluate"))):
         return run.task.evaluate(run)
 
 
 def _summarise(run, report):
-    """Adds what was measured to summary.json, which keeps what was not measured again."""
-    known = cli.stored_summary(run.workdir)
-    run.workdir.write_json("summary.json", known | report)
+    """Prints what was measured, and names the files that are left."""
     cli.print_summary(f"{run.name}: {', '.join(run.phases)}", report)
     stages = [f"{stage.name}/metrics.jsonl" for stage in run.task.stages]
     names = ("config.json", *stages, *run.task.results, "summary.json")

@@ -213,6 +213,20 @@ def test_a_run_does_not_go_on_with_other_data(finished, tmp_path, monkeypatch, c
     assert main("train", "--workdir", run, "--train.steps", 9) == 0
 
 
+def test_a_configuration_that_is_lost_is_in_the_last_checkpoint(finished, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    before = (run / "config.json").read_text()
+    (run / "config.json").unlink()
+    assert main("train", "--workdir", run, "--train.batch", 16) == 2
+    assert "train.batch: 8 -> 16" in capsys.readouterr().err
+    assert not (run / "config.json").exists()
+    assert main("train", "--workdir", run) == 0
+    assert json.loads((run / "config.json").read_text()) == json.loads(before) | {
+        "workdir": str(run)
+    }
+
+
 def test_another_machine_draws_a_part(finished, tmp_path, capsys):
     """It has a copy of the run, and leaves what it drew for the run that puts all together."""
     copy = tmp_path / "copy"
