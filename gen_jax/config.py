@@ -19,6 +19,7 @@ T = TypeVar("T")
 
 __all__ = [
     "LARGEST_BATCH",
+    "AnyText",
     "Choice",
     "DistributedConfig",
     "RunConfig",
@@ -36,6 +37,8 @@ __all__ = [
     "to_dict",
 ]
 
+AnyText = typing.NewType("AnyText", str)
+"""Text in which null characters are allowed: no path, and no name."""
 LARGEST_BATCH = 2**24  # of more, the indices alone would take the memory of a host
 
 
@@ -44,8 +47,9 @@ def frozen(cls: type[T]) -> type[T]:
     """Makes a frozen dataclass that refuses, at construction, values its annotations do not allow.
 
     A field of a number, bool, str, `Literal`, tuple of these, or another class is checked against
-    its annotation; floats must be finite. What the annotation does not say (a range, how two fields
-    go together) is for the `__post_init__` of the class, which runs after these checks.
+    its annotation; floats must be finite, and text has no null characters (see `AnyText`). What the
+    annotation does not say (a range, how two fields go together) is for the `__post_init__` of the
+    class, which runs after these checks.
 
     Raises:
       ValueError: at construction; the sentence names the field, the value, and what is allowed.
@@ -115,7 +119,7 @@ def _problem(hint, value):
         return next((f"a tuple of which each entry is {what}" for what in found if what), None)
     if hint is str and isinstance(value, str) and "\0" in value:
         return "text without null characters"
-    kind = origin or hint
+    kind = str if hint is AnyText else origin or hint
     if not isinstance(kind, type) or getattr(kind, "_is_protocol", False):
         return None
     if isinstance(value, kind):

@@ -102,8 +102,16 @@ def test_a_signal_that_somebody_catches_comes_again_before_work(capsys):
     assert cli.guarded(run) == 130
 
 
+@pytest.fixture
+def heard():
+    """Processes hear SIGINT, also those of tests which a shell runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("where", ["module", "callback"])
-def test_a_signal_while_modules_are_imported_ends_the_process(tmp_path, where):
+def test_a_signal_while_modules_are_imported_ends_the_process(tmp_path, heard, where):
     """In the place of a package that takes time comes one that signals."""
     kill = "os.kill(os.getpid(), signal.SIGINT)"
     lines = {
@@ -124,5 +132,6 @@ def test_a_signal_while_modules_are_imported_ends_the_process(tmp_path, where):
 
 
 def test_importing_experiments_leaves_signals_alone():
+    before = [signal.getsignal(signum) for signum in CODES]
     importlib.reload(experiments)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert [signal.getsignal(signum) for signum in CODES] == before

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from gen_jax.bounded import parse_json, read_bytes
-from gen_jax.config import frozen
+from gen_jax.config import AnyText, frozen
 from gen_jax.data import tokenizer_check
 from gen_jax.data.tokenizer_base import EOS_NAMES, Ids, StoredTokenizer, TextStream, Tokenizer
 from gen_jax.data.words import Words
@@ -114,7 +114,7 @@ class Chars(StoredTokenizer):
       ValueError: the characters are none, or not sorted, or repeated.
     """
 
-    characters: str
+    characters: AnyText
 
     kind = "chars"
 
