@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.extend
 
-__all__ = ["count", "occurrences", "peak_memory"]
+__all__ = ["cost", "count", "occurrences", "peak_memory"]
 
 
 def count(f: Callable[..., Any], *arguments: Any) -> int:
@@ -31,6 +31,19 @@ def occurrences(primitive: str, f: Callable[..., Any], *arguments: Any) -> int:
         return 1 if equation.primitive.name == primitive else None
 
     return _of_jaxpr(of_equation, jax.make_jaxpr(f)(*arguments).jaxpr)
+
+
+def cost(program: Any) -> dict[str, float]:
+    """What XLA says that a compiled program costs: its "operations", and "bytes" moved.
+
+    Of branches the most expensive one counts, and of loops one turn.
+    """
+    analysis = program.cost_analysis() or {}
+    analysis = analysis[0] if isinstance(analysis, list) else analysis
+    return {
+        "operations": analysis.get("flops", 0.0),
+        "bytes": analysis.get("bytes accessed", 0.0),
+    }
 
 
 def peak_memory(program: Any) -> int:

@@ -29,6 +29,7 @@ __all__ = [
     "Chunk",
     "Sampler",
     "Stoppable",
+    "WrittenOut",
     "compile_generate",
     "generate",
     "generate_many",
@@ -36,6 +37,7 @@ __all__ = [
     "size_for",
     "stopped",
     "stream",
+    "written_out",
 ]
 
 _KEPT_PROGRAMS = 32  # compiled by `generate_many`; those used least recently are dropped
@@ -81,6 +83,18 @@ class Stoppable(Protocol):
 
     def stopped(self, state) -> jax.Array | None:
         """Bool []: whether further steps would change nothing; None where all steps are needed."""
+
+
+@runtime_checkable
+class WrittenOut(Protocol):
+    """What a sampler has besides when its steps may differ in shape.
+
+    Attributes:
+      written_out: whether they do. A loop of known ends is then written out, step by step, and
+        `step` gets the number of each as a Python int; the one of `stream` has branches instead.
+    """
+
+    written_out: bool
 
 
 def generate(
@@ -144,12 +158,23 @@ def _loop(sampler, params, keys, cond, trajectory=None):
         state = sampler.step(params, state, i)
         return state, trajectory(state)
 
+    if written_out(sampler):
+        values = []
+        for i in range(sampler.steps):
+            state, value = record(state, i)
+            values.append(value)
+        values = jax.tree.map(lambda *of_steps: jax.numpy.stack(of_steps), *values)
+        return sampler.finish(params, state), values
     state, values = jax.lax.scan(record, state, jax.numpy.arange(sampler.steps))
     return sampler.finish(params, state), values
 
 
 def _advance(sampler, params, state, first, last):
     """The state after the steps from `first` to before `last`, in one loop."""
+    if written_out(sampler) and isinstance(first, int):
+        for i in range(first, last):
+            state = sampler.step(params, state, i)
+        return state
     if stopped(sampler, state) is None:
         body = lambda i, state: sampler.step(params, state, i)  # noqa: E731
         return jax.lax.fori_loop(first, last, body, state)
@@ -213,6 +238,11 @@ def _advance_in_place(sampler, params, state, first, last):
 def stopped(sampler: Sampler, state: Any) -> Bool[jax.Array, ""] | None:
     """Whether all samples of a state have stopped; None where they never do before the end."""
     return sampler.stopped(state) if hasattr(sampler, "stopped") else None
+
+
+def written_out(sampler: Sampler) -> bool:
+    """Whether the steps of a sampler differ in shape; see `WrittenOut`."""
+    return getattr(sampler, "written_out", False)
 
 
 def sample_keys(seed: int, start: int, count: int) -> Key[jax.Array, " count"]:

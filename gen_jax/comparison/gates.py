@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gen_jax import operations
+from gen_jax import operations, sampling
 from gen_jax.condition import Condition
 from gen_jax.models.autoregressive import AutoregressiveSampler, UncachedSampler
 from gen_jax.models.masked import AbsorbingDiffusion, masked_after
@@ -64,11 +64,19 @@ class Pieces:
 
     def total(self, of: Callable[..., int]) -> int:
         """of(function, *arguments) of the beginning, of all steps, and of the end, summed."""
-        sampler, step = self.sampler, jax.ShapeDtypeStruct((), np.int32)
+        sampler, state = self.sampler, self.state
+        if sampling.written_out(sampler):
+            steps = sum(
+                of(functools.partial(sampler.step, i=i), self.prepared, state)
+                for i in range(sampler.steps)
+            )
+        else:
+            number = jax.ShapeDtypeStruct((), np.int32)
+            steps = sampler.steps * of(sampler.step, self.prepared, state, number)
         return (
             of(sampler.init, self.prepared, self.keys, self.cond)
-            + sampler.steps * of(sampler.step, self.prepared, self.state, step)
-            + of(sampler.finish, self.prepared, self.state)
+            + steps
+            + of(sampler.finish, self.prepared, state)
         )
 
     @functools.cached_property

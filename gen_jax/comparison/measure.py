@@ -1,6 +1,7 @@
 """What one strategy does and takes: examined once, then timed in turns with all others."""
 
 import dataclasses
+import functools
 import hashlib
 import time
 from collections.abc import Callable, Mapping
@@ -146,11 +147,11 @@ def _stepwise(contestant, judge, pieces):
     """The loop as a Python loop over one compiled step: samples, the way to them, and its cost."""
     sampler, prepared = contestant.sampler, contestant.prepared
     state = jax.jit(sampler.init)(prepared, pieces.keys, pieces.cond)
-    step = jax.jit(sampler.step).lower(prepared, state, jnp.int32(0)).compile()
+    step, cost = _compiled_steps(sampler, prepared, state)
     moments = np.unique(np.linspace(0, sampler.steps - 1, _FRAMES).round().astype(int))
     frames, masks = [], []
     for i in range(sampler.steps):
-        state = step(prepared, state, jnp.int32(i))
+        state = step(state, i)
         drawn = drawn_so_far(sampler, state, i)
         masks.append(None if drawn is None else drawn[1].sum(axis=1))
         ended = sampling.stopped(sampler, state)
@@ -169,17 +170,26 @@ def _stepwise(contestant, judge, pieces):
         name: np.stack([frame for _, frame in frames]),
         "evaluated": np.array(spent, np.int64),
     }
-    cost, batch = _cost(step), len(pieces.keys)
     counted = {
-        "compiled_operations_per_sample": cost.get("flops", 0.0) * sampler.steps / batch,
-        "bytes_per_sample": cost.get("bytes accessed", 0.0) * sampler.steps / batch,
+        "compiled_operations_per_sample": cost["operations"] / len(pieces.keys),
+        "bytes_per_sample": cost["bytes"] / len(pieces.keys),
     }
     return samples, arrays, counted
 
 
-def _cost(program):
-    cost = program.cost_analysis() or {}
-    return cost[0] if isinstance(cost, list) else cost
+def _compiled_steps(sampler, prepared, state):
+    """(state, i) -> the next state, and what all steps cost, as XLA counts it."""
+    if sampling.written_out(sampler):
+        programs = [
+            jax.jit(functools.partial(sampler.step, i=i)).lower(prepared, state).compile()
+            for i in range(sampler.steps)
+        ]
+        each = [operations.cost(program) for program in programs]
+        cost = {name: sum(one[name] for one in each) for name in each[0]}
+        return lambda state, i: programs[i](prepared, state), cost
+    program = jax.jit(sampler.step).lower(prepared, state, jnp.int32(0)).compile()
+    cost = {name: sampler.steps * value for name, value in operations.cost(program).items()}
+    return lambda state, i: program(prepared, state, jnp.int32(i)), cost
 
 
 def _sweep(contestant, batches, seed):
@@ -217,7 +227,7 @@ def _network_share(contestant, seed):
     if alone is None:
         return None
     inputs = contestant.inputs(seed, 0, 1)
-    state = jax.jit(contestant.sampler.init)(contestant.prepared, *inputs)
+    state = _begun_or_stopped(contestant, inputs)
     program = jax.jit(alone).lower(contestant.prepared, state).compile()
     jax.block_until_ready(program(contestant.prepared, state))
     whole, network = [], []
@@ -227,6 +237,15 @@ def _network_share(contestant, seed):
         np.asarray(program(contestant.prepared, state))
         network.append(time.perf_counter() - began)
     return min(1.0, float(np.median(network) / np.median(whole)))
+
+
+def _begun_or_stopped(contestant, inputs):
+    """The state before the first step, or of a sampler that may stop earlier, that at its end."""
+    sampler, prepared = contestant.sampler, contestant.prepared
+    state = jax.jit(sampler.init)(prepared, *inputs)
+    if sampling.stopped(sampler, state) is not None:
+        (state,) = sampling.stream(sampler, contestant.params, *inputs, every=sampler.steps)
+    return state
 
 
 def _perfect_quality(contestant, judge, number, seed):

@@ -1,6 +1,7 @@
 """Gates of a comparison: what they let pass, and the planted faults that they catch."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -34,10 +35,12 @@ from gen_jax.models.masked import (
     OrderedGroups,
     Repair,
 )
+from gen_jax.models.next_scale import NextScaleModel, NextScaleSampler, network_sizes
 from gen_jax.models.parallel import LatentConfig, ParallelModel, ParallelSampler, one_shot
 from gen_jax.nn.config import TransformerConfig, UNetConfig
 from gen_jax.nn.transformer import TokenNetwork
 from gen_jax.nn.unet import UNetNetwork
+from gen_jax.testing import counting_evaluations
 from random_networks import random_params
 
 SIZES = TransformerConfig(
@@ -72,6 +75,13 @@ def test_samplers_in_rounds_pass(kind):
     gates.check_cache(pieces(sampler, params))
 
 
+def next_scale():
+    """A sampler from small to large, and its parameters."""
+    sizes = dataclasses.replace(SIZES, **network_sizes(5, (1, 2, 4)))
+    model = NextScaleModel(TokenNetwork(sizes), (1, 2, 4))
+    return NextScaleSampler(model), random_params(sizes)
+
+
 def test_evaluations_are_counted_in_every_kind_of_loop():
     params = random_params(SIZES)
     assert gates.evaluations(pieces(AutoregressiveSampler(CAUSAL, 0, 12), params)) == 12
@@ -82,6 +92,7 @@ def test_evaluations_are_counted_in_every_kind_of_loop():
     model = AutoregressiveModel(TokenNetwork(longer))
     both = {"target": random_params(longer), "draft": random_params(longer, 2)}
     gates.check_evaluations(pieces(SpeculativeSampler(model, model, 0, 12, 3), both))
+    gates.check_evaluations(pieces(*next_scale()))
     latent = ParallelModel(MASKED.network, 12, "eos", LatentConfig("gaussian", 3))
     sampler = ParallelSampler(latent, one_shot(latent))
     gates.check_evaluations(pieces(sampler, latent.init(jax.random.key(0))))
@@ -172,13 +183,19 @@ def test_the_exact_network_draws_the_images_it_knows():
         ExactNetwork(DiffusionConfig(variance="learned"), 7)
 
 
-@pytest.mark.parametrize("kind", ["rounds", "one by one", "diffusion", "latent"])
+@pytest.mark.parametrize(
+    "kind", ["rounds", "one by one", "uncached", "next scale", "diffusion", "latent"]
+)
 def test_the_evaluations_of_a_loop_stand_alone(kind):
     """They take all operations of the network, and nothing else."""
     if kind == "rounds":
         sampler, params = MaskGIT(MASKED, 12, 4), masked_params()
     elif kind == "one by one":
         sampler, params = AutoregressiveSampler(CAUSAL, 0, 12), random_params(SIZES)
+    elif kind == "uncached":
+        sampler, params = UncachedSampler(CAUSAL, 0, 12), random_params(SIZES)
+    elif kind == "next scale":
+        sampler, params = next_scale()
     elif kind == "latent":
         model = ParallelModel(MASKED.network, 12, "eos", LatentConfig("gaussian", 3))
         sampler, params = ParallelSampler(model, one_shot(model)), model.init(jax.random.key(0))
@@ -189,3 +206,37 @@ def test_the_evaluations_of_a_loop_stand_alone(kind):
     whole = pieces(sampler, params, 2)
     alone = operations.count(evaluations_alone(sampler), whole.prepared, whole.state)
     assert 0.9 * whole.operations <= alone <= 1.1 * whole.operations
+
+
+def test_the_rounds_of_a_draft_stand_alone():
+    """One round takes all operations of draft and model; there are as many as the state had."""
+    longer = dataclasses.replace(SIZES, context=20)
+    model = AutoregressiveModel(TokenNetwork(longer))
+    sampler = SpeculativeSampler(model, model, 0, 12, 3)
+    params = {"target": random_params(longer), "draft": random_params(longer, 2)}
+    keys = sampling.sample_keys(0, 0, 2)
+    (state,) = sampling.stream(sampler, params, keys, every=12)
+    alone, prepared = evaluations_alone(sampler), sampler.prepare(params)
+    one_round = operations.count(sampler.step, prepared, state, np.int32(0))
+    assert operations.count(alone, prepared, state) == one_round
+    counted, calls = counting_evaluations(sampler, lambda: calls.append(None)), []
+    jax.block_until_ready(jax.jit(evaluations_alone(counted))(prepared, state))
+    jax.effects_barrier()
+    assert len(calls) == int(state.rounds.max()) < 12
+
+
+def test_scales_are_written_out_and_count_their_own_operations():
+    """A step of a number that is known has no branches, and fewer positions at coarse scales."""
+    sampler, params = next_scale()
+    whole = pieces(sampler, params, 1)
+    assert sampling.written_out(sampler)
+    traced = jax.ShapeDtypeStruct((), np.int32)
+    largest = operations.count(sampler.step, whole.prepared, whole.state, traced)
+    each = [
+        operations.count(functools.partial(sampler.step, i=i), whole.prepared, whole.state)
+        for i in range(3)
+    ]
+    assert each == sorted(each)
+    assert each[0] < each[2] / 8
+    assert each[2] == largest
+    assert whole.operations == sum(each) < 3 * largest / 2

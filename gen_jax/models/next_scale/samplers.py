@@ -69,6 +69,11 @@ class NextScaleSampler:
         """One for each scale."""
         return len(self.model.scales)
 
+    @property
+    def written_out(self) -> bool:
+        """Scales differ in shape; see `sampling.WrittenOut`."""
+        return True
+
     def check(self, params: Any, cond: Condition) -> None:
         """See `Sampler`; a label must be one of the classes.
 
@@ -94,11 +99,13 @@ class NextScaleSampler:
         )
 
     def step(self, params: Any, state: NextScaleState, i: Int[Array, ""] | int) -> NextScaleState:
-        """Draws the map of scale i; the scales differ in shape, and are branches of a program."""
-        draw = [functools.partial(self._draw, scale) for scale in range(self.steps)]
-        tokens, caches = jax.lax.switch(
-            i, draw, params, state.tokens, state.caches, state.label, state.keys[i]
-        )
+        """Draws the map of scale i; where i is traced the scales are branches of a program."""
+        given = params, state.tokens, state.caches, state.label, state.keys[i]
+        if isinstance(i, int):
+            tokens, caches = self._draw(i, *given)
+        else:
+            draw = [functools.partial(self._draw, scale) for scale in range(self.steps)]
+            tokens, caches = jax.lax.switch(i, draw, *given)
         return state.replace(tokens=tokens, caches=caches)
 
     def _draw(self, scale, params, tokens, caches, label, keys):

@@ -81,6 +81,11 @@ class TwoStageSampler:
         """A step of the prior; see `Sampler`."""
         return self.prior.step(params["prior"], state, i)
 
+    @property
+    def written_out(self) -> bool:
+        """Whether the prior's steps differ in shape; see `sampling.WrittenOut`."""
+        return sampling.written_out(self.prior)
+
     def stopped(self, state: Any) -> Bool[Array, ""] | None:
         """Whether the prior has stopped; see `sampling.Stoppable`."""
         return sampling.stopped(self.prior, state)
