@@ -39,6 +39,13 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+def pytest_addoption(parser):
+    """Options of the command line."""
+    parser.addoption(
+        "--few", action="store_true", help="of the cases of each test, the first and the last alone"
+    )
+
+
 def pytest_configure(config):
     """Imports PyTorch and its kin where they are: as errors their warnings would break that."""
     if "not oracle" not in config.option.markexpr:
@@ -76,8 +83,15 @@ def pytest_runtest_teardown(item, nextitem):
         gc.collect()
 
 
-def pytest_collection_modifyitems(items):
-    """Warnings of PyTorch and its kin are not ours."""
+def pytest_collection_modifyitems(config, items):
+    """Cases are left out where few are asked for; warnings of PyTorch and its kin are not ours."""
+    if config.option.few:
+        cases = {}
+        for item in items:
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+        kept = {one for of_test in cases.values() for one in (of_test[0], of_test[-1])}
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = [item for item in items if item in kept]
     for item in items:
         if item.get_closest_marker("oracle"):
             item.add_marker(pytest.mark.filterwarnings("ignore"))

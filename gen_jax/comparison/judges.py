@@ -254,7 +254,7 @@ def _test_set(config):
     return image_data.load(config, "test")
 
 
-_EVALUATIONS, _WINDOWS = 512, 64  # rows evaluated, and at most so many windows of text
+_WINDOWS = 64  # at most so many windows of text, the same for any number of rounds
 
 
 class TextJudge:
@@ -319,7 +319,7 @@ class TextJudge:
         at_once = isinstance(sampler, MaskGIT) and sampler.rounds == 1
         if not at_once and not isinstance(sampler, OrderedGroups | AbsorbingDiffusion):
             return {}
-        number = min(max(_EVALUATIONS // sampler.rounds, 16), _WINDOWS, len(data.test_windows))
+        number = min(_WINDOWS, len(data.test_windows))
         windows = data.test_windows[:: len(data.test_windows) // number][:number]
         rows = {"tokens": windows, "index": np.arange(number, dtype=np.int32)}
         f = functools.partial(_nats_in_rounds, sampler)
