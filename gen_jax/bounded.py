@@ -8,12 +8,28 @@ import os
 import pathlib
 import stat
 import zlib
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-__all__ = ["LARGEST_JSON", "parse_json", "read_bytes", "read_json", "read_text"]
+__all__ = [
+    "LARGEST_JSON",
+    "LARGEST_LOG",
+    "LARGEST_RECORD",
+    "opened",
+    "parse_json",
+    "read_bytes",
+    "read_json",
+    "read_text",
+]
 
 LARGEST_JSON = 2**24
-"""Most bytes of a file of options or records."""
+"""Most bytes of a file of options or figures."""
+
+LARGEST_RECORD = 2**28
+"""Most bytes of the record of a checkpoint, which may have a vocabulary."""
+
+LARGEST_LOG = 2**28
+"""Most bytes of metrics.jsonl: the records of a million steps."""
 
 _VALUES, _DEPTH, _DIGITS = 2**22, 100, 100
 _PART = 2**20  # bytes that are unpacked at a time
@@ -26,22 +42,25 @@ def read_bytes(path: str | os.PathLike, most: int) -> bytes:
       OSError: it cannot be read.
       ValueError: it is larger, or a pipe or a device, which may never end.
     """
-    with open(path, "rb", opener=_open) as file:
-        size = _check_regular(path, file).st_size
+    with opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
         content = file.read(min(size, most) + 1)
     if len(content) > most:
         raise ValueError(f"{path} has {size} bytes, and at most {most} are read")
     return content
 
 
-def read_text(path: pathlib.Path, most: int, option: str, characters: int = 0) -> str:
+def read_text(
+    path: pathlib.Path, most: int, advice: str, characters: int = 0, errors: str = "strict"
+) -> str:
     """The content of a file of UTF-8, unpacked where its name ends in .gz.
 
     Args:
       path: of the file.
       most: bytes that it may have; more are never unpacked.
-      option: what raises that number, for the error.
+      advice: what to do where it has more, for the error.
       characters: how many are read, whatever follows; 0 for all.
+      errors: what becomes of bytes that are no UTF-8, as `bytes.decode` takes it.
 
     Raises:
       OSError: it cannot be read.
@@ -49,13 +68,12 @@ def read_text(path: pathlib.Path, most: int, option: str, characters: int = 0) -
     """
     packed = path.suffix == ".gz"
     try:
-        with contextlib.ExitStack() as opened:
-            file = opened.enter_context(open(path, "rb", opener=_open))
-            _check_regular(path, file)
+        with contextlib.ExitStack() as stack:
+            file = stack.enter_context(opened(path))
             if packed:
-                file = opened.enter_context(gzip.open(file))
+                file = stack.enter_context(gzip.open(file))
             if characters:
-                text = opened.enter_context(io.TextIOWrapper(file, "utf-8", newline=""))
+                text = stack.enter_context(io.TextIOWrapper(file, "utf-8", errors, newline=""))
                 return text.read(characters)
             content = bytearray()
             while part := file.read(min(_PART, most + 1 - len(content))):
@@ -65,11 +83,9 @@ def read_text(path: pathlib.Path, most: int, option: str, characters: int = 0) -
     except UnicodeDecodeError as error:
         raise _not_utf8(path, error) from None
     if len(content) > most:
-        raise ValueError(
-            f"{path} has more than {most} bytes{' when unpacked' * packed}; raise {option}"
-        )
+        raise ValueError(f"{path} has more than {most} bytes{' when unpacked' * packed}; {advice}")
     try:
-        return content.decode()
+        return content.decode(errors=errors)
     except UnicodeDecodeError as error:
         raise _not_utf8(path, error) from None
 
@@ -111,20 +127,26 @@ def read_json(path: pathlib.Path, most: int = LARGEST_JSON) -> Any:
     try:
         return parse_json(content)
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise ValueError(f"{path} is damaged ({error})") from error
+
+
+@contextlib.contextmanager
+def opened(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """A file to be read, which is closed when the block ends.
+
+    Raises:
+      OSError: it cannot be read.
+      ValueError: it is a pipe or a device, which may never end.
+    """
+    with open(path, "rb", opener=_open) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError(f"{path} is a pipe or a device; give a file")
+        yield file
 
 
 def _open(path, flags):
     """Opens a file without waiting for another end, which a pipe may not have."""
     return os.open(path, flags | os.O_NONBLOCK)
-
-
-def _check_regular(path: str | os.PathLike, file: BinaryIO) -> os.stat_result:
-    """Refuses what may never end; what is known of a file otherwise."""
-    status = os.fstat(file.fileno())
-    if not stat.S_ISREG(status.st_mode):
-        raise ValueError(f"{path} is a pipe or a device; give a file")
-    return status
 
 
 def _not_utf8(path, error):

@@ -8,10 +8,12 @@ import contextlib
 import dataclasses
 import hashlib
 import logging
+import math
 import os
 import pathlib
 import re
 import shutil
+import stat
 import time
 import warnings
 from collections.abc import Mapping
@@ -23,11 +25,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from gen_jax import hosts, whole_file
+from gen_jax.bounded import LARGEST_RECORD
 from gen_jax.sealed import seal, unseal
 from gen_jax.trees import named_leaves
 
 __all__ = ["DamagedCheckpoint", "Restored", "digest", "restore", "save", "steps"]
 
+_VALUES = "d"  # the folder of the values of arrays, as TensorStore names it
 _TEMPORARY = ".orbax-checkpoint-tmp"  # in the names of folders that are no steps, to Orbax too
 FORMAT = 2  # 1 had the trees "params", "ema" and "state", in the work directory itself
 
@@ -168,6 +172,7 @@ def restore(
 
 def _restore(directory, abstract, step):
     path = pathlib.Path(directory).absolute()
+    _check_files(path, step)
     try:
         manager = _manager(path)
     except ValueError as error:  # Orbax reads what it left in the folders of all steps
@@ -181,7 +186,7 @@ def _restore(directory, abstract, step):
         for name, tree in abstract.items():
             expected = named_leaves(tree)
             _check_layout(name, expected, meta["digests"], step)
-            leaves = _read_leaves(manager, step, name, list(expected))
+            leaves = _read_leaves(manager, step, name, expected)
             for leaf, wanted in expected.items():
                 value = leaves[leaf]
                 if digest(value) != meta["digests"][f"{name}.{leaf}"]:
@@ -189,13 +194,32 @@ def _restore(directory, abstract, step):
                         f"checkpoint of step {step} is damaged: {name}.{leaf} is not what was saved"
                     )
                 if value.shape != wanted.shape or value.dtype != wanted.dtype:
-                    raise ValueError(
-                        f"checkpoint of step {step}: {name}.{leaf} is {value.dtype}{value.shape}, "
-                        f"expected {wanted.dtype}{wanted.shape}; was it another configuration?"
-                    )
+                    raise _OtherLeaf(step, f"{name}.{leaf}", value, wanted)
             structure = jax.tree.structure(tree)
             trees[name] = jax.tree.unflatten(structure, [leaves[leaf] for leaf in expected])
     return Restored(step, trees, meta["record"])
+
+
+class _OtherLeaf(ValueError):
+    def __init__(self, step, leaf, found, wanted):
+        super().__init__(
+            f"checkpoint of step {step}: {leaf} is {found.dtype}{found.shape}, "
+            f"expected {wanted.dtype}{wanted.shape}; was it another configuration?"
+        )
+
+
+def _check_files(path, step):
+    """Refuses records that are larger than any; Orbax reads those of all steps, without a limit."""
+    for folder, folders, names in os.walk(path):
+        folders[:] = [name for name in folders if name != _VALUES]
+        for name in names:
+            with contextlib.suppress(OSError):  # Orbax meets it, too
+                status = os.stat(file := os.path.join(folder, name))
+                if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST_RECORD:
+                    raise DamagedCheckpoint(
+                        f"checkpoint of step {step} is damaged: {file} has {status.st_size} bytes "
+                        "or is no file; move it away"
+                    )
 
 
 def _read_meta(manager, step):
@@ -222,7 +246,9 @@ def _read_meta(manager, step):
     return meta
 
 
-def _read_leaves(manager, step, name, leaves):
+def _read_leaves(manager, step, name, expected):
+    leaves = list(expected)
+
     def read(chosen):
         arguments = ocp.args.PyTreeRestore(
             item=dict.fromkeys(chosen, 0),
@@ -233,7 +259,10 @@ def _read_leaves(manager, step, name, leaves):
         return {leaf: np.asarray(item[leaf]) for leaf in chosen}
 
     try:
+        _check_shapes(manager, step, name, expected)
         return read(leaves)
+    except (_OtherLeaf, DamagedCheckpoint):
+        raise
     except Exception as error:  # as above; look for the leaf that is to blame
         _check_readable(manager, step, error)
         for leaf in leaves:
@@ -247,6 +276,21 @@ def _read_leaves(manager, step, name, leaves):
         raise DamagedCheckpoint(
             f"checkpoint of step {step} is damaged: {name} cannot be read ({_first_line(error)})"
         ) from error
+
+
+def _check_shapes(manager, step, name, expected):
+    """Refuses leaves, and pieces of them, that are larger than what is expected, unread."""
+    path = manager.directory / str(step) / name
+    stored = ocp.PyTreeCheckpointHandler().metadata(path).tree
+    for leaf, wanted in expected.items():
+        found, most = stored[leaf], math.prod(wanted.shape)
+        if math.prod(found.shape) > most:
+            raise _OtherLeaf(step, f"{name}.{leaf}", found, wanted)
+        piece = found.storage.chunk_shape if found.storage else ()
+        if math.prod(piece) > max(most, 1):
+            raise DamagedCheckpoint(
+                f"checkpoint of step {step} is damaged: {name}.{leaf} is in pieces of {piece}"
+            )
 
 
 def _check_readable(manager, step, error):
@@ -337,7 +381,11 @@ def _manager(path, *, create=False):
 def digest(value: np.ndarray) -> str:
     """A hash of an array: its dtype, shape and bits."""
     head = f"{value.dtype.str}{value.shape}".encode()
-    return hashlib.blake2b(head + np.ascontiguousarray(value).tobytes(), digest_size=16).hexdigest()
+    total = hashlib.blake2b(head, digest_size=16)
+    total.update(
+        np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+    )  # no copy of what is mapped
+    return total.hexdigest()
 
 
 def _first_line(error):

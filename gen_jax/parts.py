@@ -11,13 +11,13 @@ import os
 import pathlib
 import shutil
 import sys
-import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from gen_jax import whole_file
+from gen_jax import array_files, whole_file
+from gen_jax.bounded import parse_json
 from gen_jax.checkpoint import digest
 from gen_jax.sealed import seal, unseal
 
@@ -114,12 +114,11 @@ def clear(workdir: pathlib.Path) -> None:
 def _read(path, request):
     """A part, or None where it is not what was written."""
     try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
-            arrays = dict(stored)
-        known = unseal(json.loads(str(arrays.pop(_SEAL))))
+        arrays = array_files.read_npz(path)
+        known = unseal(parse_json(str(arrays.pop(_SEAL))))
         if known is None or known["request"] != request:
             return None
         whole = known["digests"] == {key: digest(value) for key, value in arrays.items()}
-    except (ValueError, EOFError, KeyError, TypeError, AttributeError, zipfile.BadZipFile):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
     return (arrays, known["facts"]) if whole else None

@@ -5,6 +5,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from gen_jax.bounded import parse_json
+
 __all__ = ["seal", "unseal"]
 
 
@@ -18,10 +20,10 @@ def unseal(sealed: Any) -> dict[str, Any] | None:
     """The content that was sealed; None where it is another than was sealed.
 
     Raises:
-      KeyError, TypeError, AttributeError: it is nothing that `seal` returns.
+      KeyError, TypeError, AttributeError, ValueError: it is nothing that `seal` returns.
     """
     body = sealed["body"]
-    return json.loads(body) if _digest(body) == sealed["digest"] else None
+    return parse_json(body) if _digest(body) == sealed["digest"] else None
 
 
 def _digest(body):

@@ -8,7 +8,6 @@ function of a configuration (see `gen_jax.tasks`); the phases of a run are funct
 import dataclasses
 import functools
 import time
-import zipfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,7 +15,7 @@ import jax
 import numpy as np
 
 from gen_jax import config as config_lib
-from gen_jax import sampling, whole_file
+from gen_jax import array_files, sampling, whole_file
 from gen_jax.condition import Condition
 from gen_jax.config import RunConfig, TrainConfig
 from gen_jax.drawing import Drawing
@@ -255,16 +254,18 @@ class Run:
 
         Raises:
           FileNotFoundError: no samples were drawn yet.
-          ValueError: they were drawn at another step.
+          ValueError: they were drawn at another step, or the file is damaged or too large.
         """
         path = self.workdir.path / "samples.npz"
         if not path.exists():
             raise FileNotFoundError(f"no samples in {path.parent}; run the command `sample` first")
         try:
-            with open(path, "rb") as file, np.load(file) as stored:
-                arrays = dict(stored)
+            arrays = array_files.read_npz(path)
+        except ValueError as error:
+            raise ValueError(f"{error}; run the command `sample` again") from error
+        try:
             drawn = int(arrays["step"])
-        except (ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged; run the command `sample` again") from error
         if drawn != self.step:
             raise ValueError(

@@ -8,13 +8,14 @@ import pathlib
 import tempfile
 from collections.abc import Iterator
 
+from gen_jax import bounded, whole_file
 from gen_jax import config as config_lib
-from gen_jax import whole_file
 from gen_jax.sealed import unseal
 
 __all__ = ["MetricsLog", "Workdir", "WorkdirError"]
 
 
+_ID = 20  # characters of the number of a process
 _CHECKPOINTS = ("checkpoints/[0-9]*", "*/checkpoints/[0-9]*")  # of a run, or of its stages
 
 
@@ -126,7 +127,7 @@ class Workdir:
             except OSError as error:
                 file.seek(0)
                 raise WorkdirError(
-                    f"another run (process {file.read().strip() or 'unknown'}) is using "
+                    f"another run (process {file.read(_ID).strip() or 'unknown'}) is using "
                     f"{self.path}; wait for it or choose another --workdir"
                 ) from error
             file.truncate(0)
@@ -170,7 +171,7 @@ class Workdir:
         files = [f for place in _CHECKPOINTS for f in self.path.glob(f"{place}/meta/metadata")]
         for path in sorted(files, key=lambda path: path.stat().st_mtime_ns, reverse=True):
             try:
-                content = unseal(json.loads(path.read_bytes()))
+                content = unseal(bounded.read_json(path, bounded.LARGEST_RECORD))
                 if content is not None:
                     return content["record"].get("config")
             except OSError as error:
@@ -213,17 +214,17 @@ class Workdir:
           advice: what to do where it is damaged.
 
         Raises:
-          WorkdirError: the file cannot be read, is not valid JSON, or is no object.
+          WorkdirError: the file cannot be read, is too large or not valid JSON, or is no object.
         """
         path = self.path / name
         if not os.path.lexists(path):
             return None
         try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
+            stored = bounded.read_json(path)
         except OSError as error:
             raise WorkdirError(f"{path} cannot be read ({error.strerror})") from error
-        except (ValueError, RecursionError) as error:  # of JSON or of UTF-8
-            raise WorkdirError(f"{path} is damaged ({error}); {advice}") from error
+        except ValueError as error:
+            raise WorkdirError(f"{error}; {advice}") from error
         if not isinstance(stored, dict):
             raise WorkdirError(f"{path} is damaged (it holds no object of fields); {advice}")
         return stored
@@ -258,21 +259,23 @@ class MetricsLog:
         """All whole records of a file; none when it does not exist.
 
         Raises:
-          WorkdirError: the file cannot be read, or a line is no record with a step; a last line
-            that a crash cut short is left out instead, and so is all from a line of zeros on,
-            which a loss of power leaves of what was not on disk yet.
+          WorkdirError: the file cannot be read, is too large, or a line is no record with a step; a
+            last line that a crash cut short is left out instead, and so is all from a line of zeros
+            on, which a loss of power leaves of what was not on disk yet.
         """
         if not os.path.lexists(path):
             return []
         try:
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+            text = bounded.read_text(path, bounded.LARGEST_LOG, "move it away", errors="replace")
         except OSError as error:
             raise WorkdirError(f"{path} cannot be read ({error.strerror})") from error
-        records = []
+        except ValueError as error:
+            raise WorkdirError(str(error)) from error
+        lines, records = text.splitlines(keepends=True), []
         for number, line in enumerate(lines, 1):
             try:
-                record = json.loads(line)
-            except (ValueError, RecursionError):  # ValueError also of a number of 5,000 digits
+                record = bounded.parse_json(line)
+            except ValueError:
                 if "\0" in line or (number == len(lines) and not line.endswith("\n")):
                     break  # cut short by a crash: what follows was never written
                 record = None

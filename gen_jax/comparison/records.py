@@ -34,7 +34,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gen_jax import whole_file
+from gen_jax import bounded, whole_file
 from gen_jax.workdir import WorkdirError
 
 __all__ = [
@@ -115,10 +115,12 @@ def read(path: pathlib.Path) -> dict[str, Any]:
       WorkdirError: they are damaged, or of another schema.
     """
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))
+        results = bounded.read_json(path)
         schema = results["schema"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (KeyError, TypeError) as error:
         raise WorkdirError(f"{path} is damaged or no results of a comparison") from error
+    except ValueError as error:
+        raise WorkdirError(f"{error}; move it away") from error
     if schema != SCHEMA:
         raise WorkdirError(
             f"{path} is of schema {schema}, this version reads {SCHEMA}: run the comparison again "

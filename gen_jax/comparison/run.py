@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from gen_jax import cli, loading, runs, whole_file
+from gen_jax import array_files, cli, loading, runs, whole_file
 from gen_jax.comparison import budget, measure, records, report
 from gen_jax.comparison.config import CompareConfig
 from gen_jax.comparison.gates import GateError
@@ -120,6 +120,9 @@ class _Comparing:
                     f"{self.path} holds a comparison with {name} {stored.get(name)!r}, not "
                     f"{value!r}; choose another --workdir"
                 )
+        for strategy in self.comparison.strategies:
+            if self.workdir.read_json(f"examined/{strategy.name}.json", "remove it") is not None:
+                self._arrays(strategy.name)
 
     def _check_given(self):
         """Runs that were trained elsewhere must be there, of the same task and data."""
@@ -284,8 +287,15 @@ class _Comparing:
         }
 
     def _arrays(self, name: str) -> Mapping[str, np.ndarray]:
-        with open(self.path / "examined" / f"{name}.npz", "rb") as file:
-            return dict(np.load(file))
+        path = self.path / "examined" / f"{name}.npz"
+        try:
+            return array_files.read_npz(path)
+        except FileNotFoundError as error:
+            raise WorkdirError(
+                f"{path} is not there; remove {path.with_suffix('.json')}"
+            ) from error
+        except ValueError as error:
+            raise WorkdirError(f"{error}; remove {path.with_suffix('.json')}") from error
 
 
 class _Loader:

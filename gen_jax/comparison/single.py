@@ -4,7 +4,7 @@ import html
 import json
 import pathlib
 
-from gen_jax import whole_file
+from gen_jax import bounded, whole_file
 from gen_jax.comparison import figures
 from gen_jax.comparison import html as pages
 from gen_jax.workdir import MetricsLog, Workdir, WorkdirError
@@ -57,10 +57,10 @@ def _files(title, paths):
     for path in paths:
         name = html.escape(path.name)
         if path.suffix in _PICTURES and path.stat().st_size <= _LARGEST:
-            uri = pages.data_uri(path.read_bytes(), _PICTURES[path.suffix])
+            uri = pages.data_uri(bounded.read_bytes(path, _LARGEST), _PICTURES[path.suffix])
             shown.append(f'<h3>{name}</h3><img class="plain" alt="{name}" src="{uri}">')
         elif path.suffix == ".txt":
-            text = html.escape(path.read_text("utf-8", errors="replace")[:_SHOWN])
+            text = html.escape(bounded.read_text(path, 0, "", _SHOWN, "replace"))
             shown.append(f'<h3>{name}</h3><pre class="config" tabindex="0">{text}</pre>')
     return [f"<h2>{title}</h2>", *shown] if shown else []
 

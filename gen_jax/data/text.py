@@ -159,4 +159,4 @@ def _read_file(config: TextConfig) -> str:
             f"{path} is no file; give --data.path a UTF-8 text file, or use the embedded text "
             "with --data.name pydoc"
         )
-    return read_text(Path(path), config.max_bytes, "--data.max-bytes", config.characters)
+    return read_text(Path(path), config.max_bytes, "raise --data.max-bytes", config.characters)

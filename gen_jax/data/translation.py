@@ -387,7 +387,7 @@ def _find(directory: str, split: str, language: str) -> Path:
 def _read_lines(path: Path, most: int) -> list[str]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is no file; give a UTF-8 text with one sentence per line")
-    text = read_text(path, most, "--data.max-bytes")
+    text = read_text(path, most, "raise --data.max-bytes")
     if text.count("\n") > most // _LINE:
         raise ValueError(f"{path} has more than {most // _LINE} lines; raise --data.max-bytes")
     return [line.strip() for line in text.removesuffix("\n").split("\n")] if text else []

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 
 import jax
@@ -11,7 +12,7 @@ from PIL import Image
 
 import gen_jax
 from experiments.two_stage import EXPERIMENT
-from gen_jax import cli, interop, sampling
+from gen_jax import checkpoint, cli, interop, sampling
 from gen_jax.data import DataConfig
 from gen_jax.models.autoregressive.config import SamplingOptions
 from gen_jax.models.vq.config import CodebookOptions
@@ -134,7 +135,7 @@ def test_the_prior_refuses_another_autoencoder(tmp_path, capsys, coder):
     assert "was trained with another autoencoder than that in" in refused_in(capsys)
 
 
-def test_codes_are_kept_and_a_damaged_file_is_named(tmp_path, capsys, coder):
+def test_codes_are_kept_and_a_damaged_file_is_named(tmp_path, capsys, coder, monkeypatch):
     workdir = tmp_path / "run"
     assert main("train", "--workdir", workdir, "--autoencoder", coder) == 0
     (file,) = (workdir / "codes").glob("train-*.npy")
@@ -150,12 +151,21 @@ def test_codes_are_kept_and_a_damaged_file_is_named(tmp_path, capsys, coder):
     content = bytearray(test.read_bytes())
     content[-1] ^= 1
     capsys.readouterr()
-    for damage in (bytes(content), bytes(content[:-8]), b"nothing"):
+    head = (
+        content[: content.index(b"\n") + 1].replace(b", 21), ", b", 2100), ").replace(b"  ", b"", 1)
+    )
+    for damage in (bytes(content), bytes(content[:-8]), b"nothing", bytes(head)):
         test.write_bytes(damage)
+        if damage == head:  # of a terabyte that is stated and there, but takes no room on the disk
+            os.truncate(test, len(head) + 2**40)
         assert main("evaluate", "--workdir", workdir) == 2
         assert f"{test} is damaged: remove it" in refused_in(capsys)
     test.unlink()
     assert main("evaluate", "--workdir", workdir) == 0
+    digest, hashed = checkpoint.digest, []
+    monkeypatch.setattr(checkpoint, "digest", lambda value: hashed.append(value) or digest(value))
+    assert main("evaluate", "--workdir", workdir) == 0
+    assert sum(isinstance(value, np.memmap) for value in hashed) == 2, "each file once"
     capsys.readouterr()
 
 

@@ -1,22 +1,23 @@
 """The codes of a data set, encoded once and kept in a file that is mapped into memory."""
 
 import functools
-import hashlib
 import json
+import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from gen_jax import checkpoint, evaluation, whole_file
+from gen_jax import array_files, checkpoint, evaluation, whole_file
+from gen_jax.bounded import read_json
 from gen_jax.data import Images
 from gen_jax.data.exact import Enumerated
 from gen_jax.models.diffusion.process import to_signal
 from gen_jax.models.vq import Autoencoder
 
-__all__ = ["check", "distribution", "encoded", "kept"]
+__all__ = ["CodeFiles", "distribution", "encoded"]
 
 _BATCH = 256
 
@@ -46,58 +47,94 @@ def distribution(codes: np.ndarray, vocabulary: int) -> Enumerated:
     return Enumerated(distinct, counts / len(codes), vocabulary)
 
 
-def kept(
-    folder: pathlib.Path,
-    name: str,
-    images: Images,
-    identity: str,
-    encode: Callable[[np.ndarray], np.ndarray],
-    mirrored: bool,
-) -> np.ndarray:
-    """The codes of a data set, from a file of the folder, which is written where it is not there.
+class CodeFiles:
+    """The codes of images in files of a folder, which are read and compared with their digest once.
 
     Args:
       folder: of the files.
-      name: of what is encoded, such as "train".
-      images: the data set.
-      identity: the digest of the autoencoder, and of what is kept of its output.
-      encode: images uint8 to codes.
-      mirrored: whether the images mirrored left to right follow.
-
-    Returns:
-      An array [N, ...] or [2 N, ...], mapped into memory, read only.
-
-    Raises:
-      ValueError: the file is damaged.
+      images: the data sets by split.
+      model: the autoencoder.
+      latents: whether its latents are kept, not its codes; see `encoded`.
+      mirrored: whether the training images mirrored left to right follow.
     """
-    data = hashlib.blake2b(np.ascontiguousarray(images.images).tobytes(), digest_size=16)
-    key = f"{name}-{identity[:12]}-{data.hexdigest()[:12]}{'-mirrored' if mirrored else ''}"
-    path, record = folder / f"{key}.npy", folder / f"{key}.json"
-    if not (path.exists() and record.exists()):
-        whole = images.images
-        if mirrored:
-            whole = np.concatenate([whole, whole[:, :, ::-1]])
-        _write(path, record, encode(whole))
-    return _read(path, record)
+
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        images: Mapping[str, Images],
+        model: Autoencoder,
+        latents: bool,
+        mirrored: bool,
+    ):
+        self._folder, self._images = folder, images
+        whole = model.latent_shape if latents else (math.prod(model.code_shape),)
+        self._row, self._dtype = whole, np.dtype(np.float32 if latents else np.int32)
+        self._mirrored = {split: mirrored and split == "train" for split in images}
+        self._read: dict[pathlib.Path, np.ndarray] = {}
+
+    def check(self, identity: str) -> None:
+        """Reads the files of these images that are there.
+
+        Args:
+          identity: of `of`, or "*" where it is not known yet.
+
+        Raises:
+          ValueError: one of them is damaged.
+        """
+        for split in self._images:
+            for record in sorted(self._folder.glob(self._name(split, identity) + ".json")):
+                path = record.with_suffix(".npy")
+                if path.exists():
+                    self._read[path] = self._map(path, split, record)
+
+    def of(
+        self, split: str, identity: str, encode: Callable[[np.ndarray], np.ndarray]
+    ) -> np.ndarray:
+        """The codes of a split, from its file, which is written where it is not there.
+
+        Args:
+          split: of the images.
+          identity: the digest of the autoencoder, and of what is kept of its output.
+          encode: images uint8 to codes.
+
+        Returns:
+          An array [N, ...] or, with the mirrored images, [2 N, ...], mapped into memory, read only.
+
+        Raises:
+          ValueError: the file is damaged.
+        """
+        path = self._folder / f"{self._name(split, identity)}.npy"
+        record = path.with_suffix(".json")
+        if path not in self._read:
+            if path.exists() and record.exists():
+                self._read[path] = self._map(path, split, record)
+            else:
+                whole = self._images[split].images
+                if self._mirrored[split]:
+                    whole = np.concatenate([whole, whole[:, :, ::-1]])
+                _write(path, record, encode(whole))
+                self._read[path] = self._map(path, split)
+        return self._read[path]
+
+    def _name(self, split, identity):
+        end = "-mirrored" if self._mirrored[split] else ""
+        return f"{split}-{identity[:12]}-{self._images[split].digest[:12]}{end}"
+
+    def _map(self, path, split, record=None):
+        """A file of codes, compared with the digest in its record where one is given."""
+        number = len(self._images[split]) * (1 + self._mirrored[split])
+        try:
+            codes = array_files.map_npy(path, (number, *self._row), self._dtype)
+            whole = record is None or read_json(record)["digest"] == checkpoint.digest(codes)
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise _damaged(path) from error
+        if not whole:
+            raise _damaged(path)
+        return codes
 
 
-def check(folder: pathlib.Path) -> None:
-    """Raises a ValueError where a file of codes in a folder is damaged; the first is named."""
-    for record in sorted(folder.glob("*.json")):
-        if record.with_suffix(".npy").exists():
-            _read(record.with_suffix(".npy"), record)
-
-
-def _read(path, record):
-    problem = f"{path} is damaged: remove it, and it is written again"
-    try:
-        codes = np.load(path, mmap_mode="r")
-        stored = json.loads(record.read_text(encoding="utf-8"))["digest"]
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise ValueError(problem) from error
-    if stored != checkpoint.digest(codes):
-        raise ValueError(problem)
-    return codes
+def _damaged(path):
+    return ValueError(f"{path} is damaged: remove it, and it is written again")
 
 
 def _write(path, record, codes):

@@ -27,7 +27,7 @@ from gen_jax.nn.unet import UNetNetwork
 from gen_jax.task import Context, Run, Stage, Task
 from gen_jax.tasks import image_files, masked_rounds
 from gen_jax.tasks.autoencoder import task as autoencoder_task
-from gen_jax.tasks.two_stage import codes as code_files
+from gen_jax.tasks.two_stage.codes import CodeFiles, distribution, encoded
 from gen_jax.tasks.two_stage.config import TwoStageConfig
 from gen_jax.trainables import ModelTrainable
 
@@ -83,14 +83,13 @@ class _Space:
 
     def __init__(self, config, context):
         self.config, self.images = config, context.data
-        self.folder = context.workdir.path / "codes"
         self.latents = config.prior == "diffusion"
-        self.params, self.stages, self.digest, self._kept = None, (), "", {}
-        code_files.check(self.folder)
+        self.params, self.stages, self.digest = None, (), ""
         record = context.records.get("prior")
         if config.autoencoder:
             self.model, self.params = _load(config, self.images, self.latents)
             self.digest = trees.digest(self.params)
+            self._files = self._checked_files(context, self._identity)
             if record is not None and record["autoencoder"] != self.digest:
                 raise ValueError(
                     f"the prior in {context.workdir.path} was trained with another autoencoder "
@@ -104,6 +103,18 @@ class _Space:
         self.model = make_autoencoder(*parts, shape)
         own = autoencoder_task.stage("autoencoder", config, self.model, train, config.coder_train)
         self.stages = (own,)
+        self._files = self._checked_files(context, "*")
+
+    def _checked_files(self, context, identity):
+        folder, flip = context.workdir.path / "codes", self.config.data.flip
+        files = CodeFiles(folder, self.images, self.model, self.latents, flip)
+        files.check(identity)
+        return files
+
+    @functools.cached_property
+    def _identity(self):
+        """What the codes depend on beside the images."""
+        return trees.digest({"latents" if self.latents else "codes": self.params})
 
     def both(self, params: Any) -> dict[str, Any]:
         """What the sampler reads, from the averaged parameters of the run."""
@@ -128,20 +139,8 @@ class _Space:
 
     def codes(self, split: str) -> np.ndarray:
         """The codes or scaled latents of a split, from a file of the work directory."""
-        if split not in self._kept:
-            mirrored = self.config.data.flip and split == "train"
-            kind = "latents" if self.latents else "codes"
-            identity = trees.digest({kind: self.params})
-            encode = functools.partial(code_files.encoded, self.model, self.params)
-            self._kept[split] = code_files.kept(
-                self.folder,
-                split,
-                self.images[split],
-                identity,
-                lambda images: encode(images, self.latents),
-                mirrored,
-            )
-        return self._kept[split]
+        encode = functools.partial(encoded, self.model, self.params, latents=self.latents)
+        return self._files.of(split, self._identity, encode)
 
 
 def _load(config, splits, latents) -> tuple[Autoencoder, Any]:
@@ -281,7 +280,7 @@ def _evaluate(config, space, model, run: Run) -> dict[str, int | float]:
     report |= image_files.score(images, config.data, space.images["test"])
     if config.data.name == "shapes" and not space.latents:
         support = ShapesSet(config.data.size).images()
-        codes = code_files.encoded(space.model, space.params, support, False)
+        codes = encoded(space.model, space.params, support, False)
         scales = space.model.quantiser.options.scales
         report |= _exactly(codes, space.model.quantiser.codes, scales)
     return report
@@ -294,7 +293,7 @@ def _exactly(codes, vocabulary, scales=()):
     that some image has; drawn scale by scale from the exact conditionals, so much, and so many nats
     are lost. The entropy of the codes is the floor of their code length.
     """
-    dist = code_files.distribution(codes, vocabulary)
+    dist = distribution(codes, vocabulary)
     at_once = (tuple(range(dist.length)),)
     report = {
         "distinct_codes_of_support": len(dist.support),
