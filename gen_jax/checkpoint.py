@@ -382,9 +382,7 @@ def digest(value: np.ndarray) -> str:
     """A hash of an array: its dtype, shape and bits."""
     head = f"{value.dtype.str}{value.shape}".encode()
     total = hashlib.blake2b(head, digest_size=16)
-    total.update(
-        np.ascontiguousarray(value).reshape(-1).view(np.uint8)
-    )  # no copy of what is mapped
+    total.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8))  # copies no mapped file
     return total.hexdigest()
 
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from gen_jax import hosts, parallel, signals, trees
 from gen_jax.parts import Parts
 
-__all__ = ["in_parts", "log_prob", "map_rows", "slices"]
+__all__ = ["in_parts", "kept_figures", "log_prob", "map_batches", "map_rows"]
 
 
 def map_rows(f: Callable[[Any, Any], Any], params: Any, rows: Any, batch: int) -> Any:
@@ -56,6 +56,44 @@ def map_rows(f: Callable[[Any, Any], Any], params: Any, rows: Any, batch: int) -
     return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:number], *results)
 
 
+def map_batches(f: Callable[[Any, Any], Any], params: Any, rows: Any, batch: int) -> list[Any]:
+    """f(params, batch) of batches of rows whose result is of all of them, say a mean, in order.
+
+    Args:
+      f: jitted; maps a tree of arrays [B, ...] to a tree of arrays.
+      params: what `f` takes first.
+      rows: a tree of NumPy arrays [N, ...], N at least 1.
+      batch: most rows at a time.
+
+    Returns:
+      Trees of NumPy arrays; what each is of are the next `batch` rows, or the last ones.
+    """
+    number, keeper = len(jax.tree.leaves(rows)[0]), _KEEPER.get()
+
+    def map_batch(chosen):
+        return jax.device_get(f(params, jax.tree.map(lambda leaf: leaf[chosen], rows)))
+
+    if keeper is not None:
+        keeper.begin(f, params)
+    results = []
+    for first in _shown(range(0, number, batch)):
+        chosen = np.arange(first, min(first + batch, number))
+        kept = keeper is not None
+        results.append(keeper.kept(map_batch, chosen, rows) if kept else map_batch(chosen))
+    return results
+
+
+def kept_figures(make: Callable[[], dict[str, Any]], of: Any) -> dict[str, Any]:
+    """make(), figures in JSON values, which another run reads where this one was killed after it.
+
+    Args:
+      make: takes long, and has no batches.
+      of: a tree of all arrays and texts that the figures depend on beside the configuration.
+    """
+    keeper = _KEEPER.get()
+    return make() if keeper is None else keeper.figures(make, of)
+
+
 def _of_all_hosts(batches, starts):
     """The results of all batches, of which each host makes an equal share."""
     count, index = jax.process_count(), jax.process_index()
@@ -69,7 +107,7 @@ def _of_all_hosts(batches, starts):
 
 
 class _Keeper:
-    """Keeps the results of batches, and reads those that are there."""
+    """Keeps the results of batches, and figures, and reads those that are there."""
 
     def __init__(self, parts):
         self._parts, self._calls = parts, 0
@@ -95,27 +133,32 @@ class _Keeper:
             self._parts.keep(name, {f"leaf{i:03d}": leaf for i, leaf in leaves}, facts)
         return result
 
+    def figures(self, make, of):
+        """Figures, made or read."""
+        self._calls += 1
+        name, digest = f"{self._calls:03d}", trees.digest(of)
+        part = self._parts.read(name)
+        if part is not None and part[1].get("of") == digest:
+            return part[1]["figures"]
+        figures = make()
+        self._parts.keep(name, {}, {"of": digest, "figures": figures})
+        return figures
+
 
 _KEEPER: contextvars.ContextVar[_Keeper | None] = contextvars.ContextVar("keeper", default=None)
 
 
 @contextlib.contextmanager
 def in_parts(parts: Parts) -> Iterator[None]:
-    """Keeps what `map_rows` has finished inside of the block, so that another run goes on there.
+    """Keeps what the functions here have finished in the block, so that another run goes on there.
 
-    All hosts come here together: the rows are shared among them.
+    All hosts come here together: the rows of `map_rows` are shared among them.
     """
     token = _KEEPER.set(_Keeper(parts))
     try:
         yield
     finally:
         _KEEPER.reset(token)
-
-
-def slices(number: int, size: int) -> Iterator[slice]:
-    """Slices of at most `size` of `number` rows, with a bar on a terminal."""
-    for first in _shown(range(0, number, size)):
-        yield slice(first, first + size)
 
 
 def _shown(batches):

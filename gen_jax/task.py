@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from gen_jax import config as config_lib
 from gen_jax import array_files, sampling, whole_file
+from gen_jax import config as config_lib
 from gen_jax.condition import Condition
 from gen_jax.config import RunConfig, TrainConfig
 from gen_jax.drawing import Drawing

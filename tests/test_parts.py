@@ -194,3 +194,46 @@ def test_what_is_measured_of_rows_is_kept(tmp_path, monkeypatch):
     for result in run(changed):
         assert result["sum"][19] == plain["sum"][19] + 1
     assert 0 < len(seen) < 2 * batches, "the batch that has changed, of each call"
+
+
+def test_figures_and_means_of_batches_are_kept(tmp_path, monkeypatch):
+    rows, made = {"x": np.arange(20, dtype=np.float32)}, []
+
+    @jax.jit
+    def mean(params, rows):
+        jax.debug.callback(lambda x: made.append(float(x)), rows["x"][0])
+        return {"mean": rows["x"].mean() + params["at"].sum()}
+
+    def figures(what="score"):
+        made.append(what)
+        return {what: 1 / 3}
+
+    def run(texts=("a", "b")):
+        with evaluation.in_parts(Parts(tmp_path, {"what": "figures"})):
+            means = evaluation.map_batches(mean, PARAMS, rows, 8)
+            jax.effects_barrier()
+            return means, evaluation.kept_figures(figures, [rows, *texts])
+
+    plain = evaluation.map_batches(mean, PARAMS, rows, 8)
+    assert [float(one["mean"]) for one in plain] == [6.5, 14.5, 20.5]
+    jax.effects_barrier()
+    made.clear()
+    keep = Parts.keep
+
+    def stop(self, name, *others):
+        if name.startswith("001-000000000008"):
+            signal.raise_signal(signal.SIGINT)
+        keep(self, name, *others)
+
+    monkeypatch.setattr(Parts, "keep", stop)
+    with pytest.raises(signals.Stopped):
+        run()
+    monkeypatch.setattr(Parts, "keep", keep)
+    assert made == [0, 8]
+    for _ in range(2):
+        means, found = run()
+        jax.tree.map(np.testing.assert_array_equal, means, plain)
+        assert found == {"score": 1 / 3}
+        assert made == [0, 8, 16, "score"], "each once"
+    run(("a", "c"))
+    assert made == [0, 8, 16, "score", "score"], "of other texts"

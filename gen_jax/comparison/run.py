@@ -288,14 +288,13 @@ class _Comparing:
 
     def _arrays(self, name: str) -> Mapping[str, np.ndarray]:
         path = self.path / "examined" / f"{name}.npz"
+        advice = f"remove {path.with_suffix('.json')}"
         try:
             return array_files.read_npz(path)
         except FileNotFoundError as error:
-            raise WorkdirError(
-                f"{path} is not there; remove {path.with_suffix('.json')}"
-            ) from error
+            raise WorkdirError(f"{path} is not there; {advice}") from error
         except ValueError as error:
-            raise WorkdirError(f"{error}; remove {path.with_suffix('.json')}") from error
+            raise WorkdirError(f"{error}; {advice}") from error
 
 
 class _Loader:

@@ -1,5 +1,6 @@
 """What the tasks of images share: files of samples, labels, and scores without a network."""
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gen_jax import pictures
+from gen_jax import evaluation, pictures
 from gen_jax.condition import Condition
 from gen_jax.config import TrainConfig
 from gen_jax.data import DataConfig, Images, ShapesSet
@@ -150,6 +151,11 @@ def score(images: np.ndarray, config: DataConfig, test_set: Images) -> dict[str,
       The scores of `metrics.shapes.score`, or a Frechet distance of pooled pixels, or nothing
       where there are too few images.
     """
+    make = functools.partial(_score, images, config, test_set)
+    return evaluation.kept_figures(make, [images, test_set.digest])
+
+
+def _score(images, config, test_set):
     if config.name == "shapes":
         from gen_jax.metrics import shapes
 

@@ -1,5 +1,6 @@
 """What the tasks of text share: how samples are shown and written, and scores without a network."""
 
+import functools
 import itertools
 import re
 import sys
@@ -8,6 +9,8 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from jaxtyping import Int
 
+from gen_jax import evaluation
+from gen_jax.data.text import digest
 from gen_jax.data.tokenizers import Tokenizer
 
 __all__ = [
@@ -85,6 +88,11 @@ def score(texts: list[str], known: str) -> dict[str, float]:
       known_words: share of their letters that are in words of the known text.
       distinct_2: pairs of neighbouring words that differ, as a share of all (Li et al. 2016).
     """
+    make = functools.partial(_score, texts, known)
+    return evaluation.kept_figures(make, [digest(known), *texts])
+
+
+def _score(texts, known):
     vocabulary = set(_BETWEEN_WORDS.split(known))
     words = [[word for word in _BETWEEN_WORDS.split(sample)[:-1] if word] for sample in texts]
     letters = [len(word) for some in words for word in some]

@@ -1,5 +1,6 @@
 import dataclasses
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from gen_jax.data.config import TranslationConfig
 from gen_jax.data.synonyms import Synonyms
 from gen_jax.models.masked.config import MaskPredictOptions
 from gen_jax.nn.config import TransformerConfig
+from gen_jax.parts import Parts
 from gen_jax.tasks.translation.config import (
     EvaluateConfig,
     TranslationRunConfig,
@@ -99,6 +101,28 @@ def test_the_translations_are_those_of_the_samples(runs, name):
         ends = np.flatnonzero(row == tokenizer.eos)
         row = row[: ends[0]] if len(ends) else row
         assert line.split() == tokenizer.decode(row[row != 0]).split()
+
+
+def test_an_evaluation_that_was_stopped_goes_on(runs, tmp_path, capsys, monkeypatch):
+    copy, keep, names = shutil.copytree(runs / "masked", tmp_path / "copy"), Parts.keep, []
+    options = ("evaluate", "--workdir", copy, "--evaluate.batch", 500)  # of 1,000 pairs
+
+    def stop(self, name, *others):
+        names.append(name)
+        if len(names) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        keep(self, name, *others)
+
+    monkeypatch.setattr(Parts, "keep", stop)
+    assert main(*options) == 143
+    assert main(*options) == 0
+    of = [f"{call}-{row:012d}" for call in ("001", "002") for row in (0, 500)]
+    assert names == [*of, "003"], "batches of losses and of bounds, and figures: each once"
+    found, whole = summary(copy), summary(runs / "masked")
+    for name in ("nats_per_token", "nats_per_pair", "exact_accuracy", "conditional_entropy"):
+        assert found[name] == pytest.approx(whole[name], rel=1e-5)
+    assert not (copy / "parts").exists()
+    capsys.readouterr()
 
 
 def test_a_masked_model_is_decoded_in_other_ways(runs, tmp_path):

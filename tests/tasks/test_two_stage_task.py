@@ -151,13 +151,12 @@ def test_codes_are_kept_and_a_damaged_file_is_named(tmp_path, capsys, coder, mon
     content = bytearray(test.read_bytes())
     content[-1] ^= 1
     capsys.readouterr()
-    head = (
-        content[: content.index(b"\n") + 1].replace(b", 21), ", b", 2100), ").replace(b"  ", b"", 1)
-    )
+    head = content[: content.index(b"\n") + 1].replace(b", 21), ", b", 4294967296), ")
+    head = head.replace(8 * b" ", b"", 1)
     for damage in (bytes(content), bytes(content[:-8]), b"nothing", bytes(head)):
         test.write_bytes(damage)
-        if damage == head:  # of a terabyte that is stated and there, but takes no room on the disk
-            os.truncate(test, len(head) + 2**40)
+        if damage == head:  # of a terabyte, which takes no room on the disk
+            os.truncate(test, len(head) + 4 * 4294967296 * len(np.load(file)) // 9)
         assert main("evaluate", "--workdir", workdir) == 2
         assert f"{test} is damaged: remove it" in refused_in(capsys)
     test.unlink()

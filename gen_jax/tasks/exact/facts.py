@@ -10,8 +10,8 @@ import numpy as np
 import optax
 from jaxtyping import Float
 
+from gen_jax import evaluation, sampling
 from gen_jax import keys as key_streams
-from gen_jax import sampling
 from gen_jax.data import gaussian_process as gaussian
 from gen_jax.data.exact import Enumerated
 from gen_jax.data.exact_sets import (
@@ -40,16 +40,18 @@ def facts(config: ExactConfig) -> list[dict]:
     Args:
       config: of the experiment; says how many samples are drawn.
     """
-    return [
-        *_modes(config),
-        *_conditioning(),
-        *_permutations(),
-        *_signals(config),
-        *_pyramid(),
-        *_bound(),
-        *_repair(config),
-        *_lengths(config),
-    ]
+    makers = (
+        lambda: _modes(config),
+        _conditioning,
+        _permutations,
+        lambda: _signals(config),
+        _pyramid,
+        _bound,
+        lambda: _repair(config),
+        lambda: _lengths(config),
+    )
+    kept = (evaluation.kept_figures(lambda m=make: {"facts": list(m())}, ()) for make in makers)
+    return [fact for some in kept for fact in some["facts"]]
 
 
 def _fact(claim, exact, run=None, error=None):

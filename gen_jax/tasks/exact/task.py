@@ -5,6 +5,7 @@ import functools
 import jax
 import numpy as np
 
+from gen_jax import evaluation
 from gen_jax.models.masked.schedules import SCHEDULES, Optimal
 from gen_jax.task import Context, Run, Stage, Task
 from gen_jax.tasks.exact import facts as known_facts
@@ -75,14 +76,18 @@ def _table(config, name, dist, networks):
     """All gaps on one set."""
     schedules = {name: SCHEDULES[name] for name in _SCHEDULES}
     schedules["optimal"] = Optimal(tuple(map(float, dist.entropy_profile)))
-    measure = measures.Measure(config, dist, networks)
-    strategies = measures.strategies(config.length, schedules)
-    rows = [measure.row(strategy) for strategy in strategies]
-    rows.insert(1, measure.latent(measures.mixtures(config).get(name)))
+    measure, params = measures.Measure(config, dist, networks), networks.params
+    rows = [
+        evaluation.kept_figures(functools.partial(measure.row, strategy), params)
+        for strategy in measures.strategies(config.length, schedules)
+    ]
+    latent = functools.partial(measure.latent, measures.mixtures(config).get(name))
+    rows.insert(1, evaluation.kept_figures(latent, params))
+    limits = functools.partial(measure.limits, reports.LIMIT)
     return {
         "entropy": dist.entropy,
         "total_correlation": dist.total_correlation(),
         "valid": len(dist.support) < measure.dense.size,
-        "repair_limits": measure.limits(reports.LIMIT),
+        "repair_limits": evaluation.kept_figures(limits, ()),
         "rows": rows,
     }

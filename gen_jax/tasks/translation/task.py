@@ -168,27 +168,32 @@ def _named(batch: dict) -> dict:
 
 def _validate(config, data, params) -> dict[str, float]:
     """The loss of the validation pairs, without dropout and smoothing, in nats per token."""
-    model, totals, tokens = make_model(config, data, dropout=0.0, smoothing=0.0), {}, 0
-    for part, ours in _validation(config, data):
-        value, further = jax.device_get(_loss(model, params, part, ours))
-        counted = int(part["length"].sum())
+    model, rows = make_model(config, data, dropout=0.0, smoothing=0.0), _validation(config, data)
+    batch, totals = config.evaluate.batch, {}
+    found = evaluation.map_batches(functools.partial(_loss, model), params, rows, batch)
+    for number, (value, further) in enumerate(found):
+        counted = int(rows["length"][number * batch :][:batch].sum())
         for name, one in ({"nats_per_token": value} | further).items():
             totals[name] = totals.get(name, 0.0) + float(one) * counted
-        tokens += counted
+    tokens = int(rows["length"].sum())
     return {name: total / tokens for name, total in totals.items()}
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _loss(model, params, batch, keys):
-    return model.loss(params, batch, keys)
+def _loss(model, params, rows):
+    return model.loss(params, *_with_keys(rows))
 
 
 def _validation(config, data):
-    """The validation pairs, a batch at a time, each with its keys."""
+    """The validation pairs, and the number of each."""
     arrays = _named(data.pairs("validation").all(config.data.max_length))
-    ours = keys.stream(0, "evaluate", 0, len(arrays["tokens"]))
-    for rows in evaluation.slices(len(ours), config.evaluate.batch):
-        yield {name: leaf[rows] for name, leaf in arrays.items()}, ours[rows]
+    return arrays | {"index": np.arange(len(arrays["tokens"]), dtype=np.uint32)}
+
+
+def _with_keys(rows):
+    """A batch of validation pairs, and their keys."""
+    index = rows.pop("index")
+    return rows, keys.of_items(keys.root(0, "evaluate"), index)
 
 
 def _nats_per_pair(config, data, model, params, nats_per_token: float) -> float:
@@ -199,14 +204,16 @@ def _nats_per_pair(config, data, model, params, nats_per_token: float) -> float:
     pairs = data.pairs("validation")
     if config.strategy != "masked":
         return nats_per_token * int(pairs.length.sum()) / len(pairs)
-    parts = _validation(config, data)
-    total = sum(float(_masked_nats(model, params, part, ours)) for part, ours in parts)
-    return total / len(pairs)
+    f, rows = functools.partial(_masked_nats, model), _validation(config, data)
+    return sum(map(float, evaluation.map_batches(f, params, rows, config.evaluate.batch))) / len(
+        pairs
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _masked_nats(model, params, batch, keys):
-    terms = model.denoiser.bound_terms(params["network"], batch, keys)
+def _masked_nats(model, params, rows):
+    batch, ours = _with_keys(rows)
+    terms = model.denoiser.bound_terms(params["network"], batch, ours)
     return (terms.sum(-1) + model.length_nats(params, batch)).sum()
 
 
@@ -241,16 +248,23 @@ def _evaluate(config, data, run: Run) -> dict[str, Any]:
     nats = _nats_per_pair(config, data, run.task.model, run.params, report["nats_per_token"])
     report["nats_per_pair"] = nats
     if config.data.name == "synonyms":
-        report |= _exactly(config, data, nats, sources, hypotheses)
+        measure = functools.partial(_exactly, config, data, nats, sources, hypotheses)
     else:
-        report["bleu"] = metrics.bleu(hypotheses, targets)
-        report["bleu_signature"] = metrics.bleu_signature()
+        measure = functools.partial(_bleu, hypotheses, targets)
+    report |= evaluation.kept_figures(measure, [nats, sources, targets, hypotheses])
     rows = zip(tokens, lengths, strict=True)
     report["repeated_token_rate"] = metrics.repeated_token_rate(
         [row[: length - 1] for row, length in rows]
     )
     found = metrics.length_accuracy(lengths, data.pairs(split).length[: len(tokens)])
     return report | {f"length_{name}": value for name, value in found.items()}
+
+
+def _bleu(hypotheses, targets):
+    return {
+        "bleu": metrics.bleu(hypotheses, targets),
+        "bleu_signature": metrics.bleu_signature(),
+    }
 
 
 def _exactly(config, data, nats, sources, hypotheses):
@@ -261,7 +275,7 @@ def _exactly(config, data, nats, sources, hypotheses):
     mass = np.mean([task.one_shot_valid_mass(source) for source in sources])
     left = metrics.conditional_total_correlation_left(nats, entropy)
     return {
-        "exact_accuracy": task.accuracy(sources, hypotheses),
+        "exact_accuracy": float(task.accuracy(sources, hypotheses)),
         "one_shot_valid_mass": float(mass),
         "conditional_entropy": float(entropy),
         "conditional_total_correlation": float(correlation),

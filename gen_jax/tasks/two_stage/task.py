@@ -282,7 +282,8 @@ def _evaluate(config, space, model, run: Run) -> dict[str, int | float]:
         support = ShapesSet(config.data.size).images()
         codes = encoded(space.model, space.params, support, False)
         scales = space.model.quantiser.options.scales
-        report |= _exactly(codes, space.model.quantiser.codes, scales)
+        measure = functools.partial(_exactly, codes, space.model.quantiser.codes, scales)
+        report |= evaluation.kept_figures(measure, codes)
     return report
 
 
