@@ -67,6 +67,8 @@ def read_text(
       ValueError: it has more bytes, or is no UTF-8, damaged, a pipe or a device.
     """
     packed = path.suffix == ".gz"
+    unpacked = " when unpacked" if packed else ""
+    too_large = ValueError(f"{path} has more than {most} bytes{unpacked}; {advice}")
     try:
         with contextlib.ExitStack() as stack:
             file = stack.enter_context(opened(path))
@@ -76,6 +78,8 @@ def read_text(
                 text = stack.enter_context(io.TextIOWrapper(file, "utf-8", errors, newline=""))
                 return text.read(characters)
             content = bytearray()
+            if not packed and os.fstat(file.fileno()).st_size > most:
+                raise too_large
             while part := file.read(min(_PART, most + 1 - len(content))):
                 content += part
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -83,7 +87,7 @@ def read_text(
     except UnicodeDecodeError as error:
         raise _not_utf8(path, error) from None
     if len(content) > most:
-        raise ValueError(f"{path} has more than {most} bytes{' when unpacked' * packed}; {advice}")
+        raise too_large
     try:
         return content.decode(errors=errors)
     except UnicodeDecodeError as error:

@@ -13,8 +13,6 @@ import resource
 from collections.abc import Iterator
 from typing import Any
 
-from gen_jax import operations
-
 __all__ = ["available", "check", "readable"]
 
 
@@ -28,6 +26,8 @@ def check(what: str, program: Any) -> None:
     Raises:
       MemoryError: it does not fit; the message says what it takes and what is left.
     """
+    from gen_jax import operations  # which imports jax; what is left of memory is asked without
+
     devices = program.runtime_executable().local_devices()
     analysis = program.memory_analysis()
     if devices[0].platform != "cpu" or analysis is None:

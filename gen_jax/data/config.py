@@ -73,7 +73,7 @@ class TextConfig:
     characters: int = 0
     """Read at most this many characters of the text, or of a split of TFDS; 0 for all."""
     max_bytes: int = 2**30
-    """Most bytes of a text file; a larger one is refused, unless `characters` are given."""
+    """Most bytes of a text; a larger one is refused, unless `characters` of a file are given."""
 
     def __post_init__(self):
         if self.name == "file" and not self.path:
@@ -119,7 +119,7 @@ class TranslationConfig:
     targets: str = ""
     """UTF-8 file with one line per training pair that replaces its target: distillation."""
     max_bytes: int = 2**30
-    """Most bytes of a file of sentences, unpacked, and 64 times its most lines."""
+    """Most bytes of a file of sentences, unpacked, and 64 times its most lines; or of TFDS."""
     words: int = 64
     """Synonyms only: source words, from 1 up."""
     min_words: int = 3

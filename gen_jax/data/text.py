@@ -37,7 +37,9 @@ def load_text(config: TextConfig, split: Split) -> str:
         raise ValueError(f"split is {split!r}; choose train or test")
     if config.name == "tfds":
         source = f"the TFDS data set {config.tfds_name}"
-        part = data.tfds_source.read_text(config.tfds_name, split, config.dir, config.characters)
+        part = data.tfds_source.read_text(
+            config.tfds_name, split, config.dir, config.characters, config.max_bytes
+        )
     else:
         source = config.path or "the pydoc text"
         whole = _read_pydoc(config) if config.name == "pydoc" else _read_file(config)

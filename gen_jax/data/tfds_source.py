@@ -12,9 +12,11 @@ as `gen_jax.data.tfds_source`, which is imported at its first use.
 """
 
 import contextlib
+import functools
 import importlib
+import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,8 @@ from PIL import EpsImagePlugin, Image
 from tensorflow_datasets.core.download import download_manager
 from tensorflow_datasets.image_classification import cifar
 
+from gen_jax import memory
+from gen_jax.bounded import LARGEST_JSON
 from gen_jax.data import cifar10
 from gen_jax.data.config import Split
 from gen_jax.data.images import Images
@@ -35,12 +39,31 @@ _ARCHIVE = "cifar-10-binary.tar.gz"
 _TIMEOUT_SECONDS = 20
 
 
+def _only_files(read: Callable) -> Callable:
+    """Refuses files of a data set that are larger than any, or would run something."""
+
+    @functools.wraps(read)
+    def reading(name, split, directory="", *arguments):
+        place = _data_dir(directory) / re.split("[/:]", name)[0]
+        for path in place.rglob("*"):
+            if path.suffix in (".json", ".txt") and path.is_file():
+                size = path.stat().st_size
+                if size > LARGEST_JSON:
+                    raise ValueError(
+                        f"{path} has {size} bytes, and at most {LARGEST_JSON} are read"
+                    )
+        with _nothing_in_files_is_run(place):
+            return read(name, split, directory, *arguments)
+
+    return reading
+
+
 @contextlib.contextmanager
-def _nothing_in_files_is_run() -> Iterator[None]:
+def _nothing_in_files_is_run(place: Path) -> Iterator[None]:
     """Refuses features of other packages than TFDS, and leaves Ghostscript alone.
 
     Raises:
-      ValueError: a file names such a feature.
+      ValueError: a file in this place names such a feature, or a picture is too large for Pillow.
     """
     connector, refused = tfds.features.FeatureConnector, []
     find, ghostscript = connector.__dict__["cls_from_name"], EpsImagePlugin.gs_binary
@@ -54,18 +77,20 @@ def _nothing_in_files_is_run() -> Iterator[None]:
     connector.cls_from_name, EpsImagePlugin.gs_binary = classmethod(checked), False
     try:
         yield
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{place} has a picture that is too large ({error})") from None
     except Exception:
         if not refused:
             raise
         raise ValueError(
-            f"the data set has a feature of the class {refused[0]}, whose module would be run: "
-            "only features of TFDS itself are read"
+            f"features.json in {place} has a feature of the class {refused[0]}, whose module would "
+            "be run: only features of TFDS itself are read"
         ) from None
     finally:
         connector.cls_from_name, EpsImagePlugin.gs_binary = find, ghostscript
 
 
-@_nothing_in_files_is_run()
+@_only_files
 def read(name: str, split: Split, directory: str | Path = "") -> Images:
     """Reads one split of a TFDS data set of images, decoded once into one array.
 
@@ -82,16 +107,18 @@ def read(name: str, split: Split, directory: str | Path = "") -> Images:
     Raises:
       ConnectionError: CIFAR-10 could not be downloaded.
       FileNotFoundError: the set is not prepared in the directory.
-      ValueError: the archive has another checksum, the set is no set of images of one size, or it
-        has features of other packages.
+      ValueError: the archive has another checksum, the set is no set of images of one size, it has
+        features of other packages, or more images than memory has room for.
     """
     data_dir = _data_dir(directory)
     builder = _prepared_cifar10(data_dir) if name == "cifar10" else _builder(name, data_dir)
     return _decode(name, _source(builder, name, split, data_dir))
 
 
-@_nothing_in_files_is_run()
-def read_text(name: str, split: Split, directory: str | Path = "", characters: int = 0) -> str:
+@_only_files
+def read_text(
+    name: str, split: Split, directory: str | Path = "", characters: int = 0, most: int = 2**30
+) -> str:
     """Reads one split of a TFDS data set of text: its documents, joined by line ends.
 
     Args:
@@ -99,11 +126,12 @@ def read_text(name: str, split: Split, directory: str | Path = "", characters: i
       split: "train" or "test"; where the set has no test split, its validation split is read.
       directory: the data_dir of TFDS; empty for its default.
       characters: read at most this many characters; 0 for all.
+      most: bytes that the documents may have.
 
     Raises:
       FileNotFoundError: the set is not prepared in the directory.
-      ValueError: it has no such split, no feature `text`, features of other packages, or a text
-        that is not UTF-8.
+      ValueError: it has no such split, no feature `text`, features of other packages, more bytes,
+        or a text that is not UTF-8.
     """
     data_dir = _data_dir(directory)
     builder = _builder(name, data_dir)
@@ -114,10 +142,13 @@ def read_text(name: str, split: Split, directory: str | Path = "", characters: i
     features = source.dataset_info.features
     if "text" not in features or not isinstance(features["text"], tfds.features.Text):
         raise ValueError(f"the TFDS data set {name} holds no feature `text` of plain text")
-    documents, length = [], 0
+    documents, length, size = [], 0, 0
     for index in range(len(source)):
+        document = source[index]["text"]
+        size += len(document)
+        _check_bytes(name, size, most)
         try:
-            documents.append(source[index]["text"].decode())
+            documents.append(document.decode())
         except UnicodeDecodeError as error:
             raise ValueError(
                 f"example {index} of the TFDS data set {name} is not UTF-8 text ({error.reason})"
@@ -129,9 +160,15 @@ def read_text(name: str, split: Split, directory: str | Path = "", characters: i
     return text[:characters] if characters else text
 
 
-@_nothing_in_files_is_run()
+@_only_files
 def read_pairs(
-    name: str, split: str, directory: str | Path, source: str, target: str, limit: int = 0
+    name: str,
+    split: str,
+    directory: str | Path,
+    source: str,
+    target: str,
+    limit: int = 0,
+    most: int = 2**30,
 ) -> tuple[list[str], list[str]]:
     """Reads one split of a TFDS data set of translations.
 
@@ -143,14 +180,15 @@ def read_pairs(
       source: language of the first list.
       target: language of the second list.
       limit: read at most this many pairs, the first ones; 0 for all.
+      most: bytes that the sentences of both languages may have.
 
     Returns:
       Sentences of the one and of the other language, pair by pair.
 
     Raises:
       FileNotFoundError: the set is not prepared in the directory.
-      ValueError: it has no such split or language, features of other packages, or a text that is
-        not UTF-8.
+      ValueError: it has no such split or language, features of other packages, more bytes, or a
+        text that is not UTF-8.
     """
     # Where TensorFlow is missing, TFDS leaves its builders of translations out until asked for.
     with contextlib.suppress(ImportError):
@@ -163,9 +201,11 @@ def read_pairs(
             raise ValueError(
                 f"the TFDS data set {name} has no language {language!r}, only {', '.join(features)}"
             )
-    sources, targets = [], []
+    sources, targets, size = [], [], 0
     for index in range(min(len(examples), limit or len(examples))):
         example = examples[index]
+        size += len(example[source]) + len(example[target])
+        _check_bytes(name, size, most)
         try:
             sources.append(example[source].decode())
             targets.append(example[target].decode())
@@ -174,6 +214,13 @@ def read_pairs(
                 f"example {index} of the TFDS data set {name} is not UTF-8 text ({error.reason})"
             ) from None
     return sources, targets
+
+
+def _check_bytes(name, size, most):
+    if size > most:
+        raise ValueError(
+            f"the TFDS data set {name} has more than {most} bytes of text; raise --data.max-bytes"
+        )
 
 
 def _data_dir(directory: str | Path) -> Path:
@@ -213,6 +260,12 @@ def _decode(name: str, source: Any) -> Images:
         raise ValueError(
             f"images of the TFDS data set {name} are {first.dtype} {list(first.shape)}; "
             "only uint8 [height, width, C] is read"
+        )
+    size, room = len(source) * first.nbytes, memory.available()
+    if size > room:
+        raise ValueError(
+            f"the images of the TFDS data set {name} take {memory.readable(size)}, and "
+            f"{memory.readable(room)} of memory are left"
         )
     images = np.empty((len(source), *first.shape), np.uint8)
     labels = np.zeros(len(source), np.int32)

@@ -60,7 +60,13 @@ def load_pairs(config: TranslationConfig, split: TranslationSplit) -> tuple[list
         sources, targets = _read_files(config, split)
     else:
         sources, targets = data.tfds_source.read_pairs(
-            config.tfds_name, split, config.dir, config.source, config.target, limit
+            config.tfds_name,
+            split,
+            config.dir,
+            config.source,
+            config.target,
+            limit,
+            config.max_bytes,
         )
     sources = [text.strip() for text in sources[: limit or None]]
     targets = [text.strip() for text in targets[: limit or None]]

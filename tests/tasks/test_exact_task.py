@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import signal
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from gen_jax import cli
 from gen_jax.metrics import gaps
 from gen_jax.models.masked import ExactDenoiser
 from gen_jax.models.masked.schedules import SCHEDULES, Optimal
+from gen_jax.parts import Parts
 from gen_jax.tasks.exact import facts, measure, report, task
 from refusals import refused_in
 
@@ -28,20 +30,39 @@ MINUTE = dataclasses.replace(
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, one_device):
-    """The report of a run that is as short as can be."""
+    """The report of a run that is as short as can be, and was stopped while it evaluated.
+
+    Returns:
+      The work directory, gaps.json, and the names of the parts that were kept.
+    """
     path = tmp_path_factory.mktemp("multimodality") / "my run"
-    patch = pytest.MonkeyPatch()
+    patch, keep, names = pytest.MonkeyPatch(), Parts.keep, []
+
+    def stop(self, name, *others):
+        keep(self, name, *others)
+        names.append(name)
+        if len(names) == 3:
+            signal.raise_signal(signal.SIGINT)
+
     with patch.context() as context:
         context.setattr(task, "_SCHEDULES", ("cosine",))
         context.setattr(measure, "_ROUNDS", (2,))
         context.setattr(facts, "facts", lambda config: [])
+        context.setattr(Parts, "keep", stop)
         experiment = dataclasses.replace(EXPERIMENT, presets={"minute": MINUTE})
+        assert cli.main(experiment, ["--workdir", str(path)]) == 130
         assert cli.main(experiment, ["--workdir", str(path)]) == 0
-    return path, json.loads((path / "gaps.json").read_text())
+    return path, json.loads((path / "gaps.json").read_text()), names
+
+
+def test_rows_that_were_measured_are_not_measured_again(finished):
+    _, found, names = finished
+    rows = sum(len(table["rows"]) for table in found["tables"].values())
+    assert names == [f"{number:03d}" for number in range(1, rows + len(found["tables"]) + 1)]
 
 
 def test_a_run_leaves_numbers_and_a_figure(finished):
-    path, found = finished
+    path, found, _ = finished
     assert list(found["tables"]) == list(measure.known_sets(MINUTE))
     with Image.open(path / "gaps.png") as figure:
         assert figure.size[0] > 1000
@@ -52,7 +73,7 @@ def test_a_run_leaves_numbers_and_a_figure(finished):
 
 
 def test_samplers_have_the_gaps_that_are_known(finished):
-    _, found = finished
+    _, found, _ = finished
     for table in found["tables"].values():
         for row in table["rows"]:
             for kind in ("kl", "tv"):
@@ -62,7 +83,7 @@ def test_samplers_have_the_gaps_that_are_known(finished):
 
 
 def test_no_trained_network_is_better_than_what_it_can_be(finished):
-    _, found = finished
+    _, found, _ = finished
     for table in found["tables"].values():
         rows = {row["strategy"]: row for row in table["rows"]}
         assert rows["all at once"]["network_kl"] >= table["total_correlation"] - 1e-4
