@@ -1,6 +1,7 @@
 """Parts of requests: what is drawn or measured once is not made again, and is the same."""
 
 import dataclasses
+import io
 import signal
 
 import jax
@@ -112,17 +113,19 @@ def test_parts_of_another_request_are_refused(tmp_path, change):
         drawing(tmp_path / "all", others=[tmp_path / "one"], **change)
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "other"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "other", "pickled"])
 def test_a_damaged_part_is_made_again(tmp_path, drawn, whole, damage, capsys):
     drawing(tmp_path).draw(0, 22)
     first, *_ = sorted(tmp_path.glob("parts/*/*.npz"))
     content = bytearray(first.read_bytes())
     content[len(content) // 3] ^= 1
+    np.savez(pickled := io.BytesIO(), samples=np.array([{}], object), sealed=np.array("{}"))
     damaged = {
         "flip": bytes(content),
         "cut": bytes(content[:-9]),
         "empty": b"",
         "other": np.array(1).tobytes(),
+        "pickled": pickled.getvalue(),
     }
     first.write_bytes(damaged[damage])
     drawn.clear()

@@ -1,7 +1,9 @@
 """config.json of diffusers and transformers: how it is read, and refused; this loads no jax."""
 
+import contextlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from gen_jax.nn.config import DEEPEST, LARGEST
@@ -13,6 +15,7 @@ __all__ = [
     "MOST_PIXELS",
     "Refusals",
     "is_count",
+    "naming",
     "refusal",
     "shown",
     "unknown",
@@ -26,6 +29,15 @@ _SHOWN, _LISTED = 200, 20  # characters of a value, options that are unknown
 def is_count(value: Any, most: int = LARGEST) -> bool:
     """Whether a value of config.json is a size, or a number of layers, that a network may have."""
     return type(value) is int and 1 <= value <= most
+
+
+@contextlib.contextmanager
+def naming(path: pathlib.Path) -> Iterator[None]:
+    """Begins what is said of options with the file that has them."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def refusal(options: Mapping, key: str, supported: str) -> str:

@@ -15,6 +15,7 @@ from gen_jax.interop.config_json import (
     LARGEST,
     Refusals,
     is_count,
+    naming,
     refusal,
     unknown,
 )
@@ -110,7 +111,8 @@ def read_layout(directory: str | os.PathLike, kind: str) -> tuple[pathlib.Path, 
     name = options.get("_class_name") if isinstance(options, dict) else None
     if name != kind:
         raise ValueError(f"{path} is not of a {kind}: _class_name={reprlib.repr(name)}")
-    return folder, to_layout(options, kind)
+    with naming(path):
+        return folder, to_layout(options, kind)
 
 
 def to_layout(stored: dict[str, Any], kind: str) -> Layout:

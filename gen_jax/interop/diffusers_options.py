@@ -14,6 +14,7 @@ from gen_jax.interop.config_json import (
     LARGEST,
     Refusals,
     is_count,
+    naming,
     refusal,
     unknown,
 )
@@ -110,7 +111,8 @@ def read_network(
     if not isinstance(options, dict) or options.get("_class_name") != "UNet2DModel":
         name = options.get("_class_name") if isinstance(options, dict) else None
         raise ValueError(f"{path} is not of a UNet2DModel: _class_name={reprlib.repr(name)}")
-    return folder, *to_config(options)
+    with naming(path):
+        return folder, *to_config(options)
 
 
 def to_options(config: UNetConfig, height: int, width: int) -> dict:

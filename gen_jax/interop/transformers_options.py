@@ -18,6 +18,7 @@ from gen_jax.interop.config_json import (
     LARGEST,
     Refusals,
     is_count,
+    naming,
     refusal,
     shown,
     unknown,
@@ -159,10 +160,11 @@ def read_network(
     options = read_json(path)
     if not isinstance(options, dict):
         raise ValueError(f"{path} is damaged: it holds no options")
-    _check_kind(options, {kind: _KINDS[f][kind] for f in families for kind in _KINDS[f]})
-    if options["model_type"] in _KINDS["llama"]:
-        return "llama", *to_llama_config(options)
-    return "gpt2", to_gpt2_config(options), frozenset()
+    with naming(path):
+        _check_kind(options, {kind: _KINDS[f][kind] for f in families for kind in _KINDS[f]})
+        if options["model_type"] in _KINDS["llama"]:
+            return "llama", *to_llama_config(options)
+        return "gpt2", to_gpt2_config(options), frozenset()
 
 
 def to_gpt2_options(config: TransformerConfig) -> dict:

@@ -210,6 +210,12 @@ def test_documents_of_a_prepared_set_are_joined_by_line_ends(tmp_path):
         document.replace("\n", " ") for document in documents
     )
     assert read_tfds(tmp_path, "test") == "held out"
+    size = len("".join(documents).encode())
+    assert read_tfds(tmp_path, max_bytes=size) == text
+    with pytest.raises(
+        ValueError, match=f"more than {size - 1} bytes of text; raise --data.max-by"
+    ):
+        read_tfds(tmp_path, max_bytes=size - 1)
     for characters in range(1, len(text) + 2):
         assert read_tfds(tmp_path, characters=characters) == text[:characters]
 

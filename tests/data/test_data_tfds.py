@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -10,7 +11,10 @@ import requests
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from experiments import ddpm_cifar
+from gen_jax import cli, memory
 from gen_jax.data import DataConfig, cifar10, load, tfds_source
+from refusals import refused_in
 
 PER_FILE = 4
 
@@ -147,6 +151,35 @@ def prepared(tmp_path):
 
 def test_a_set_that_is_only_files_is_read(prepared):
     assert sorted(read(prepared, name="small").images[:, 0, 0, 0]) == [0, 1, 2, 3]
+
+
+def test_records_of_a_set_that_are_larger_than_any_are_not_read(prepared):
+    (path,) = prepared.rglob("dataset_info.json")
+    os.truncate(path, 2**40)
+    with pytest.raises(
+        ValueError, match=r"dataset_info\.json has 1099511627776 bytes, and at most"
+    ):
+        read(prepared, name="small")
+
+
+def test_images_that_memory_has_no_room_for_are_not_read(prepared, monkeypatch):
+    monkeypatch.setattr(memory, "available", lambda: 47.0)
+    with pytest.raises(
+        ValueError, match="of the TFDS data set small take 48 bytes, and 47 bytes of"
+    ):
+        read(prepared, name="small")
+
+
+def test_a_feature_of_another_package_is_one_line_of_a_command(prepared, tmp_path, capsys):
+    (path,) = prepared.rglob("features.json")
+    path.write_text(path.read_text().replace("tensorflow_datasets.", "evil.", 1))
+    options = ["--data.name", "tfds", "--data.tfds-name", "small", "--data.dir", str(prepared)]
+    workdir = tmp_path / "run"
+    argv = ["train", "--workdir", str(workdir), *options]
+    assert cli.main(ddpm_cifar.EXPERIMENT, argv) == 2
+    line = refused_in(capsys)
+    assert f"features.json in {prepared / 'small'} has a feature of the class evil." in line
+    assert not workdir.exists()
 
 
 @pytest.mark.parametrize("legacy", [False, True])
