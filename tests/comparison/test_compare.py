@@ -166,6 +166,19 @@ def test_a_comparison_may_be_moved(place, tmp_path, monkeypatch, one_device):
         away.rename(place)
 
 
+def test_damaged_arrays_are_named_before_any_work(place, tmp_path):
+    shutil.copytree(place, copy := tmp_path / "copy")
+    arrays = copy / "examined" / "left.npz"
+    np.savez(arrays, frames=np.array([{}], object))
+    before = sorted(copy.rglob("*"))
+    with pytest.raises(ValueError, match=r"left\.npz is damaged .*; remove .*left\.json"):
+        compare(copy)
+    arrays.unlink()
+    with pytest.raises(ValueError, match=r"left\.npz is not there; remove .*left\.json"):
+        compare(copy)
+    assert sorted(copy.rglob("*")) == [path for path in before if path != arrays]
+
+
 def test_another_comparison_in_its_place_is_refused(place, tmp_path):
     with pytest.raises(ValueError, match="holds a comparison with seed 0, not 1"):
         compare(place, seed=1)
