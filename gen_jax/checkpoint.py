@@ -209,9 +209,12 @@ class _OtherLeaf(ValueError):
 
 
 def _check_files(path, step):
-    """Refuses records that are larger than any; Orbax reads those of all steps, without a limit."""
+    """Refuses records that are larger than any; Orbax reads those of all steps, without a limit.
+
+    What is half-written or was moved aside is no step: its folder has a dot in its name.
+    """
     for folder, folders, names in os.walk(path):
-        folders[:] = [name for name in folders if name != _VALUES]
+        folders[:] = [n for n in folders if n != _VALUES and not re.match(r"\d+\.", n)]
         for name in names:
             with contextlib.suppress(OSError):  # Orbax meets it, too
                 status = os.stat(file := os.path.join(folder, name))

@@ -203,6 +203,9 @@ def test_a_record_of_a_checkpoint_of_a_terabyte_is_not_read(tmp_path, name):
         pytest.raises(checkpoint.DamagedCheckpoint, match=rf"{name} has 1099511627776 bytes"),
     ):
         checkpoint.restore(tmp_path, {"ema": tree}, step=1)
+    (tmp_path / "1").rename(tmp_path / "1.damaged")
+    checkpoint.save(tmp_path, 2, {"ema": tree}, {}, keep=2)
+    assert checkpoint.restore(tmp_path, {"ema": tree}).step == 2
 
 
 @pytest.mark.parametrize(
