@@ -166,17 +166,21 @@ def test_a_comparison_may_be_moved(place, tmp_path, monkeypatch, one_device):
         away.rename(place)
 
 
-def test_damaged_arrays_are_named_before_any_work(place, tmp_path):
-    shutil.copytree(place, copy := tmp_path / "copy")
-    arrays = copy / "examined" / "left.npz"
+def test_damaged_arrays_are_named_before_any_work(tmp_path):
+    """Those of a strategy that was examined: of a run of which nothing else is there."""
+    config = CompareConfig(workdir=str(tmp_path), samples=8)
+    comparing = run._Comparing(config, miniature().chosen("", False))
+    comparing.workdir.write_json("comparison.json", comparing._identity())
+    comparing.workdir.write_json("examined/ar.json", {})
+    arrays = tmp_path / "examined" / "ar.npz"
     np.savez(arrays, frames=np.array([{}], object))
-    before = sorted(copy.rglob("*"))
-    with pytest.raises(ValueError, match=r"left\.npz is damaged .*; remove .*left\.json"):
-        compare(copy)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=r"ar\.npz is damaged .*; remove .*ar\.json"):
+        comparing.all()
+    assert sorted(tmp_path.rglob("*")) == before
     arrays.unlink()
-    with pytest.raises(ValueError, match=r"left\.npz is not there; remove .*left\.json"):
-        compare(copy)
-    assert sorted(copy.rglob("*")) == [path for path in before if path != arrays]
+    with pytest.raises(ValueError, match=r"ar\.npz is not there; remove .*ar\.json"):
+        comparing.all()
 
 
 def test_another_comparison_in_its_place_is_refused(place, tmp_path):
