@@ -13,7 +13,11 @@ import resource
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["available", "check", "readable"]
+import jax
+
+from gen_jax import operations
+
+__all__ = ["available", "check", "check_arrays", "check_call", "readable"]
 
 
 def check(what: str, program: Any) -> None:
@@ -32,7 +36,44 @@ def check(what: str, program: Any) -> None:
     analysis = program.memory_analysis()
     if devices[0].platform != "cpu" or analysis is None:
         return
-    taken = len(devices) * (operations.peak_memory(program) - analysis.argument_size_in_bytes)
+    more = operations.peak_memory(program) - analysis.argument_size_in_bytes
+    _refuse(what, len(devices) * more)
+
+
+def check_call(what: str, function: Any, *arguments: Any) -> None:
+    """Checks the program of a jitted function as `check` does, before it is called.
+
+    It is compiled once for both. Inside of another program nothing is checked: that one counts.
+
+    Args:
+      what: the program is.
+      function: of `jax.jit`.
+      arguments: of the call.
+
+    Raises:
+      MemoryError: as `check` does.
+    """
+    if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arguments)):
+        check(what, function.lower(*arguments).compile())
+
+
+def check_arrays(what: str, tree: Any, copies: int) -> None:
+    """Refuses arrays that do not fit in what is left of the memory of CPUs, before they are made.
+
+    Args:
+      what: the arrays are, as in "the state of training".
+      tree: of arrays, or of their shapes and dtypes.
+      copies: how many of each there will be, one for each device.
+
+    Raises:
+      MemoryError: they do not fit; the message says what they take and what is left.
+    """
+    if jax.default_backend() == "cpu":
+        sizes = (leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+        _refuse(what, copies * sum(sizes))
+
+
+def _refuse(what, taken):
     left = available()
     if taken > left:
         raise MemoryError(f"{what} takes {readable(taken)} more, and {readable(left)} are left")

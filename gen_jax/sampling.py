@@ -120,9 +120,11 @@ def generate(
 
     Raises:
       ValueError: there are no keys, or parameters or condition are not the sampler's.
+      MemoryError: the loop does not fit in the memory of the CPU; see `memory.check`.
     """
-    cond = _checked(sampler, params, keys, cond)
-    return _generate(sampler, params, keys, cond, trajectory)
+    arguments = sampler, params, keys, _checked(sampler, params, keys, cond), trajectory
+    memory.check_call(f"drawing {len(keys)} samples", _generate, *arguments)
+    return _generate(*arguments)
 
 
 def _checked(sampler, params, keys, cond):
@@ -211,13 +213,19 @@ def stream(
 
     Raises:
       ValueError: `every` is below 1, or as `generate` does.
+      MemoryError: as `generate` does.
     """
     if every < 1:
         raise ValueError(f"every must be at least 1, got {every}")
-    prepared, state = _begin(sampler, params, keys, _checked(sampler, params, keys, cond))
+    arguments = sampler, params, keys, _checked(sampler, params, keys, cond)
+    what = f"drawing {len(keys)} samples"
+    memory.check_call(what, _begin, *arguments)
+    prepared, state = _begin(*arguments)
     for first in range(0, sampler.steps, every):
-        last = min(first + every, sampler.steps)
-        state, all_stopped = _advance_in_place(sampler, prepared, state, first, last)
+        arguments = sampler, prepared, state, first, min(first + every, sampler.steps)
+        if first == 0:
+            memory.check_call(what, _advance_in_place, *arguments)
+        state, all_stopped = _advance_in_place(*arguments)
         yield state
         if all_stopped is not None and all_stopped:
             return

@@ -124,13 +124,15 @@ def fit(
       NotFinite: more than `config.max_skipped` updates in a row were not finite; names step and
         seed. The last checkpoint is from before the first of them, or from a step whose own
         update was skipped, so that its state is finite.
-      MemoryError: a step does not fit in the memory of the CPU.
+      MemoryError: the state, or a step, does not fit in the memory of the CPU.
     """
     check_start(config, trainable, mesh, initial is not None)
     if jax.process_index() == 0:
         workdir.create()
+    abstract = jax.eval_shape(lambda: init_state(config, trainable))
+    memory.check_arrays("the state of training", abstract, len(mesh.local_devices))
     if checkpoint.steps(workdir.checkpoints):
-        state = _restore(workdir, jax.eval_shape(lambda: init_state(config, trainable)))
+        state = _restore(workdir, abstract)
     else:
         state = init_state(config, trainable, initial)
     start = int(state.step)
@@ -183,7 +185,7 @@ def check_start(config: TrainConfig, trainable: Trainable, mesh: Mesh, given: bo
 
 def _agree_on_start(start, workdir):
     """Refuses hosts that would train from different steps."""
-    starts = hosts.gather(start)
+    starts = hosts.gather("training starts", np.int32(start)).tolist()
     if len(set(starts)) > 1:
         raise ValueError(
             f"the hosts found different checkpoints, of steps {starts}: "

@@ -203,6 +203,41 @@ def test_where_one_sample_does_not_fit_what_it_takes_is_said(left):
         draw_wide(2)
 
 
+KEYS, EIGHT = sampling.sample_keys(3, 0, 8), Condition(label=np.arange(8))
+PLENTY, LITTLE = 2**40, 16
+
+
+@pytest.fixture
+def left_in_turn(monkeypatch):
+    """Says how many bytes the machine has left, each time another number."""
+
+    def limit(*numbers):
+        monkeypatch.setattr(host_memory, "available", iter(numbers).__next__)
+
+    return limit
+
+
+@pytest.mark.parametrize(
+    ("draw", "numbers"),
+    [
+        (sampling.generate, [LITTLE]),
+        (sampling.stream, [LITTLE]),
+        (sampling.stream, [PLENTY, LITTLE]),
+    ],
+    ids=["generate", "stream, its start", "stream, a step"],
+)
+def test_what_python_draws_is_compared_with_what_is_left(left_in_turn, draw, numbers):
+    left_in_turn(*numbers)
+    with pytest.raises(MemoryError, match=r"^drawing 8 samples takes .* and 16 bytes are left$"):
+        list(draw(Wide(), jnp.float32(0.5), KEYS, EIGHT))
+
+
+def test_inside_of_another_program_that_one_counts(left):
+    left(0)
+    samples = jax.jit(lambda params: sampling.generate(Wide(), params, KEYS, EIGHT))
+    assert samples(jnp.float32(0.5)).shape == (8,)
+
+
 @dataclasses.dataclass(frozen=True)
 class Line:
     """A model of one number."""
@@ -215,10 +250,15 @@ class Line:
         return error, {"loss": error}
 
 
-def test_training_that_does_not_fit_a_cpu_ends_before_its_first_step(left, tmp_path):
+@pytest.mark.parametrize(
+    ("what", "numbers"), [("the state", [LITTLE]), ("a step", [PLENTY, LITTLE])]
+)
+def test_training_that_does_not_fit_a_cpu_ends_before_its_first_step(
+    left_in_turn, tmp_path, what, numbers
+):
     config = TrainConfig(steps=1, batch=8)
-    left(16)
-    with pytest.raises(MemoryError, match=r"^a step of training takes .* and 16 bytes are left$"):
+    left_in_turn(*numbers)
+    with pytest.raises(MemoryError, match=f"^{what} of training takes .* and 16 bytes are left$"):
         training.fit(
             config,
             ModelTrainable(Line(), config),
