@@ -373,7 +373,14 @@ def _move_aside(path):
 
 
 def _manager(path, *, create=False):
+    """Of all processes together where it creates; else of this one, which waits for no other."""
+    index = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"process {index}"
+    )
+    together = ocp.options.MultiprocessingOptions()
     options = ocp.CheckpointManagerOptions(
+        multiprocessing_options=together if create else alone,
         enable_async_checkpointing=False,
         create=create,
         cleanup_tmp_directories=create,  # what a killed run left half-written, or half-removed

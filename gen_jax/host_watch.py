@@ -18,6 +18,8 @@ import time
 import traceback
 from collections.abc import Callable
 
+from gen_jax import signals
+
 __all__ = ["Watch", "end_together", "join", "relay"]
 
 _BEAT = 1.0  # seconds between two signs of life
@@ -161,12 +163,14 @@ class Watch:
             return
         self._tell(f"gone {other} {how}")
         itself = " (this one)" if other == self.index else ""
+        stop = signals.received()  # as the others have, where all are stopped
+        begins, code = ("error: ", 1) if stop is None else (f"{stop}, and ", stop.code)
+        line = f"{begins}process {other} of {self.processes}{itself} {how}; {self._advice}\n"
         _flush()
         start = "\n" if os.isatty(2) else ""  # where there may be a bar
-        line = f"{start}error: process {other} of {self.processes}{itself} {how}; {self._advice}\n"
         with contextlib.suppress(OSError):  # nobody may be reading
-            os.write(2, line.encode())
-        os._exit(1)
+            os.write(2, f"{start}{line}".encode())
+        os._exit(code)
 
 
 def end_together(run: Callable[[], None], exit_code: Callable[[Callable[[], None]], int]) -> int:

@@ -2,10 +2,15 @@
 
 A collective gives up when another host comes half a minute late to it, and hosts compile, and read
 their data, at their own pace. They therefore `meet` before a collective that follows such work.
+No signal is heard in code of jax that waits for other hosts, so a thread calls it.
 """
 
+import concurrent.futures
 import os
 import socket
+import threading
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -63,16 +68,19 @@ def _join(config, advice):
     )
     if index != 0:
         port = host_watch.relay(address.rpartition(":")[0].strip("[]"), port)
+    jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM from `signals`
     anywhere = "[::]" if socket.has_dualstack_ipv6() else "0.0.0.0"
-    jax.distributed.initialize(
-        f"127.0.0.1:{port}",
-        processes,
-        index,
-        devices,
-        coordinator_bind_address=f"{anywhere}:{port}",
-        initialization_timeout=int(config.wait),
-        # The watch comes first.
-        heartbeat_timeout_seconds=int(10 * config.patience) + 100,
+    _waiting(
+        lambda: jax.distributed.initialize(
+            f"127.0.0.1:{port}",
+            processes,
+            index,
+            devices,
+            coordinator_bind_address=f"{anywhere}:{port}",
+            initialization_timeout=int(config.wait),
+            # The watch comes first.
+            heartbeat_timeout_seconds=int(10 * config.patience) + 100,
+        )
     )
 
 
@@ -102,13 +110,49 @@ def meet(place: str) -> None:
 
     Args:
       place: the name of this place in the program, the same on all hosts.
+
+    Raises:
+      TimeoutError: not all hosts came.
     """
-    ocp.multihost.get_barrier_sync_fn()(key=place, timeout_ms=1000 * _PATIENCE)
-
-
-def gather(value: int) -> list[int]:
-    """The values of all hosts, in the order of their indices; every host calls it."""
     if jax.process_count() == 1:
-        return [value]
-    meet("gather")
-    return multihost_utils.process_allgather(np.int32(value)).tolist()
+        return
+    barrier = ocp.multihost.get_barrier_sync_fn()
+    try:
+        _waiting(lambda: barrier(key=place, timeout_ms=1000 * _PATIENCE))
+    except jax.errors.JaxRuntimeError as error:
+        if "DEADLINE_EXCEEDED" not in str(error):
+            raise
+        raise TimeoutError(f"not all processes came within {_PATIENCE} s to: {place}") from error
+
+
+def gather(place: str, tree: Any) -> Any:
+    """The trees of all hosts as one of NumPy arrays [hosts, ...], in the order of their indices.
+
+    Args:
+      place: as of `meet`; every host comes here.
+      tree: of arrays, of the same shapes on all hosts.
+
+    Raises:
+      TimeoutError: not all hosts came.
+    """
+    meet(place)
+    if jax.process_count() == 1:
+        return jax.tree.map(lambda leaf: np.asarray(leaf)[None], tree)
+    return _waiting(lambda: multihost_utils.process_allgather(tree))
+
+
+def _waiting(call: Callable[[], Any]) -> Any:
+    """What a thread gets from a call; a signal ends the wait for it, and leaves the thread alone.
+
+    It is none of a pool, for whose threads the interpreter waits at its end.
+    """
+    future: concurrent.futures.Future = concurrent.futures.Future()
+
+    def work():
+        try:
+            future.set_result(call())
+        except Exception as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return future.result()

@@ -11,7 +11,7 @@ import signal
 import threading
 from collections.abc import Iterator
 
-__all__ = ["Stopped", "end_at_once", "finishing", "handled", "raise_again"]
+__all__ = ["Stopped", "end_at_once", "finishing", "handled", "raise_again", "received"]
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _AGAIN_AFTER = 0.05  # seconds, in which a callback that must not raise comes to its end
@@ -97,6 +97,11 @@ def finishing(what: str) -> Iterator[Finishing]:
             _State.blocks = outer
         if block.signum and not outer:
             raise Stopped(block.signum)
+
+
+def received() -> Stopped | None:
+    """Of the signal that stops this program, also where it has not been raised yet; or None."""
+    return None if _State.first is None else Stopped(_State.first)
 
 
 def end_at_once() -> None:

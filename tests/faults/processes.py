@@ -1,9 +1,11 @@
 """Programs in processes of their own, and what they leave on disk."""
 
 import contextlib
+import importlib
 import json
 import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -23,9 +25,31 @@ MINUTE = (
     "--sample.micro-batch 2 --sampler.steps 4 --evaluate.images 4 --evaluate.draws 2"
 )
 
+# The same of two other experiments.
+_TRANSFORMER = (
+    "--model.layers 1 --model.width 8 --model.heads 1 --model.mlp-dim 8 --train.batch 4 "
+    "--train.warmup 0 --train.decay constant --train.final-rate 0 --train.log-every 1 "
+)
+LEAST_TEXT = (
+    f"{_TRANSFORMER} --data.name file --data.path {HERE / 'toy.py'} "
+    "--model.context 16 --model.position learned --model.bias --sample.tokens 20 "
+    "--train.evaluate-every 4"
+)
+LEAST_STAGES = (
+    f"{_TRANSFORMER} --coder.widths 4 --coder.groups 2 --coder.patch 8 --coder.no-middle-attention "
+    "--quantiser.codes 8 --quantiser.width 4 --coder-train.batch 4 --coder-train.warmup 0 "
+    "--coder-train.decay constant --coder-train.log-every 1 --evaluate.images 32"
+)
 
 # Programs as users have them, where those of the tests are compiled in a hurry.
 OPTIMISED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""}
+
+
+_PRELOADED = [
+    *("gen_jax.trainables", "gen_jax.training", "tyro", "toy"),
+    *("gen_jax.runs", "gen_jax.tasks.text.task", "experiments.gpt_text"),
+    *("gen_jax.tasks.two_stage.task", "experiments.two_stage"),
+]
 
 
 def _environment():
@@ -85,19 +109,38 @@ class Toy(Program):
         super().__init__([HERE / "toy.py"], folder)
 
     def start(self, *arguments, start_new_session=False):
-        return Forked(self.command(*arguments)[2:], self.folder, start_new_session)
+        arguments = self.command(*arguments)[2:]
+        return Forked(_run_toy, arguments, self.folder, start_new_session)
+
+
+class ForkedExperiment(Program):
+    """An experiment whose processes are forked as those of the toy are; `command` is as it is.
+
+    Args:
+      name: of the experiment.
+      folder: the current directory of its processes.
+      common: options that end every command line.
+    """
+
+    def __init__(self, name, folder, common):
+        super().__init__(["-m", f"experiments.{name}"], folder, common.split())
+        self.name = name
+
+    def start(self, *arguments):
+        arguments = [self.name, *self.command(*arguments)[3:]]
+        return Forked(_run_experiment, arguments, self.folder)
 
 
 class Forked:
-    """What `subprocess.Popen` is for a command line: a process of the toy, forked."""
+    """What `subprocess.Popen` is for a command line: a process that is forked."""
 
-    def __init__(self, arguments, folder, session):
+    def __init__(self, main, arguments, folder, session=False):
         context = _fork_server()
         pipes = [context.Pipe(duplex=False) for _ in range(2)]
         writers = [writer for _, writer in pipes]
         self.args = arguments
         self._process = context.Process(
-            target=_run_toy, args=(arguments, str(folder), session, *writers)
+            target=_run_forked, args=(main, arguments, str(folder), session, *writers)
         )
         self._process.start()
         self.pid = self._process.pid
@@ -158,27 +201,48 @@ def _fork_server():
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (_environment() | {"OPENBLAS_NUM_THREADS": "1"}).items():
             patch.setenv(name, value)
-        context.set_forkserver_preload(["gen_jax.trainables", "gen_jax.training", "tyro", "toy"])
+        context.set_forkserver_preload(_PRELOADED)
         multiprocessing.forkserver.ensure_running()
     return context
 
 
-def _run_toy(arguments, folder, session, stdout, stderr):
-    """In the forked process: what `python toy.py` does."""
-    import toy
-
+def _run_forked(main, arguments, folder, session, stdout, stderr):
+    """In the forked process: where it runs, and what it is run with."""
     if session:
         os.setsid()
     for number, stream in ((1, stdout), (2, stderr)):
         os.dup2(stream.fileno(), number)
     os.chdir(folder)
+    sys.exit(main(arguments))
+
+
+def _run_toy(arguments):
+    """What `python toy.py` does."""
+    import toy
+
     sys.argv[1:] = arguments
-    sys.exit(toy.main())
+    return toy.main()
+
+
+def _run_experiment(arguments):
+    """What `python -m experiments.NAME` does."""
+    from gen_jax import cli, signals
+
+    signals.end_at_once()
+    name, *options = arguments
+    return cli.main(importlib.import_module(f"experiments.{name}").EXPERIMENT, options)
 
 
 def experiment(folder, options=MINUTE):
     """The experiment ddpm_cifar, with these options at the end of every command line."""
     return Program(["-m", "experiments.ddpm_cifar"], folder, options.split())
+
+
+def free_address():
+    """Of this machine, with a port that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
 
 
 def seconds_of_processes():
@@ -194,6 +258,14 @@ def wait_until(condition, process, seconds=120):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.005)
+
+
+def next_error_line(process, start):
+    """The first line on standard error that begins like this."""
+    for line in process.stderr:
+        if line.startswith(start):
+            return line
+    raise AssertionError(f"no line {start!r}")
 
 
 def _stage(workdir):
@@ -238,6 +310,44 @@ def assert_same_leaves(one, other):
         assert value.dtype == other[name].dtype, name
         assert value.shape == other[name].shape, name
         assert value.tobytes() == other[name].tobytes(), name
+
+
+def results(workdir):
+    """All that a run leaves, by name: leaves of checkpoints, records and figures, other files.
+
+    What depends on the clock is left out.
+    """
+    found = {}
+    for path in sorted(path for path in Path(workdir).rglob("*") if path.is_file()):
+        name = path.relative_to(workdir)
+        if "checkpoints" in name.parts:
+            stage, step = name.parts[0], name.parts[2]  # as in model/checkpoints/7/ema/d/1f
+            if (stage, step) not in found:
+                found[stage, step] = read_leaves(Path(workdir) / stage, step)
+        elif path.suffix == ".jsonl":
+            lines = path.read_text().splitlines()
+            found[name] = [_without_times(json.loads(line)) for line in lines]
+        elif path.name == "summary.json":
+            figures = json.loads(path.read_text().replace(str(workdir), "the work directory"))
+            found[name] = _without_times(figures)
+        elif path.name != ".lock":
+            found[name] = path.read_bytes()
+    return found
+
+
+def _without_times(figures):
+    return {k: v for k, v in figures.items() if not k.endswith(("_seconds", "_per_second"))}
+
+
+def assert_same_results(one, other):
+    """Of two work directories: the same files, with the same bits in them but for times."""
+    one, other = results(one), results(other)
+    assert one.keys() == other.keys()
+    for name, content in one.items():
+        if isinstance(name, tuple):
+            assert_same_leaves(content, other[name])
+        else:
+            assert content == other[name], name
 
 
 def assert_one_line(stderr, *parts):

@@ -1,10 +1,18 @@
 import contextlib
 import signal
-import socket
+import sys
 import time
 
 import pytest
-from processes import assert_one_line, records, saved_steps, wait_until
+from processes import (
+    Forked,
+    assert_one_line,
+    free_address,
+    next_error_line,
+    records,
+    saved_steps,
+    wait_until,
+)
 
 TRAINING = ("--train.steps", 9999, "--train.checkpoint-every", 10, "--pause", 0.01)
 
@@ -12,9 +20,7 @@ TRAINING = ("--train.steps", 9999, "--train.checkpoint-every", 10, "--pause", 0.
 @pytest.fixture
 def join(toy):
     """Starts a process of a run, of two by default."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = free_address()
 
     def start(index, *options, processes=2):
         options = ("--workdir", "run", "--distributed.index", index, *options)
@@ -90,3 +96,55 @@ def test_the_wait_at_the_start_has_an_end(join):
         alone = join(index, "--distributed.wait", 3)
         assert_one_line(end(alone), f"process {missing} of 2 did not come", "within 3 s")
         assert alone.returncode == 1
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_second_signal_ends_the_wait_for_others(join, folder, victim):
+    """Process 1 gets a batch for a minute, and process 0 waits for it meanwhile."""
+    both = [join(index, "--block-at", 0 if index else -1) for index in range(2)]
+    wait_until(lambda: (folder / "run" / "metrics.jsonl").exists(), both[0])
+    time.sleep(0.5)  # until both are where they wait
+    for process in both:
+        process.send_signal(signal.SIGINT)
+        next_error_line(process, "SIGINT: finishing the step and saving; once more to stop at once")
+    both[victim].send_signal(signal.SIGINT)
+    began = time.monotonic()
+    stderrs = [end(process) for process in both]
+    assert time.monotonic() - began < 10
+    assert [process.returncode for process in both] == [130, 130]
+    assert stderrs[victim] == ""
+    assert stderrs[1 - victim].startswith(f"stopped by SIGINT, and process {victim} of 2 was kill")
+
+
+def early_and_late(arguments):
+    """Process 0 reads a checkpoint, and waits; process 1 comes when process 0 has given up."""
+    index, address = arguments
+    from gen_jax import checkpoint, cli, host_watch, hosts
+    from gen_jax.config import DistributedConfig
+
+    hosts._PATIENCE = host_watch._GRACE = 1
+
+    def run():
+        hosts.start(DistributedConfig(address, processes=2, index=int(index)), "begin anew")
+        if index == "1":
+            time.sleep(60)
+        print("step", checkpoint.restore("run/checkpoints", {}).step, file=sys.stderr, flush=True)
+        hosts.meet("the place where all meet")
+
+    return cli.guarded(run)
+
+
+def test_a_process_reads_by_itself_and_does_not_wait_forever(toy, folder):
+    assert toy.run("--workdir", "run").returncode == 0
+    address = free_address()
+    with (
+        Forked(early_and_late, ["0", address], folder) as early,
+        Forked(early_and_late, ["1", address], folder) as late,
+    ):
+        both = early, late
+        stderrs = [end(process) for process in both]
+    line, error = stderrs[0].splitlines()
+    assert line == "step 12"
+    assert_one_line(error, "not all processes came within 1 s to: the place where all meet")
+    assert_one_line(stderrs[1], "process 0 of 2 ended with exit code 1")
+    assert [process.returncode for process in both] == [1, 1]

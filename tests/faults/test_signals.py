@@ -5,18 +5,17 @@ import subprocess
 import time
 
 import pytest
-from processes import assert_same_leaves, read_leaves, records, saved_steps, wait_until
+from processes import (
+    assert_same_leaves,
+    next_error_line,
+    read_leaves,
+    records,
+    saved_steps,
+    wait_until,
+)
 
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
 OPTIONS = ("--train.steps", 150, "--train.checkpoint-every", 50)
-
-
-def next_error_line(process, start):
-    """The first line on standard error that begins like this."""
-    for line in process.stderr:
-        if line.startswith(start):
-            return line
-    raise AssertionError(f"no line {start!r}")
 
 
 def test_a_signal_saves_and_the_command_it_prints_goes_on(experiment, folder):
