@@ -29,7 +29,7 @@ from gen_jax.bounded import LARGEST_RECORD
 from gen_jax.sealed import seal, unseal
 from gen_jax.trees import named_leaves
 
-__all__ = ["DamagedCheckpoint", "Restored", "digest", "restore", "save", "steps"]
+__all__ = ["DamagedCheckpoint", "Restored", "digest", "restore", "save", "steps", "tidy"]
 
 _VALUES = "d"  # the folder of the values of arrays, as TensorStore names it
 _TEMPORARY = ".orbax-checkpoint-tmp"  # in the names of folders that are no steps, to Orbax too
@@ -131,6 +131,22 @@ def save(
     if main:
         _prune(path, keep)
     hosts.meet("a checkpoint is saved")
+
+
+def tidy(directory: str | os.PathLike, *, keep: int) -> None:
+    """Removes what a killed process left of steps, as the next `save` does, where none follows.
+
+    Args:
+      directory: where the steps are kept; no other process writes there.
+      keep: newest checkpoints to keep.
+
+    Raises:
+      OSError: something cannot be removed.
+    """
+    path = pathlib.Path(directory).absolute()
+    _prune(path, keep)
+    for folder in path.glob(f"*{_TEMPORARY}*"):
+        shutil.rmtree(folder)
 
 
 def restore(

@@ -138,6 +138,8 @@ def fit(
     start = int(state.step)
     _agree_on_start(start, workdir)
     if start >= config.steps:
+        if jax.process_index() == 0:
+            checkpoint.tidy(workdir.checkpoints, keep=config.keep)
         return Trained(state, start, 0.0, 0.0, 0.0)
     if not config.ema:
         state = state.replace(ema=None)

@@ -33,7 +33,7 @@ _TRANSFORMER = (
 LEAST_TEXT = (
     f"{_TRANSFORMER} --data.name file --data.path {HERE / 'toy.py'} "
     "--model.context 16 --model.position learned --model.bias --sample.tokens 20 "
-    "--train.evaluate-every 4"
+    "--train.evaluate-every 5"
 )
 LEAST_STAGES = (
     f"{_TRANSFORMER} --coder.widths 4 --coder.groups 2 --coder.patch 8 --coder.no-middle-attention "

@@ -306,6 +306,19 @@ def test_what_is_left_of_a_step_that_was_being_removed_goes_with_the_next(saved,
     assert not is_refused_or_right(saved, 4)
 
 
+def test_what_is_left_of_the_last_save_goes_with_the_next_start(toy, folder):
+    """As where the process is killed after training, while old steps are removed."""
+    assert toy.run("--workdir", "run", "--train.keep", 2).returncode == 0
+    steps = folder / "run" / "checkpoints"
+    shutil.copytree(steps / "8", steps / "4")
+    shutil.copytree(steps / "8" / "ema", steps / "2.orbax-checkpoint-tmp" / "ema")
+    before = read_leaves(folder / "run")
+    again = toy.run("--workdir", "run", "--train.keep", 2)
+    assert again.returncode == 0, again.stderr
+    assert sorted(path.name for path in steps.iterdir()) == ["12", "8"]
+    assert_same_leaves(read_leaves(folder / "run"), before)
+
+
 def test_training_goes_on_from_the_one_before(toy, folder):
     assert toy.run("--workdir", "whole").returncode == 0
     shutil.copytree(folder / "whole", folder / "damaged")
