@@ -37,7 +37,8 @@ LEAST_TEXT = (
 )
 LEAST_STAGES = (
     f"{_TRANSFORMER} --coder.widths 4 --coder.groups 2 --coder.patch 8 --coder.no-middle-attention "
-    "--quantiser.codes 8 --quantiser.width 4 --coder-train.batch 4 --coder-train.warmup 0 "
+    "--quantiser.codes 8 --quantiser.width 4 --quantiser.update gradient "
+    "--quantiser.restart-every 0 --coder-train.batch 4 --coder-train.warmup 0 "
     "--coder-train.decay constant --coder-train.log-every 1 --evaluate.images 32"
 )
 
