@@ -11,6 +11,7 @@ from kernels.diffusion_step import StepCoefficients, diffusion_step
 from kernels.group_norm_silu import group_norm_silu
 from kernels.mask_scores import keep_most_confident, mask_scores
 from kernels.nearest_code import nearest_code
+from kernels.quantized_linear import quantize, quantized_linear
 from kernels.sample_token import filter_logits, sample_logits, sample_token
 from kernels.upsample_conv_3x3 import upsample_conv_3x3
 
@@ -27,6 +28,8 @@ __all__ = [
     "mask_scores",
     "nearest_code",
     "prepare_conv_3x3",
+    "quantize",
+    "quantized_linear",
     "sample_logits",
     "sample_token",
     "upsample_conv_3x3",

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -200,7 +201,9 @@ def interpreted_elsewhere(entry: Implementation) -> Iterator[None]:
         from jax.experimental.pallas import mosaic_gpu as plgpu
 
         mode = plgpu.force_gpu_interpret_mode if gpus_are_interpreted() else contextlib.nullcontext
-        with dispatch.any_platform(), mode():
+        with dispatch.any_platform(), mode(), warnings.catch_warnings():
+            # It multiplies with NumPy, which warns of infinity times zero.
+            warnings.filterwarnings("ignore", "invalid value encountered in matmul")
             yield
     else:
         from jax.experimental.pallas import tpu as pltpu

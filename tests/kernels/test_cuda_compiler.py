@@ -19,7 +19,7 @@ CASES = [
     for op, suite in SUITES.items()
     for case in suite.estimated
 ]
-WITH_PRODUCTS = ("decode_attention", "nearest_code")
+WITH_PRODUCTS = ("decode_attention", "nearest_code", "quantized_linear")
 
 
 @pytest.mark.parametrize(("suite", "case"), CASES)

@@ -27,6 +27,7 @@ SMALL = {
     "decode_attention": "768 columns, 1 of 4 heads of 64",
     "mask_scores": "8 positions, 300 tokens",
     "nearest_code": "ties across tiles",
+    "quantized_linear": "extreme",
     "sample_logits": "three rows, temperature 0",
     "sample_token": "2 of 600 tokens",
 }
@@ -145,7 +146,8 @@ def test_under_shard_map():
     assert "mosaic_gpu" in text
 
 
-FEW = {"decode_attention": 4, "nearest_code": 2}  # processors, so that one has several blocks
+# Processors, so that one has several blocks.
+FEW = {"decode_attention": 4, "nearest_code": 2, "quantized_linear": 4}
 
 
 @interpreted
@@ -164,6 +166,9 @@ MISTAKES = [
     ("decode_attention", "mass * shrink", "mass"),
     ("mask_scores", "jnp.where(ids >= i * size, ", "jnp.where(ids >= 0, "),
     ("mask_scores", "jnp.uint32(vocabulary)", "jnp.uint32(vocabulary + 1)"),
+    ("quantized_linear", "(-channels % _CHANNELS if", "(0 if"),
+    ("quantized_linear", "first = split_ * each", "first = split_"),
+    ("quantized_linear", "block * _CHANNELS, weight.shape[0] - _CHANNELS", "0, 0"),
     ("sample_token", "ids = first + jax", "ids = jax"),
 ]
 

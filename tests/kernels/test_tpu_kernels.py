@@ -24,6 +24,7 @@ SMALL = {
     "decode_attention": "384 columns, ragged, window 140",
     "mask_scores": "one position",
     "nearest_code": "ties across blocks",
+    "quantized_linear": "blocks of rows",
     "sample_logits": "bfloat16, temperature 0.7, top_k 4",
     "sample_token": "300 tokens",
 }
@@ -207,6 +208,10 @@ MISTAKES = [
         "ours = ours / temperature",
         "ours = (ours / temperature).astype(jnp.bfloat16).astype(jnp.float32)",
     ),
+    ("quantized_linear", "primes beyond blocks", "range(parts)", "range(parts - 1)"),
+    ("quantized_linear", "blocks of rows", "lambda r, v: (0, r, 0)", "lambda r, v: (0, 0, 0)"),
+    ("quantized_linear", "primes", ") * scale[...]", ")"),
+    ("quantized_linear", "one row", "lambda r, v: (0, v)", "lambda r, v: (0, 0)"),
     ("mask_scores", "drawn", "positions * vocabulary + ids", "positions * (vocabulary + 1) + ids"),
     ("mask_scores", "384 positions", "pl.program_id(1) * block + start", "start"),
     (
