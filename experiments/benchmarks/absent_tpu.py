@@ -13,7 +13,7 @@ last line is one JSON object.
 import dataclasses
 import sys
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -88,10 +88,10 @@ def _of_sampler(sampler, model, batch, condition, scalar=None):
     return Step(sampler.step, (params, state, place), donated=(1,), scalar=scalar)
 
 
-def gpt2(batch: int) -> Step:
+def gpt2(batch: int, weights: Literal["own", "int8"] = "own") -> Step:
     """A token of GPT-2 small, among the 50 most probable, at the last of 1,024 places."""
     model = AutoregressiveModel(TokenNetwork(TransformerConfig(vocabulary=50257, dtype="bfloat16")))
-    sampler = AutoregressiveSampler(model, 1, 1024, SamplingOptions(top_k=50))
+    sampler = AutoregressiveSampler(model, 1, 1024, SamplingOptions(top_k=50, weights=weights))
     prompt = Condition(prompt=jnp.zeros((batch, 1), jnp.int32))
     return _of_sampler(sampler, model, batch, prompt, scalar=1023)
 
@@ -115,6 +115,8 @@ def maskgit(batch: int) -> Step:
 STEPS: dict[str, Callable[[], Step]] = {
     "gpt2_1": lambda: gpt2(1),
     "gpt2_64": lambda: gpt2(64),
+    "gpt2_1_int8": lambda: gpt2(1, "int8"),
+    "gpt2_64_int8": lambda: gpt2(64, "int8"),
     "maskgit_1": lambda: maskgit(1),
     "maskgit_64": lambda: maskgit(64),
 }

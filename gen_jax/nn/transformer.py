@@ -15,15 +15,17 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, Int, Key
+from jaxtyping import Array, Bool, Float, Float32, Int, Int8, Key
 
 import kernels
+from gen_jax.condition import is_concrete
 from gen_jax.config import frozen
 from gen_jax.nn.config import TransformerConfig
 from gen_jax.nn.transformer_modules import Transformer
+from gen_jax.trees import named_leaves
 from kernels import KVCache
 
-__all__ = ["MemoryKV", "PreparedParams", "TokenNetwork", "cast"]
+__all__ = ["MemoryKV", "PreparedParams", "TokenNetwork", "cast", "check_finite"]
 
 # Keys and values of a memory for each block, as the products of attention read them.
 MemoryKV = Sequence[tuple[Float[Array, "B Hkv Dh M"], Float[Array, "B Hkv M Dh"]]]
@@ -36,11 +38,15 @@ class PreparedParams:
 
     Attributes:
       params: in the type that is computed with.
-      head: the matrix of the last product, stored as a product with a few rows reads it.
+      head: the matrix of the last product, stored as a product with a few rows reads it; where
+        weights are int8, what `kernels.quantize` makes of its transpose.
+      int8: the same of the matrices of the blocks, which are then not among the parameters; None
+        where weights are of the type that is computed with.
     """
 
     params: Any
-    head: Float[Array, "D V"]
+    head: Float[Array, "D V"] | tuple[Int8[Array, "V D"], Float32[Array, " V"]]
+    int8: Any = None
 
 
 def cast(params: Any, config: TransformerConfig) -> dict:
@@ -51,6 +57,17 @@ def cast(params: Any, config: TransformerConfig) -> dict:
         if not path[-2:-1] or not path[-2].startswith("norm"):
             flat[path] = leaf.astype(dtype)
     return flax.traverse_util.unflatten_dict(flat)
+
+
+def check_finite(params: Any) -> None:
+    """Refuses parameters that int8 cannot hold, where their values are known.
+
+    Raises:
+      ValueError: one is NaN or infinite; the first of them is named.
+    """
+    for name, leaf in named_leaves(params).items():
+        if is_concrete(leaf) and not jnp.isfinite(leaf).all():
+            raise ValueError(f"{name} is not finite: it has no weights in int8")
 
 
 @frozen
@@ -139,6 +156,21 @@ class TokenNetwork:
             head = params["token"][: self.config.vocabulary].T
         return PreparedParams(params, head)
 
+    def prepare_int8(self, params: Any) -> PreparedParams:
+        """As `prepare`, with matrices in int8 that are read as such; not for cross-attention.
+
+        What is looked up and not multiplied, the tables of tokens and positions, stays as it is.
+        """
+        flat = flax.traverse_util.flatten_dict(params)
+        matrices = {path: flat.pop(path) for path in list(flat) if path[-1] == "kernel"}
+        head = flat.pop(("head",), None)
+        head = flat[("token",)][: self.config.vocabulary] if head is None else head.T
+        int8 = {path: kernels.quantize(matrix.T) for path, matrix in matrices.items()}
+        unflatten = flax.traverse_util.unflatten_dict
+        return PreparedParams(
+            cast(unflatten(flat), self.config), kernels.quantize(head), unflatten(int8)
+        )
+
     def encode(self, prepared: PreparedParams, cond: dict[str, Any]) -> dict[str, Any]:
         """Options of `extend` and `evaluate` that follow from a sampler's condition: here none."""
         return {}
@@ -194,9 +226,17 @@ class TokenNetwork:
         self, prepared: PreparedParams, hidden: Float[Array, "*batch D"]
     ) -> Float32[Array, "*batch V"]:
         """Logits of hidden values."""
+        if prepared.int8 is not None:
+            rows = hidden.reshape(-1, hidden.shape[-1]).astype(self.config.dtype)
+            logits = kernels.quantized_linear(rows, *prepared.head)
+            return logits.reshape(*hidden.shape[:-1], -1)
         hidden = hidden.astype(prepared.head.dtype)
         return jnp.matmul(hidden, prepared.head, preferred_element_type=jnp.float32)
 
     def _apply(self, prepared, *arguments, **options):
-        params = prepared.params if self.config.tied else prepared.params | {"head": prepared.head}
-        return Transformer(self.config).apply({"params": params}, *arguments, **options)
+        variables, head = {"params": prepared.params}, {"head": prepared.head}
+        if prepared.int8 is not None:
+            variables["int8"] = prepared.int8 | head
+        elif not self.config.tied:
+            variables["params"] = prepared.params | head
+        return Transformer(self.config).apply(variables, *arguments, **options)

@@ -23,7 +23,8 @@ class Linear(nn.Module):
     """A matrix product at each position, as a product of two matrices.
 
     With one axis for all positions, compilers compute the gradient of the kernel without a
-    transposed copy of the gradient of the output, which nn.Dense on [B, L, D] needs on a CPU.
+    transposed copy of the gradient of the output, which nn.Dense on [B, L, D] needs on a CPU. Where
+    the collection "int8" holds the kernel as `kernels.quantize` makes it, that is read instead.
     """
 
     config: TransformerConfig
@@ -36,8 +37,12 @@ class Linear(nn.Module):
         # GPT-2: what is added to the residual stream is scaled down by the number of additions.
         scale = _INIT / (2 * config.layers) ** 0.5 if self.residual else _INIT
         init = nn.initializers.normal(scale)
-        kernel = self.param("kernel", init, (x.shape[-1], self.features))
-        y = x.reshape(-1, x.shape[-1]).astype(dtype) @ kernel.astype(dtype)
+        rows, int8 = x.reshape(-1, x.shape[-1]).astype(dtype), self.get_variable("int8", "kernel")
+        if int8 is None:
+            kernel = self.param("kernel", init, (x.shape[-1], self.features))
+            y = rows @ kernel.astype(dtype)
+        else:
+            y = kernels.quantized_linear(rows, *int8).astype(dtype)
         if config.bias:
             bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
             y = y + bias.astype(dtype)[None]
@@ -191,7 +196,7 @@ class Transformer(nn.Module):
         self.dropout = Dropout(config.dropout)
         self.block = [Block(config) for _ in range(config.layers)]
         self.norm = _norm(config)
-        if not config.tied:
+        if not config.tied and not self.has_variable("int8", "head"):
             self.head = self.param("head", init, (config.width, config.vocabulary))
 
     def __call__(self, tokens, **options):

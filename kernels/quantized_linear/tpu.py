@@ -27,6 +27,7 @@ _CHANNELS = (2048, 1024, 512, 256, 128)
 _MEMORY = 2 << 20  # bytes of weights, and of x
 _FEWEST = 2  # blocks, where there are channels enough: the first one is waited for
 _MANY = 1 << 24  # weights that take so long to read that the start of the kernel does not matter
+_FULL = 64  # rows whose products take longer than that start
 
 
 def _channels(channels, width):
@@ -45,7 +46,7 @@ def _refusal(x, weight, scale):
 
 def _pays(x, weight, scale):
     """Elsewhere XLA, which turns int8 into bfloat16 within its products too, is as fast."""
-    return weight.size >= _MANY and x.shape[0] <= _ROWS
+    return x.shape[0] <= _ROWS and (weight.size >= _MANY or x.shape[0] >= _FULL)
 
 
 @register(

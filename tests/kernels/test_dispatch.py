@@ -198,9 +198,10 @@ def test_what_the_operations_choose_today():
     wide = jnp.zeros((2, 400)), jnp.zeros((4, 400))  # six products of 400 fit no block
     assert defaults("nearest_code", *wide) == {"default": "reference"}
     for rows, channels, names in (
-        (128, 1024, {"default": "reference", "tpu": "tpu"}),
+        (1, 1024, {"default": "reference", "tpu": "tpu"}),
+        (63, 1023, {"default": "reference"}),
+        (128, 1023, {"default": "reference", "tpu": "tpu"}),
         (129, 1024, {"default": "reference"}),
-        (128, 1023, {"default": "reference"}),
     ):
         weight = jnp.zeros((channels, 2**14), jnp.int8), jnp.zeros(channels)
         assert defaults("quantized_linear", jnp.zeros((rows, 2**14)), *weight) == names

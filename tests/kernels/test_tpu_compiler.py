@@ -205,6 +205,30 @@ def test_a_whole_loop_on_four_chips(workshop):
     assert not re.findall(r"all-(?:reduce|gather)", program.text)
 
 
+@pytest.mark.parametrize("batch", [1, 64])
+def test_weights_in_int8_are_int8_in_the_loop(batch, workshop):
+    """What a step reads is what saves its time: no copy in another type is made before the loop."""
+    config = TransformerConfig(
+        vocabulary=512, context=256, layers=1, width=256, heads=4, dtype="bfloat16"
+    )
+    model = AutoregressiveModel(TokenNetwork(config))
+    sampler = AutoregressiveSampler(model, 1, 256, SamplingOptions(top_k=20, weights="int8"))
+
+    def generate(params, keys):
+        prompt = Condition(prompt=jnp.zeros((batch, 1), jnp.int32))
+        params = sampler.prepare(params)
+        state = sampler.init(params, keys, prompt)
+        return jax.lax.fori_loop(0, 256, lambda i, s: sampler.step(params, s, i), state)
+
+    params = jax.eval_shape(model.network.init, jax.random.key(0))
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
+    text = workshop.compile(generate, params, keys, chip=V5E, count=False).text
+    (carried,) = re.findall(r"= \((.*)\) while\(", text)
+    found = collections.Counter(re.findall(r"(\w+)\[(?:768|1024|512|256),(?:256|1024)\]", carried))
+    # The matrices of a block and the head; the tables of tokens and of positions.
+    assert found == {"s8": 4 + 1, "bf16": 2}
+
+
 def test_stored_cycles_are_not_exceeded(capsys):
     """Of every kernel, case and chip; for the version of libtpu that they were counted with."""
     stored = json.loads(estimate.BUDGETS.read_text(encoding="utf-8"))

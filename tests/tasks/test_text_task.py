@@ -11,7 +11,12 @@ import gen_jax
 from experiments.gpt_text import EXPERIMENT
 from gen_jax import cli, interop
 from gen_jax.data import TextConfig, load_text, tokenizers
-from gen_jax.models.autoregressive import SpeculativeOptions
+from gen_jax.models.autoregressive import (
+    AutoregressiveSampler,
+    SamplingOptions,
+    SpeculativeOptions,
+    make_prompts,
+)
 from gen_jax.nn.config import TransformerConfig
 from gen_jax.nn.transformer import TokenNetwork
 from gen_jax.tasks.text.config import EvaluateConfig, TextRunConfig, TextSampleConfig
@@ -173,6 +178,20 @@ def test_a_sample_ends_before_its_stop_token(finished, copy, capsys):
     assert samples(copy) == many[:1]
     with np.load(copy / "samples.npz") as file:
         assert file["tokens"].shape == (1, 24)
+    capsys.readouterr()
+
+
+def test_weights_in_int8_are_the_choice_of_a_sample(copy, capsys):
+    options = ("--sampler.weights", "int8", "--sampler.temperature", 0)
+    assert main("sample", "--workdir", copy, *options) == 0
+    model, params = model_of(copy)
+    with np.load(copy / "samples.npz") as file:
+        given, drawn = file["prompt"], file["tokens"]
+    sampler = AutoregressiveSampler(
+        model, len(given), 24, SamplingOptions(temperature=0, weights="int8")
+    )
+    keys, cond = gen_jax.sample_keys(0, 0, 3), make_prompts(model, [given] * 3)
+    np.testing.assert_array_equal(drawn, gen_jax.generate(sampler, params, keys, cond))
     capsys.readouterr()
 
 
@@ -347,6 +366,7 @@ REFUSED = [
     ("--sampler.top-p 0", "top_p must be in (0, 1], got 0.0"),
     ("--sampler.top-p 2", "top_p must be in (0, 1], got 2.0"),
     ("--sampler.top-k -1", "top_k must not be negative"),
+    ("--sampler.weights int4", "invalid choice 'int4'"),
     ("--sampler.temperature nan", "temperature must be finite, got nan"),
     ("--sample.stop the", "sample.stop must be one token; 'the' is 3"),
     ("--sample.stop €", "sample.stop: 1 characters of the text are not in the vocabulary"),

@@ -240,6 +240,10 @@ def test_the_benchmark_times_the_runs_against_the_autoregressive_one(runs, capsy
         (["--sampler.rounds", 13], "more than the positions of a target: at most data.max_length"),
         (["--sample.lengths", 13], "more than the table of lengths has"),
         (["--latent.kind", "gaussian"], "latent.kind is for --strategy one_shot"),
+        (
+            ["--strategy", "ar", "--sampler", "sample", "--sampler.weights", "int8"],
+            "weights in int8 are for models without a source",
+        ),
         (["--smoothing", 1], "smoothing must be in"),
         (["--model.vocabulary", 5], "leave them as they are"),
         (["--pretrained", "gpt2"], "unknown option --pretrained"),

@@ -192,6 +192,10 @@ REFUSED = [
     ("--model.groups 4 12 --model.context 16", "follow from the codes and the prior"),
     ("--prior next_scale", "--prior next_scale is over the codes of scales: set quantiser.scales"),
     ("--quantiser.scales 1 2", "end at 2 x 2, and the latents are 4 x 4"),
+    (
+        "--prior next_scale --quantiser.scales 1 2 4 --sampler sample --sampler.weights int8",
+        "weights in int8 are for one token at a time",
+    ),
     ("--data.palette", "an autoencoder takes RGB images"),
     ("--objective.critic.weight 1", "the critic starts at step 10000, and training ends at 2"),
     ("--autoencoder /nowhere", "no run in /nowhere"),

@@ -1,6 +1,5 @@
 """Ancestral sampling from an autoregressive model, one token per step."""
 
-import dataclasses
 from typing import Any, no_type_check
 
 import flax.struct
@@ -17,6 +16,7 @@ from gen_jax.models.autoregressive.config import SamplingOptions
 from gen_jax.models.autoregressive.losses import AutoregressiveModel
 from gen_jax.models.contract import check_params
 from gen_jax.models.sequences import fill_after_eos
+from gen_jax.nn.transformer import check_finite
 from kernels import KVCache
 
 __all__ = ["AutoregressiveSampler", "DecodingState"]
@@ -66,8 +66,8 @@ class AutoregressiveSampler:
         when all samples have ended. None where nothing ends them.
 
     Raises:
-      ValueError: at construction, where a number is out of range or the prompt does not fit into
-        the context.
+      ValueError: at construction, where a number is out of range, the prompt does not fit into the
+        context, or weights in int8 are asked of a network that reads a source.
     """
 
     model: AutoregressiveModel
@@ -86,6 +86,8 @@ class AutoregressiveSampler:
                 f"{self._context}{' with its start token' if self.model.has_start else ''}"
             )
         prompts.check_eos(self.model, self.eos)
+        if self._has_int8 and self.model.network.config.memory:
+            raise ValueError("weights in int8 are for models without a source: leave them as own")
 
     @classmethod
     def from_options(
@@ -126,6 +128,10 @@ class AutoregressiveSampler:
         return min(self._inputs, self._context)
 
     @property
+    def _has_int8(self):
+        return self.options.weights == "int8"
+
+    @property
     def _context(self):
         return self.model.network.config.context
 
@@ -144,11 +150,14 @@ class AutoregressiveSampler:
     def check(self, params: Any, cond: Condition) -> None:
         """See `Sampler`; `prompts.check_condition` says what is refused."""
         check_params(self.model, params)
+        if self._has_int8:
+            check_finite(params)
         prompts.check_condition(self.model, self.prompt_length, cond)
 
     def prepare(self, params: Any) -> Any:
-        """See `TokenNetwork.prepare`."""
-        return self.model.network.prepare(params)
+        """See `TokenNetwork.prepare` and, with weights in int8, `TokenNetwork.prepare_int8`."""
+        network = self.model.network
+        return network.prepare_int8(params) if self._has_int8 else network.prepare(params)
 
     def init(self, params: Any, keys: Key[Array, " B"], cond: Condition) -> DecodingState:
         """Reads the first inputs, up to their last."""
@@ -186,9 +195,11 @@ class AutoregressiveSampler:
 
     def _join(self, params, state, hidden, i):
         """The state with new token i, drawn from the hidden values [B, D] of the one before it."""
-        token = kernels.sample_token(
-            hidden, params.head, state.keys[i], **dataclasses.asdict(self.options)
-        )
+        if params.int8 is None:
+            token = kernels.sample_token(hidden, params.head, state.keys[i], **self.options.choice)
+        else:
+            logits = self.model.network.logits(params, hidden)
+            token = kernels.sample_logits(logits, state.keys[i], **self.options.choice)
         done = state.done
         if self.eos is not None:
             token = jnp.where(done, self.eos, token)

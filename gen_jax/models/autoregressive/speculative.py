@@ -22,7 +22,7 @@ from gen_jax.models.autoregressive import prompts
 from gen_jax.models.autoregressive.config import SamplingOptions, SpeculativeOptions
 from gen_jax.models.autoregressive.losses import AutoregressiveModel
 from gen_jax.models.contract import check_params
-from gen_jax.nn.transformer import TokenNetwork
+from gen_jax.nn.transformer import TokenNetwork, check_finite
 from kernels import KVCache
 
 __all__ = ["SpeculativeSampler", "SpeculativeState", "plain"]
@@ -80,7 +80,7 @@ class SpeculativeSampler:
         count.
       tokens: N, how many to draw, at least 1.
       drafted: G, tokens drafted in one round, at least 1.
-      options: how each token is drawn, by both models.
+      options: how each token is drawn, by both models; the weights are those of the large one.
       eos: the token that ends a sample; the rest of it is filled with the same. None where nothing
         ends them.
 
@@ -166,12 +166,16 @@ class SpeculativeSampler:
             )
         check_params(self.model, params["target"])
         check_params(self.draft, params["draft"])
+        if self.options.weights == "int8":
+            check_finite(params["target"])
         prompts.check_condition(self.model, self.prompt_length, cond)
 
     def prepare(self, params: dict[str, Any]) -> dict[str, Any]:
         """See `TokenNetwork.prepare`."""
+        large = self.model.network
+        prepare = large.prepare_int8 if self.options.weights == "int8" else large.prepare
         return {
-            "target": self.model.network.prepare(params["target"]),
+            "target": prepare(params["target"]),
             "draft": self.draft.network.prepare(params["draft"]),
         }
 
@@ -296,5 +300,5 @@ class SpeculativeSampler:
             best = rows.argmax(axis=-1, keepdims=True)
             filtered = jnp.where(jnp.arange(rows.shape[-1])[None] == best, 0.0, -jnp.inf)
         else:
-            filtered = kernels.filter_logits(rows, **dataclasses.asdict(self.options))
+            filtered = kernels.filter_logits(rows, **self.options.choice)
         return filtered.reshape(logits.shape)

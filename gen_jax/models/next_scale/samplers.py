@@ -1,6 +1,5 @@
 """Sampling from coarse to fine, one scale per step."""
 
-import dataclasses
 import functools
 from typing import Any, no_type_check
 
@@ -49,10 +48,17 @@ class NextScaleSampler:
     Attributes:
       model: of which the samples are.
       options: how each token is drawn.
+
+    Raises:
+      ValueError: at construction, where weights in int8 are asked for.
     """
 
     model: NextScaleModel
     options: SamplingOptions = SamplingOptions()
+
+    def __post_init__(self):
+        if self.options.weights != "own":
+            raise ValueError("weights in int8 are for one token at a time: leave them as own")
 
     @property
     def conditions(self) -> tuple[str, ...]:
@@ -115,7 +121,7 @@ class NextScaleSampler:
         hidden, caches = model.network.extend(params, inputs, caches, first)
         rows = hidden.reshape(batch * (end - first), -1)
         keys = key_streams.grid(keys, end - first).swapaxes(0, 1).reshape(-1)
-        drawn = kernels.sample_token(rows, params.head, keys, **dataclasses.asdict(self.options))
+        drawn = kernels.sample_token(rows, params.head, keys, **self.options.choice)
         return tokens.at[:, first:end].set(drawn.reshape(batch, -1)), caches
 
     def finish(self, params: Any, state: NextScaleState) -> Int[Array, "B L"]:

@@ -45,7 +45,7 @@ def draw(sampler, prompts):
 
 @functools.cache
 def pick_program(options):
-    return jax.jit(functools.partial(kernels.sample_logits, **dataclasses.asdict(options)))
+    return jax.jit(functools.partial(kernels.sample_logits, **options.choice))
 
 
 def reread(network, params, prompts, count, options):
