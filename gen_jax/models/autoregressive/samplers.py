@@ -195,11 +195,11 @@ class AutoregressiveSampler:
 
     def _join(self, params, state, hidden, i):
         """The state with new token i, drawn from the hidden values [B, D] of the one before it."""
-        if params.int8 is None:
-            token = kernels.sample_token(hidden, params.head, state.keys[i], **self.options.choice)
-        else:
+        if self._has_int8:
             logits = self.model.network.logits(params, hidden)
             token = kernels.sample_logits(logits, state.keys[i], **self.options.choice)
+        else:
+            token = kernels.sample_token(hidden, params.head, state.keys[i], **self.options.choice)
         done = state.done
         if self.eos is not None:
             token = jnp.where(done, self.eos, token)
