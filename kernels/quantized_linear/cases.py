@@ -51,9 +51,10 @@ def _definition(x, weight, scale):
         return (x @ weight.T) * scale[None]
 
 
-def _in_float(x, weight, scale):
-    """The matrix in the type of x, as one has it without int8."""
-    return jnp.matmul(x, (weight * scale[:, None]).astype(x.dtype).T)
+def _dequantized(x, weight, scale):
+    """What one writes: a float matrix first, and its product."""
+    weight = (weight * scale[:, None]).astype(x.dtype)
+    return jnp.matmul(x, weight.T, precision="highest", preferred_element_type=jnp.float32)
 
 
 def _case(name, *shape, gradient=(), large=False, arguments=example, **options):
@@ -77,6 +78,8 @@ SUITES = (
             _case("extreme", 5, 192, 160, arguments=_extreme),
             _case("gradients", 6, 64, 130, gradient=(0,)),
         ),
+        definition=_definition,
+        peers={"dequantised": _dequantized},
         timed=tuple(
             _case(f"batch {batch}, {width} to {channels}", batch, width, channels)
             for batch, width, channels in ((1, 768, 50257), (1, 768, 3072), (64, 768, 3072))
