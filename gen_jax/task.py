@@ -249,8 +249,11 @@ class Run:
         with whole_file.replacing(self.workdir.path / "samples.npz") as file:
             np.savez(file, **arrays, step=self.step, seed=self.config.sample.seed)
 
-    def kept_samples(self) -> dict[str, np.ndarray]:
+    def kept_samples(self, *names: str) -> dict[str, np.ndarray]:
         """The arrays in samples.npz, which must be of the restored checkpoint.
+
+        Args:
+          *names: of those that must be among them.
 
         Raises:
           FileNotFoundError: no samples were drawn yet.
@@ -263,9 +266,12 @@ class Run:
             arrays = array_files.read_npz(path)
         except ValueError as error:
             raise ValueError(f"{error}; run the command `sample` again") from error
+        missing = sorted({*names, "step"} - arrays.keys())
+        if missing:
+            raise ValueError(f"{path} has no {missing[0]}; run the command `sample` again")
         try:
             drawn = int(arrays["step"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged; run the command `sample` again") from error
         if drawn != self.step:
             raise ValueError(

@@ -117,7 +117,7 @@ def make(config, context):
         return {"drawn": 1}
 
     def evaluate(run):
-        points = run.kept_samples()["points"]
+        points = run.kept_samples("points")["points"]
         np.testing.assert_array_equal(points[0], run.params["at"])
         return {"mean": float(points.mean())}
 
@@ -434,7 +434,13 @@ DAMAGE = [
     ("samples.npz", b"words", "evaluate", "samples.npz is damaged"),
     ("samples.npz", PICKLED, "evaluate", "samples.npz is damaged (no header of an array of num"),
     ("samples.npz", STATED, "evaluate", "(float64 [1099511627776] does not have 152 bytes)"),
-    ("samples.npz", archive(step=[1, 2]), "evaluate", "samples.npz is damaged; run the command"),
+    ("samples.npz", archive(step=4), "evaluate", "samples.npz has no points; run the command"),
+    (
+        "samples.npz",
+        archive(step=[1, 2], points=1),
+        "evaluate",
+        "samples.npz is damaged; run the command",
+    ),
     ("summary.json", b" " * (2**24 + 1), "evaluate", "and at most 16777216 are read; move it away"),
     ("config.json", b" " * (2**24 + 1), "sample", "and at most 16777216 are read; restore it"),
     ("first/metrics.jsonl", b'{"loss": 1}\n', "train", "line 1 is no record with a step"),

@@ -117,7 +117,7 @@ def _bound(model, draws, params, rows):
 
 def _evaluate(config, validate, test_set, run: Run) -> dict[str, float]:
     """Bits per dimension on the test set, and the quality of the samples drawn last."""
-    images = run.kept_samples()["images"]
+    images = run.kept_samples("images")["images"]
     report = validate(run.params)
     if config.data.name == "shapes":
         entropy = ShapesSet(config.data.size).entropy

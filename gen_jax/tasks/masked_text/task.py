@@ -84,7 +84,7 @@ def _validate(config, data, model, params) -> dict[str, float]:
 
 def _evaluate(config, data, model, run: Run) -> dict[str, float]:
     """The bound of the test split, and how far the samples drawn last are of its kind."""
-    texts = [_text(data, row) for row in run.kept_samples()["tokens"]]
+    texts = [_text(data, row) for row in run.kept_samples("tokens")["tokens"]]
     if not config.sample.prompt:
         texts = [text_files.from_first_word(text) for text in texts]
     return _validate(config, data, model, run.params) | text_files.score(texts, data.train_text)

@@ -131,7 +131,7 @@ def evaluate(
     run: Run,
 ) -> dict[str, float]:
     """The likelihood of the test set, and the quality of the samples drawn last."""
-    images = run.kept_samples()["images"]
+    images = run.kept_samples("images")["images"]
     if not config.data.palette:
         images = images / np.float32(127.5) - 1
     return validate(run.params) | image_files.score(images, config.data, sequences.images)

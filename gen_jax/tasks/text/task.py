@@ -135,7 +135,7 @@ def _validate(config, data, model, params) -> dict[str, float]:
 
 def _evaluate(config, data, model, run: Run) -> dict[str, float]:
     """The likelihood of the test split, and how far the samples drawn last are of its kind."""
-    kept = run.kept_samples()
+    kept = run.kept_samples("tokens", "prompt")
     eos = int(kept["eos"]) if "eos" in kept else None
     texts = [text_files.decode(data.tokenizer, eos, kept["prompt"], row) for row in kept["tokens"]]
     return _validate(config, data, model, run.params) | text_files.score(texts, data.train_text)

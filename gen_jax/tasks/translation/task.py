@@ -239,7 +239,7 @@ def _listing(config, data, tokens):
 
 def _evaluate(config, data, run: Run) -> dict[str, Any]:
     """How good the translations drawn last are, and the loss of the validation pairs."""
-    kept = run.kept_samples()
+    kept = run.kept_samples("tokens", "split")
     tokens, split = kept["tokens"], str(kept["split"])
     hypotheses, eos = data.texts_of(tokens), data.tokenizer.eos
     sources, targets = (side[: len(tokens)] for side in data.texts(split))

@@ -274,7 +274,7 @@ def _reconstruct(model, params, rows):
 
 def _evaluate(config, space, model, run: Run) -> dict[str, int | float]:
     """The likelihood of the test set, the quality of samples, and what one shot must lose."""
-    images = run.kept_samples()["images"]
+    images = run.kept_samples("images")["images"]
     params = space.both(run.params)
     report = _validate(config, space, model, params["prior"])
     report |= image_files.score(images, config.data, space.images["test"])
