@@ -13,10 +13,6 @@ import resource
 from collections.abc import Iterator
 from typing import Any
 
-import jax
-
-from gen_jax import operations
-
 __all__ = ["available", "check", "check_arrays", "check_call", "readable"]
 
 
@@ -53,6 +49,8 @@ def check_call(what: str, function: Any, *arguments: Any) -> None:
     Raises:
       MemoryError: as `check` does.
     """
+    import jax
+
     if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arguments)):
         check(what, function.lower(*arguments).compile())
 
@@ -68,6 +66,8 @@ def check_arrays(what: str, tree: Any, copies: int) -> None:
     Raises:
       MemoryError: they do not fit; the message says what they take and what is left.
     """
+    import jax
+
     if jax.default_backend() == "cpu":
         sizes = (leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
         _refuse(what, copies * sum(sizes))

@@ -74,7 +74,6 @@ class Life:
     ("name", "kills"),
     [
         ("gpt_text", 3),
-        ("two_stage", 2),
         pytest.param("gpt_text", 20, marks=pytest.mark.slow),
         pytest.param("two_stage", 20, marks=pytest.mark.slow),
     ],
