@@ -182,12 +182,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     group.add_argument("--store", action="store_true", help="write the cycles of kernels")
     arguments = parser.parse_args(argv)
-    suites = {op: suite for op, suite in testing.suites().items() if suite.estimated}
+    for_gpus = set(arguments.chip) & set(inspection.GPUS)
+    kernel = "gpu" if for_gpus else "tpu"
+    suites = {op: s for op, s in testing.suites().items() if s.estimated_for(kernel)}
     for op in arguments.op:
         if op not in suites:
             parser.error(f"there are no estimates of {op!r}; there are some of {', '.join(suites)}")
     asked = {op: suites[op] for op in arguments.op or suites}
-    for_gpus = set(arguments.chip) & set(inspection.GPUS)
     if for_gpus and (len(arguments.chip) > 1 or arguments.check or arguments.store):
         parser.error("h100 has no cycles: ask for it alone, without --check and --store")
     why = cuda.missing() if for_gpus else missing()

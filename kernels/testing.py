@@ -99,6 +99,10 @@ class Suite:
         """All registered implementations by name, the reference first."""
         return dispatch.operations()[self.op].implementations()
 
+    def estimated_for(self, kernel: str) -> bool:
+        """Whether there are estimates of a kernel of this name, "tpu" or "gpu"."""
+        return bool(self.estimated) and kernel in self.implementations()
+
 
 def suites() -> dict[str, Suite]:
     """The suites of all operations by name."""

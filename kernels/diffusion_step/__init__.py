@@ -34,7 +34,8 @@ def diffusion_step(
       keys: [B] PRNG keys, one per sample, for `noise` ~ N(0, 1); None for a deterministic step.
       history: [B, ...] float32, `x0` of the step before; None for a one-step solver.
       clip: bound on |x0|; None leaves it free.
-      implementation: None for the platform's default, or "reference".
+      implementation: "reference", or "gpu" (scalar coefficients, threefry keys), whose noise is
+        that of the reference to a few ulp. None takes "reference" on all platforms.
 
     Returns:
       (next, x0), both [B, ...] float32.

@@ -50,11 +50,11 @@ def _definition(x, output, coefficients, keys, history, *, clip=None):
     return following, x0
 
 
-def _case(shape, *parts, gradient=()):
+def _case(shape, *parts, gradient=(), large=False):
     options = {"clip": 0.5} if "clip" in parts else {}
     arguments = functools.partial(_arguments, shape, parts)
     name = " ".join((" x ".join(map(str, shape)), *parts))
-    return Case(name, arguments, options, atol=2e-6, gradient=gradient)
+    return Case(name, arguments, options, atol=2e-6, gradient=gradient, large=large)
 
 
 _SMALL, _IMAGES = (6, 4, 4, 3), (16, 32, 32, 3)
@@ -66,11 +66,13 @@ SUITES = (
         cases=(
             _case(_SMALL, gradient=(0, 1)),
             _case(_SMALL, "clip"),
-            _case(_SMALL, "history"),
+            _case(_SMALL, "history", large=True),
             _case(_SMALL, "history", "clip"),
-            _case(_SMALL, "noise", "clip"),
-            _case(_SMALL, "noise", "history", "traced"),
+            _case(_SMALL, "noise", "clip", large=True),
+            _case(_SMALL, "noise", "history", "traced", large=True),
             _case((3, 7), "noise", "traced"),
+            _case((2, 8, 16, 3), "noise", "history", "clip"),
+            _case((1, 16, 32, 2), "noise", "traced"),
         ),
         timed=(
             _case(_IMAGES, "clip", "traced"),
@@ -78,5 +80,10 @@ SUITES = (
             _case(_IMAGES, "history", "clip", "traced"),
         ),
         definition=_definition,
+        estimated=(
+            _case((64, 32, 32, 3), "noise", "clip", "traced"),
+            _case((64, 32, 32, 3), "history", "clip", "traced"),
+            _case((8, 256, 256, 3), "noise", "clip", "traced"),
+        ),
     ),
 )

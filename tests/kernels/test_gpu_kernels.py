@@ -25,6 +25,7 @@ interpreted = pytest.mark.skipif(
 SUITES = {op: s for op, s in testing.suites().items() if "gpu" in s.implementations()}
 SMALL = {
     "decode_attention": "768 columns, 1 of 4 heads of 64",
+    "diffusion_step": "2 x 8 x 16 x 3 noise history clip",
     "mask_scores": "8 positions, 300 tokens",
     "nearest_code": "ties across tiles",
     "quantized_linear": "extreme",
@@ -164,6 +165,8 @@ MISTAKES = [
     ("decode_attention", "(columns <= own)", "(columns < own)"),
     ("decode_attention", "first = first + split * share", "pass"),
     ("decode_attention", "mass * shrink", "mass"),
+    ("diffusion_step", "ids = first + jax", "ids = jax"),
+    ("diffusion_step", "jnp.maximum(clean, -most)", "clean"),
     ("mask_scores", "jnp.where(ids >= i * size, ", "jnp.where(ids >= 0, "),
     ("mask_scores", "jnp.uint32(vocabulary)", "jnp.uint32(vocabulary + 1)"),
     ("quantized_linear", "(-channels % _CHANNELS if", "(0 if"),

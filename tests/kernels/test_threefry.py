@@ -10,8 +10,9 @@ import pytest
 
 import kernels
 from kernels.mask_scores.cases import example
+from kernels.sample_token import threefry
 from kernels.sample_token.cases import rows
-from kernels.sample_token.threefry import gumbel, threefry2x32
+from kernels.sample_token.threefry import gumbel, normal_of, threefry2x32
 
 
 @jax.jit
@@ -31,6 +32,26 @@ def test_noise_is_that_of_jax_to_the_bit(vocabulary):
     whole, part = both(jnp.arange(vocabulary), jnp.asarray(some))
     np.testing.assert_array_equal(whole, expected)
     np.testing.assert_array_equal(part, np.take_along_axis(np.asarray(expected), some, axis=1))
+
+
+def test_normal_noise_is_that_of_jax():
+    """Its bits are the same, and of all uniform numbers none is further than 3 ulp away."""
+    key = jax.random.key(5)
+    words = tuple(jax.random.key_data(key))
+    shape = 7, 11, 13
+    ids = jnp.arange(7 * 11 * 13)
+    uniform = jax.jit(lambda: threefry._uniform_of(words, ids))()
+    np.testing.assert_array_equal(uniform, jax.random.uniform(key, shape).ravel())
+    normal = jax.jit(lambda: normal_of(words, ids))()
+    expected = jax.jit(lambda: jax.random.normal(key, shape))()
+    np.testing.assert_allclose(normal, expected.ravel(), rtol=6e-7)
+
+    every = jnp.arange(2**23, dtype=jnp.float32) * jnp.float32(2**-22) + threefry._LOWEST
+    inverse = np.asarray(jax.jit(threefry._inverse_erf)(every))
+    exact = np.asarray(jax.jit(jax.lax.erf_inv)(every))
+    assert np.array_equal(np.sign(inverse), np.sign(exact))
+    apart = np.abs(inverse.view(np.int32).astype(np.int64) - exact.view(np.int32))
+    assert apart.max() <= 3
 
 
 def test_threefry_has_the_known_answers():

@@ -33,7 +33,7 @@ if WHY_NOT is None and os.environ.get("JAX_PLATFORMS") != "cpu":
 pytestmark = [pytest.mark.tpu_compiler, pytest.mark.skipif(bool(WHY_NOT), reason=str(WHY_NOT))]
 if not WHY_NOT:
     Workshop.open()  # before anything else loads libtpu
-SUITES = {op: suite for op, suite in testing.suites().items() if suite.estimated}
+SUITES = {op: suite for op, suite in testing.suites().items() if suite.estimated_for("tpu")}
 FIRST = [(op, suite.estimated[0]) for op, suite in SUITES.items()]
 V5E, V6E = CHIPS["v5e"], CHIPS["v6e"]
 
