@@ -48,10 +48,11 @@ def _case(
     gradient=(),
     dtype="float32",
     offset=0.0,
+    large=False,
 ):
     options = {"groups": groups, "silu": silu, "epsilon": epsilon}
     arguments = functools.partial(example, shape, dtype=dtype, offset=offset)
-    return Case(name, arguments, options, atol=atol, dtype=dtype, gradient=gradient)
+    return Case(name, arguments, options, atol=atol, dtype=dtype, gradient=gradient, large=large)
 
 
 _SHAPES = (
@@ -68,14 +69,24 @@ SUITES = (
         group_norm_silu,
         cases=(
             *(
-                _case(f"{shape} in {groups}{'' if silu else ', no SiLU'}", shape, groups, silu=silu)
+                _case(
+                    f"{shape} in {groups}{'' if silu else ', no SiLU'}",
+                    shape,
+                    groups,
+                    silu=silu,
+                    large=silu or groups != 4,
+                )
                 for shape, groups in _SHAPES
                 for silu in (True, False)
             ),
-            _case("gradients", (2, 3, 3, 4), 2, gradient=(0, 1, 2)),
+            _case("gradients", (2, 3, 3, 4), 2, gradient=(0, 1, 2), large=True),
+            _case("gradients of a rest", (1, 5, 17, 16), 8, gradient=(0, 1, 2)),
+            _case(
+                "gradients without SiLU", (1, 64, 8), 2, silu=False, gradient=(0, 1, 2), large=True
+            ),
             _case("a large mean", (2, 16, 16, 8), 2, atol=2e-3, offset=1000.0),
             _case("bfloat16", (2, 16, 16, 8), 2, atol=0.05, dtype="bfloat16", offset=30.0),
-            _case("another epsilon", (2, 4, 4, 4), 2, epsilon=0.5),
+            _case("another epsilon", (2, 4, 4, 4), 2, epsilon=0.5, large=True),
         ),
         timed=tuple(
             Case(
@@ -89,5 +100,20 @@ SUITES = (
         ),
         definition=_definition,
         peers={"grouped": _grouped},
+        estimated=tuple(
+            _case(
+                f"{batch} x {side} x {side}, {channels} in 32, {dtype}",
+                (batch, side, side, channels),
+                32,
+                atol=0.05 if dtype == "bfloat16" else 1e-4,
+                dtype=dtype,
+            )
+            for batch, side, channels, dtype in (
+                (64, 32, 128, "bfloat16"),
+                (64, 32, 128, "float32"),
+                (1, 32, 128, "bfloat16"),
+                (64, 16, 256, "bfloat16"),
+            )
+        ),
     ),
 )

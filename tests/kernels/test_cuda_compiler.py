@@ -1,5 +1,7 @@
 """Kernels for GPUs, compiled for an H100 that is not there (extra `cuda`)."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -20,6 +22,7 @@ CASES = [
     for case in suite.estimated
 ]
 WITH_PRODUCTS = ("decode_attention", "nearest_code", "quantized_linear")
+WITH_COPIES = (*WITH_PRODUCTS, "group_norm_silu")
 
 
 @pytest.mark.parametrize(("suite", "case"), CASES)
@@ -30,7 +33,7 @@ def test_every_case_fits_into_registers(suite, case):
     assert kernel.spills == 0
     assert kernel.shared <= 227 * 1024
     assert (kernel.instructions.get("HGMMA", 0) > 0) == (suite.op in WITH_PRODUCTS)
-    assert (kernel.instructions.get("UTMALDG", 0) > 0) == (suite.op in WITH_PRODUCTS)
+    assert (kernel.instructions.get("UTMALDG", 0) > 0) == (suite.op in WITH_COPIES)
 
 
 def test_nearest_code_keeps_no_scores():
@@ -38,6 +41,28 @@ def test_nearest_code_keeps_no_scores():
     rows = {row["name"]: row for row in inspection.inspect(suite, suite.estimated[0])}
     assert rows["reference"]["temporaries"] > 4e9
     assert rows["gpu"]["temporaries"] < 1e6
+
+
+@pytest.mark.parametrize("case", SUITES["group_norm_silu"].estimated, ids=str)
+def test_the_gradient_of_group_norm_is_one_kernel(case):
+    def gradient(implementation):
+        def of(x, scale, bias, cotangent):
+            run = functools.partial(
+                kernels.group_norm_silu, implementation=implementation, **case.options
+            )
+            return jax.vjp(run, x, scale, bias)[1](cotangent)
+
+        x, *rest = case.arguments(0)
+        return cuda.Workshop.open().compile(of, x, *rest, x)
+
+    with dispatch.any_platform():
+        ours, plain = gradient("gpu"), gradient("reference")
+    (kernel,) = ours.kernels  # statistics are computed anew, and the result is not
+    assert kernel.name == "group_norm_silu_gradient"
+    assert kernel.spills == 0
+    assert kernel.shared <= 227 * 1024
+    assert kernel.instructions["UTMALDG"] == 2
+    assert ours.launches < plain.launches / 2
 
 
 def test_mask_scores_keeps_no_noise():

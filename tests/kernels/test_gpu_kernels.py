@@ -26,6 +26,7 @@ SUITES = {op: s for op, s in testing.suites().items() if "gpu" in s.implementati
 SMALL = {
     "decode_attention": "768 columns, 1 of 4 heads of 64",
     "diffusion_step": "2 x 8 x 16 x 3 noise history clip",
+    "group_norm_silu": "gradients of a rest",
     "mask_scores": "8 positions, 300 tokens",
     "nearest_code": "ties across tiles",
     "quantized_linear": "extreme",
@@ -116,6 +117,31 @@ def test_without_races(op):
         )
 
 
+def gradient_of_norm(implementation):
+    suite = SUITES["group_norm_silu"]
+    case = case_of(suite.op, SMALL[suite.op])
+    run = functools.partial(suite.call, implementation=implementation, **case.options)
+    arguments = case.arguments(0)
+    return jax.jit(lambda *a: jax.vjp(run, *a)[1](a[0])), arguments
+
+
+@interpreted
+def test_a_gradient_without_races():
+    jax.clear_caches()
+    run, arguments = gradient_of_norm("gpu")
+    with strict():
+        got = jax.block_until_ready(run(*arguments))
+    run, arguments = gradient_of_norm("reference")
+    for one, other in zip(got, run(*arguments), strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-4)
+
+
+def test_a_gradient_is_lowered_for_cuda():
+    run, arguments = gradient_of_norm("gpu")
+    text = lowered(run, *arguments)
+    assert "group_norm_silu_gradient" in text
+
+
 def search(x, codebook, implementation="gpu"):
     return kernels.nearest_code(x, codebook, implementation=implementation)
 
@@ -167,6 +193,9 @@ MISTAKES = [
     ("decode_attention", "mass * shrink", "mass"),
     ("diffusion_step", "ids = first + jax", "ids = jax"),
     ("diffusion_step", "jnp.maximum(clean, -most)", "clean"),
+    ("group_norm_silu", "jnp.where(is_there, square, 0)", "square"),
+    ("group_norm_silu", "self.group + i * _GROUPS", "self.group"),
+    ("group_norm_silu", "level - own * slope", "level"),
     ("mask_scores", "jnp.where(ids >= i * size, ", "jnp.where(ids >= 0, "),
     ("mask_scores", "jnp.uint32(vocabulary)", "jnp.uint32(vocabulary + 1)"),
     ("quantized_linear", "(-channels % _CHANNELS if", "(0 if"),
@@ -182,7 +211,7 @@ def test_a_planted_mistake_is_caught(op, line, mistake, plant, monkeypatch):
     suite = SUITES[op]
     monkeypatch.setattr(gpu, "PROCESSORS", FEW.get(op, gpu.PROCESSORS))
     plant(suite.implementations()["gpu"], line, mistake)
-    with pytest.raises(AssertionError, match=r"not as defined|not the reference"):
+    with pytest.raises(AssertionError, match=r"not as defined|not the reference|gradient"):
         testing.check(suite, case_of(op, SMALL[op]), "gpu")
 
 
@@ -216,6 +245,16 @@ def test_gpus_of_other_kinds_are_refused(platform, capability, reason, monkeypat
                 jnp.zeros((1, 60_000)), jax.random.split(jax.random.key(0), 1), implementation="gpu"
             ),
             "has room for 57,344 tokens, not 60,000",
+        ),
+        (
+            lambda: kernels.group_norm_silu(
+                jnp.zeros((1, 64, 64, 256)),
+                jnp.zeros(256),
+                jnp.zeros(256),
+                groups=32,
+                implementation="gpu",
+            ),
+            "has no room for 4,096 positions of 8 channels of float32, and as many cotangents",
         ),
     ],
 )
