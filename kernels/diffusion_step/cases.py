@@ -1,6 +1,7 @@
 """Cases of diffusion_step: with and without clipping, history and noise."""
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +10,13 @@ import numpy as np
 from kernels.diffusion_step import StepCoefficients, diffusion_step
 from kernels.testing import Case, Suite
 
-__all__ = ["SUITES"]
+__all__ = ["SUITES", "example"]
 
 _COEFFICIENTS = StepCoefficients(1.5, -0.7, 0.6, 0.3, -0.2, 0.4, 0.9)
 
 
-def _arguments(shape, parts, seed):
+def example(shape: tuple[int, ...], parts: Sequence[str], seed: int = 0) -> tuple:
+    """Arguments with some of these parts: "noise", "history", and "traced" coefficients."""
     generator = np.random.default_rng(seed)
     x, output, history = jnp.asarray(generator.normal(size=(3, *shape)), jnp.float32)
     coefficients = _COEFFICIENTS
@@ -52,7 +54,7 @@ def _definition(x, output, coefficients, keys, history, *, clip=None):
 
 def _case(shape, *parts, gradient=(), large=False):
     options = {"clip": 0.5} if "clip" in parts else {}
-    arguments = functools.partial(_arguments, shape, parts)
+    arguments = functools.partial(example, shape, parts)
     name = " ".join((" x ".join(map(str, shape)), *parts))
     return Case(name, arguments, options, atol=2e-6, gradient=gradient, large=large)
 
