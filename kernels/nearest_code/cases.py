@@ -53,6 +53,11 @@ def _definition(x, codebook):
     return tuple(np.concatenate(parts) for parts in zip(*found, strict=True))
 
 
+def _shortlisted(x, codebook, *, shortlist):
+    """Of cases whose scores are exact in bfloat16 the nearest code is a candidate."""
+    return _definition(x, codebook)
+
+
 def _naive(x, codebook):
     """The formula as it is usually written, with all distances in memory."""
     squares = jnp.square(x).sum(1)[:, None] + jnp.square(codebook).sum(1)[None]
@@ -60,9 +65,10 @@ def _naive(x, codebook):
     return jnp.argmin(distances, axis=1).astype(jnp.int32), distances.min(axis=1)
 
 
-def _case(name, *shape, gradient=(), large=False, **options):
+def _case(name, *shape, gradient=(), large=False, shortlist=0, **options):
     arguments = functools.partial(example, *shape, **options)
-    return Case(name, arguments, atol=(0.0, 1e-4), gradient=gradient, large=large)
+    choice = {"shortlist": shortlist} if shortlist else {}
+    return Case(name, arguments, choice, atol=(0.0, 1e-4), gradient=gradient, large=large)
 
 
 SUITES = (
@@ -97,5 +103,19 @@ SUITES = (
         ),
         definition=_definition,
         peers={"naive": _naive},
+    ),
+    Suite(
+        "shortlisted_code",
+        nearest_code,
+        cases=(
+            _case("a code of one", 1, 1, 3, shortlist=8),
+            _case("every entry twice", 37, 24, 5, copies=2, shortlist=2),
+            _case("ties of one sublane", 40, 32, 5, copies=2, shortlist=1),
+            _case("ties across blocks", 700, 2 * 1100, 6, copies=2, shortlist=3),
+            _case("bfloat16", 64, 30, 4, dtype="bfloat16", shortlist=4),
+            _case("gradients", 20, 18, 6, gradient=(0, 1), shortlist=2),
+        ),
+        timed=(_case("16,384 vectors, 8,192 codes of 64", 16_384, 8192, 64, shortlist=2),),
+        definition=_shortlisted,
     ),
 )

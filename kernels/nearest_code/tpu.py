@@ -19,19 +19,27 @@ from kernels import tpu
 from kernels.dispatch import register
 from kernels.nearest_code.halves import PAIRS, differentiable, is_half, split
 from kernels.nearest_code.reference import squared_distance
+from kernels.nearest_code.shortlist import CLASSES, nearest_of, shortlist_of
 from kernels.operands import alike, result, up_to
 
-__all__ = ["nearest_code"]
+__all__ = ["nearest_code", "shortlisted_code"]
 
-_SUBLANES, _PACKED = 8, 16  # of a register, and of one of bfloat16
+_SUBLANES, _PACKED = CLASSES, 16  # of a register, and of one of bfloat16
 # Vectors and codes of a block, by the rows of products: what the compiler fits into VMEM.
 _BLOCKS = {256: (2048, 1024), 1024: (1024, 1024), 2048: (512, 512)}
 
 
 def _refusal(x, codebook):
+    return _reason(x, 1 if is_half(x, codebook) else len(PAIRS))
+
+
+def _refusal_of_a_shortlist(x, codebook, *, shortlist):
+    return _reason(x, 1)
+
+
+def _reason(x, products):
     if not x.shape[0]:
         return "needs at least one vector"
-    products = 1 if is_half(x, codebook) else len(PAIRS)
     most = max(_BLOCKS) // products // _PACKED * _PACKED
     if x.shape[1] > most:
         return f"needs vectors of {x.dtype} of at most {most} values, not {x.shape[1]}"
@@ -42,8 +50,30 @@ def _refusal(x, codebook):
 @differentiable
 def nearest_code(x, codebook):
     """See `kernels.nearest_code`."""
+    index, score = _found(x, codebook, is_half(x, codebook))
+    return index[0], squared_distance(x.astype(jnp.float32), score[0])
+
+
+@register(
+    "shortlisted_code",
+    "tpu",
+    default_on=("tpu",),
+    only_on=("tpu",),
+    refusal=_refusal_of_a_shortlist,
+)
+def shortlisted_code(x, codebook, *, shortlist):
+    """See `kernels.nearest_code`: the candidates of all sublanes, by one product of bfloat16."""
+    return nearest_of(_candidates, x, codebook, shortlist)
+
+
+def _candidates(x, codebook, number):
+    code, score = _found(x, codebook, half=True, each=True)
+    return shortlist_of(score, code, number)
+
+
+def _found(x, codebook, half, each=False):
+    """Codes and scores [1, N], or [8, N] of each sublane; `half` is with one product alone."""
     (number, width), codes = x.shape, codebook.shape[0]
-    half = is_half(x, codebook)
     dtype = jnp.bfloat16 if half else jnp.float32
     missing = up_to(width, _PACKED) - width
     rows = (width + missing) * (1 if half else len(PAIRS))
@@ -60,21 +90,22 @@ def nearest_code(x, codebook):
         parts.append(jnp.pad(square, ((0, 0), (0, _PACKED - 3))))
     table = jnp.concatenate(parts, axis=1)  # [K, W]
     half_square = None if folded else half_square[:, None]
-    index, score = _search(vectors, table, half_square, size=size, block=block)
-    return index[0, :number], squared_distance(x.astype(jnp.float32), score[0, :number])
+    index, score = _search(vectors, table, half_square, size=size, block=block, each=each)
+    return index[:, :number], score[:, :number]
 
 
-@functools.partial(jax.jit, static_argnames=("size", "block"))
-def _search(vectors, table, half_square, *, size, block):
+@functools.partial(jax.jit, static_argnames=("size", "block", "each"))
+def _search(vectors, table, half_square, *, size, block, each):
     (width, number), (codes, rows) = vectors.shape, table.shape
     column = [] if half_square is None else [half_square]
     vectors, table, *column = alike(vectors, table, *column)
-    row = pl.BlockSpec((1, size), lambda n, k: (0, n))
+    found = CLASSES if each else 1
+    row = pl.BlockSpec((found, size), lambda n, k: (0, n))
     return pl.pallas_call(
         functools.partial(_kernel, folded=half_square is None),
         out_shape=[
-            result((1, number), jnp.int32, vectors),
-            result((1, number), jnp.float32, vectors),
+            result((found, number), jnp.int32, vectors),
+            result((found, number), jnp.float32, vectors),
         ],
         grid=(number // size, codes // block),
         in_specs=[
@@ -123,8 +154,11 @@ def _kernel(vectors, table, *rest, folded):
 
     @pl.when(k == pl.num_programs(1) - 1)
     def _():
-        least = best[...].min(axis=0, keepdims=True)
         code = place[...] * _SUBLANES + jax.lax.broadcasted_iota(jnp.int32, place.shape, 0)
+        if index.shape == code.shape:
+            index[...], score[...] = code, best[...]
+            return
+        least = best[...].min(axis=0, keepdims=True)
         last = jnp.int32(jnp.iinfo(jnp.int32).max)
         index[...] = jnp.where(best[...] == least, code, last).min(axis=0, keepdims=True)
         score[...] = least

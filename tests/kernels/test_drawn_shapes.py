@@ -133,12 +133,13 @@ def scores(draw):
 
 
 @st.composite
-def codebooks(draw):
+def codebooks(draw, shortlist=None):
     copies, width, dtype = draw(upto(3)), draw(upto(9, 3)), draw(TYPES)
     number, entries = draw(upto(700)), copies * draw(upto(500))
+    options = {} if shortlist is None else {"shortlist": draw(shortlist)}
     arguments = functools.partial(codes, number, entries, width, dtype=dtype, copies=copies)
     gradient = draw(st.sampled_from([(), (0, 1)])) if dtype == "float32" else ()
-    return case(arguments, draw(SEEDS), atol=(0.0, 1e-4), gradient=gradient)
+    return case(arguments, draw(SEEDS), options, atol=(0.0, 1e-4), gradient=gradient)
 
 
 @st.composite
@@ -176,6 +177,7 @@ DRAWN = {
     "nearest_code": codebooks(),
     "sample_logits": logits(),
     "sample_token": heads(),
+    "shortlisted_code": codebooks(upto(8, 3)),
     "upsample_conv_3x3": convolutions(prepared=False),
 }
 every_operation = pytest.mark.parametrize("op", DRAWN)

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 import kernels
+from kernels import testing
+from kernels.nearest_code import shortlisted
 from kernels.nearest_code.cases import example
 
 
@@ -50,8 +52,52 @@ def test_a_vector_that_is_not_finite_has_no_finite_distance(implementation):
     assert ((index >= 0) & (index < 4)).all()
 
 
+def random_codes(number, codes, width):
+    generator = np.random.default_rng(width)
+    x, codebook = generator.normal(size=(number, width)), generator.normal(size=(codes, width))
+    return jnp.asarray(x, jnp.float32), jnp.asarray(codebook, jnp.float32)
+
+
+@pytest.mark.parametrize("width", [32, 256])
+def test_a_shortlist_finds_the_nearest_code_whenever_it_has_it(width):
+    """Products of bfloat16 alone name other codes; a shortlist of their names nearly none."""
+    x, codebook = random_codes(1000, 4096, width)
+    exact, distance = search("reference")(x, codebook)
+    missed = []
+    for number in (1, 2, 8):
+
+        @jax.jit
+        def run(x, codebook, number=number):
+            found = kernels.nearest_code(x, codebook, shortlist=number)
+            return *found, shortlisted._candidates(x, codebook, number)
+
+        found, its, candidates = run(x, codebook)
+        has = np.asarray((candidates == exact[None]).any(axis=0))
+        np.testing.assert_array_equal(found == exact, has)
+        np.testing.assert_allclose(its[has], distance[has], rtol=1e-4)
+        assert (its[~has] > distance[~has]).all()
+        missed.append(int((~has).sum()))
+    assert missed[0] > missed[1] >= missed[2]
+
+
+def test_the_kernel_for_tpus_has_the_candidates_of_the_reference():
+    x, codebook = random_codes(150, 300, 20)
+    entry = testing.suites()["shortlisted_code"].implementations()["tpu"]
+    for number in (1, 3):
+        found = jax.jit(functools.partial(kernels.nearest_code, shortlist=number))(x, codebook)
+        with testing.interpreted_elsewhere(entry):
+            ours = jax.jit(
+                functools.partial(kernels.nearest_code, shortlist=number, implementation="tpu")
+            )(x, codebook)
+        np.testing.assert_array_equal(ours[0], found[0])
+
+
 def test_what_it_refuses():
     x, codebook = example(2, 4, 3)
+    with pytest.raises(ValueError, match="a shortlist has up to 8 entries, not 9; 0 is for none"):
+        kernels.nearest_code(x, codebook, shortlist=9)
+    with pytest.raises(NotImplementedError, match="no implementation 'blocks'; known: ref"):
+        kernels.nearest_code(x, codebook, shortlist=2, implementation="blocks")
     with pytest.raises(ValueError, match="the codebook has no entries"):
         kernels.nearest_code(x, codebook[:0])
     with pytest.raises(NotImplementedError, match="known: reference, blocks, gpu, tpu"):

@@ -27,6 +27,7 @@ SMALL = {
     "quantized_linear": "blocks of rows",
     "sample_logits": "bfloat16, temperature 0.7, top_k 4",
     "sample_token": "300 tokens",
+    "shortlisted_code": "every entry twice",
 }
 
 
