@@ -56,8 +56,8 @@ def quantized_linear(
 ) -> Float32[Array, "B V"]:
     """The product x (scale weight)^T, of weights that are read as int8 and computed with exactly.
 
-    Products are those of x as it is, and sums are float32: of x in bfloat16 every product is
-    exact, and of x in float32 it is one of float32, on every platform. The gradient is that of x;
+    Products are those of x as it is, with the precision of float32 on every platform, and sums are
+    float32. The gradient is that of x;
     weights of int8 and their scales are not trained.
 
     Args:
@@ -65,8 +65,9 @@ def quantized_linear(
       weight: of `quantize`: a row for each output channel, which is how matrix units that sum over
         D read it in order.
       scale: of `quantize`.
-      implementation: "reference"; "tpu" and "gpu" have no copy of the weights in another type. None
-        takes "tpu" on TPUs where that is faster, by the cycles of the machine code.
+      implementation: "reference"; "floats" multiplies with a matrix of float32 (the default on
+        CPUs); "tpu" and "gpu" have no copy of the weights in another type. None takes "tpu" on TPUs
+        where that is faster, by the cycles of the machine code.
 
     Returns:
       float32 [B, V].

@@ -51,12 +51,6 @@ def _definition(x, weight, scale):
         return (x @ weight.T) * scale[None]
 
 
-def _dequantized(x, weight, scale):
-    """What one writes: a float matrix first, and its product."""
-    weight = (weight * scale[:, None]).astype(x.dtype)
-    return jnp.matmul(x, weight.T, precision="highest", preferred_element_type=jnp.float32)
-
-
 def _case(name, *shape, gradient=(), large=False, arguments=example, **options):
     made = functools.partial(arguments, *shape, **options)
     return Case(name, made, atol=3e-5, rtol=3e-5, gradient=gradient, large=large)
@@ -79,7 +73,6 @@ SUITES = (
             _case("gradients", 6, 64, 130, gradient=(0,)),
         ),
         definition=_definition,
-        peers={"dequantised": _dequantized},
         timed=tuple(
             _case(f"batch {batch}, {width} to {channels}", batch, width, channels)
             for batch, width, channels in ((1, 768, 50257), (1, 768, 3072), (64, 768, 3072))

@@ -199,11 +199,12 @@ def test_what_the_operations_choose_today():
     wide = jnp.zeros((2, 400)), jnp.zeros((4, 400))  # six products of 400 fit no block
     assert defaults("nearest_code", *wide) == {"default": "reference"}
     for rows, channels, names in (
-        (1, 1024, {"default": "reference", "tpu": "tpu"}),
-        (63, 1023, {"default": "reference"}),
-        (128, 1023, {"default": "reference", "tpu": "tpu"}),
-        (129, 1024, {"default": "reference"}),
+        (1, 1024, {"tpu": "tpu"}),
+        (63, 1023, {}),
+        (128, 1023, {"tpu": "tpu"}),
+        (129, 1024, {}),
     ):
+        names = {"default": "reference", "cpu": "floats"} | names
         weight = jnp.zeros((channels, 2**14), jnp.int8), jnp.zeros(channels)
         assert defaults("quantized_linear", jnp.zeros((rows, 2**14)), *weight) == names
     for length, new, names in (
