@@ -42,7 +42,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def pytest_addoption(parser):
     """Options of the command line."""
     parser.addoption(
-        "--few", action="store_true", help="of the cases of each test, the first and the last alone"
+        "--few",
+        action="store_true",
+        help="of the cases of each test the first and the last alone, and no tests marked `once`",
     )
 
 
@@ -89,7 +91,8 @@ def pytest_collection_modifyitems(config, items):
         cases = {}
         for item in items:
             cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
-        kept = {one for of_test in cases.values() for one in (of_test[0], of_test[-1])}
+        ends = (one for of_test in cases.values() for one in (of_test[0], of_test[-1]))
+        kept = {item for item in ends if not item.get_closest_marker("once")}
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = [item for item in items if item in kept]
     for item in items:

@@ -5,6 +5,8 @@ import subprocess
 import pytest
 from processes import assert_one_line, assert_same_leaves, read_leaves, saved_steps
 
+pytestmark = pytest.mark.once
+
 NAMESPACE = ["unshare", "--map-root-user", "--mount"]
 
 

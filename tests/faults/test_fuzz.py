@@ -6,6 +6,8 @@ A case that fails is run again alone by its seed and number, which the message b
 import fuzzing
 import pytest
 
+pytestmark = pytest.mark.once
+
 SEED = 0
 
 

@@ -7,6 +7,8 @@ import time
 import pytest
 from processes import LEAST_STAGES, LEAST_TEXT, ForkedExperiment, assert_same_results
 
+pytestmark = pytest.mark.once
+
 RUNS = {
     "gpt_text": (
         f"{LEAST_TEXT} --train.steps 9 --train.checkpoint-every 2 --sample.number 8 "

@@ -5,6 +5,9 @@ import signal
 
 import numpy as np
 import processes
+import pytest
+
+pytestmark = pytest.mark.once
 
 OPTIONS = processes.MINUTE.replace("--sample.number 3", "--sample.number 200")
 

@@ -16,6 +16,8 @@ from experiments.ddpm_cifar import TINY
 from gen_jax import cli
 from gen_jax.workdir import Workdir, WorkdirError
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture
 def stored(folder):

@@ -21,6 +21,7 @@ from kernels.diffusion_step.cases import example as step
 from kernels.group_norm_silu.cases import example as channels
 from kernels.mask_scores.cases import example as positions
 from kernels.nearest_code.cases import example as codes
+from kernels.quantized_linear.cases import example as quantized
 from kernels.sample_token.cases import rows
 
 SUITES = testing.suites()
@@ -143,6 +144,20 @@ def codebooks(draw, shortlist=None):
 
 
 @st.composite
+def products(draw):
+    dtype = draw(TYPES)
+    arguments = functools.partial(quantized, *(draw(upto(most)) for most in (20, 150, 300)))
+    gradient = draw(st.sampled_from([(), (0,)])) if dtype == "float32" else ()
+    return case(
+        functools.partial(arguments, dtype=dtype),
+        draw(SEEDS),
+        atol=3e-5,
+        rtol=3e-5,
+        gradient=gradient,
+    )
+
+
+@st.composite
 def logits(draw):
     vocabulary, number = draw(upto(300)), draw(upto(20))
     dtype = draw(st.sampled_from(["float32", "bfloat16", "float16"]))
@@ -175,6 +190,7 @@ DRAWN = {
     "keep_most_confident": confidences(),
     "mask_scores": scores(),
     "nearest_code": codebooks(),
+    "quantized_linear": products(),
     "sample_logits": logits(),
     "sample_token": heads(),
     "shortlisted_code": codebooks(upto(8, 3)),

@@ -23,7 +23,7 @@ from gen_jax.tasks.two_stage.task import _exactly
 from miniature import TRAIN, arrays, summary
 from refusals import refused_in
 
-pytestmark = pytest.mark.usefixtures("one_device")
+pytestmark = [pytest.mark.usefixtures("one_device"), pytest.mark.once]
 
 _TRAIN = dataclasses.replace(TRAIN, preview_every=0, evaluate_every=0)
 MINUTE = TwoStageConfig(
