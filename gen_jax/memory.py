@@ -15,6 +15,9 @@ from typing import Any
 
 __all__ = ["available", "check", "check_arrays", "check_call", "readable"]
 
+_CHECKED: set[Any] = set()  # functions with structures, shapes and dtypes of their arguments
+_MOST_CHECKED = 256
+
 
 def check(what: str, program: Any) -> None:
     """Refuses a compiled program for CPUs that does not fit in what is left of their memory.
@@ -37,9 +40,10 @@ def check(what: str, program: Any) -> None:
 
 
 def check_call(what: str, function: Any, *arguments: Any) -> None:
-    """Checks the program of a jitted function as `check` does, before it is called.
+    """Checks the program of a jitted function as `check` does, before it is first called.
 
-    It is compiled once for both. Inside of another program nothing is checked: that one counts.
+    It is compiled once for both, and not looked at again for arguments of the same shapes. Inside
+    of another program nothing is checked: that one counts.
 
     Args:
       what: the program is.
@@ -51,8 +55,16 @@ def check_call(what: str, function: Any, *arguments: Any) -> None:
     """
     import jax
 
-    if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arguments)):
+    leaves, structure = jax.tree.flatten(arguments)
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        return
+    kinds = [(leaf.shape, leaf.dtype) if hasattr(leaf, "dtype") else leaf for leaf in leaves]
+    call = function, structure, tuple(kinds)
+    if call not in _CHECKED:
         check(what, function.lower(*arguments).compile())
+        if len(_CHECKED) == _MOST_CHECKED:
+            _CHECKED.clear()
+        _CHECKED.add(call)
 
 
 def check_arrays(what: str, tree: Any, copies: int) -> None:

@@ -212,6 +212,7 @@ def left_in_turn(monkeypatch):
     """Says how many bytes the machine has left, each time another number."""
 
     def limit(*numbers):
+        monkeypatch.setattr(host_memory, "_CHECKED", set())
         monkeypatch.setattr(host_memory, "available", iter(numbers).__next__)
 
     return limit
@@ -230,6 +231,16 @@ def test_what_python_draws_is_compared_with_what_is_left(left_in_turn, draw, num
     left_in_turn(*numbers)
     with pytest.raises(MemoryError, match=r"^drawing 8 samples takes .* and 16 bytes are left$"):
         list(draw(Wide(), jnp.float32(0.5), KEYS, EIGHT))
+
+
+def test_a_program_is_compared_once(left_in_turn):
+    """Looking at it again would take longer than drawing from a small model."""
+    left_in_turn(PLENTY, PLENTY)
+    drawn = [sampling.generate(Wide(), jnp.float32(rate), KEYS, EIGHT) for rate in (0.5, 0.5, 0.7)]
+    assert all(samples.shape == (8,) for samples in drawn)
+    sampling.generate(Wide(), jnp.float32(0.5), KEYS[:4], Condition(label=np.arange(4)))
+    with pytest.raises(StopIteration):
+        sampling.generate(Wide(), jnp.float32(0.5), KEYS[:2], Condition(label=np.arange(2)))
 
 
 def test_inside_of_another_program_that_one_counts(left):
