@@ -246,7 +246,7 @@ def test_another_machine_draws_a_part(finished, tmp_path, capsys):
 
 
 def test_figures_of_a_finished_phase_are_kept(finished, monkeypatch, capsys):
-    def stop(run):
+    def stop(run, *names):
         raise FloatingPointError("no figures")
 
     (finished / "summary.json").unlink()

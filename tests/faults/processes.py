@@ -5,6 +5,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -31,7 +32,7 @@ _TRANSFORMER = (
     "--train.warmup 0 --train.decay constant --train.final-rate 0 --train.log-every 1 "
 )
 LEAST_TEXT = (
-    f"{_TRANSFORMER} --data.name file --data.path {HERE / 'toy.py'} "
+    f"{_TRANSFORMER} --data.name file --data.path {shlex.quote(str(HERE / 'toy.py'))} "
     "--model.context 16 --model.position learned --model.bias --sample.tokens 20 "
     "--train.evaluate-every 5"
 )
@@ -124,7 +125,7 @@ class ForkedExperiment(Program):
     """
 
     def __init__(self, name, folder, common):
-        super().__init__(["-m", f"experiments.{name}"], folder, common.split())
+        super().__init__(["-m", f"experiments.{name}"], folder, shlex.split(common))
         self.name = name
 
     def start(self, *arguments):
