@@ -7,6 +7,7 @@ jax and jaxtyping alone.
 
 from kernels.conv_3x3 import conv_3x3, prepare_conv_3x3
 from kernels.decode_attention import KVCache, decode_attention, make_kv_cache
+from kernels.decode_layers import LayerVectors, LayerWeights, decode_layers, stack_vectors
 from kernels.diffusion_step import StepCoefficients, diffusion_step
 from kernels.group_norm_silu import group_norm_silu
 from kernels.mask_scores import keep_most_confident, mask_scores
@@ -17,9 +18,12 @@ from kernels.upsample_conv_3x3 import upsample_conv_3x3
 
 __all__ = [
     "KVCache",
+    "LayerVectors",
+    "LayerWeights",
     "StepCoefficients",
     "conv_3x3",
     "decode_attention",
+    "decode_layers",
     "diffusion_step",
     "filter_logits",
     "group_norm_silu",
@@ -32,6 +36,7 @@ __all__ = [
     "quantized_linear",
     "sample_logits",
     "sample_token",
+    "stack_vectors",
     "upsample_conv_3x3",
 ]
 

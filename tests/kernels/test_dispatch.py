@@ -277,6 +277,18 @@ def test_one_choice_for_all_platforms_leaves_no_trace(registry):
     assert "platform_index" not in str(chosen)
 
 
+def test_a_caller_may_have_another_reference(registry):
+    """It is taken where the reference would be by default, and nowhere else."""
+    operation = new_operation(b={"default_on": ("tpu",)})
+    run = functools.partial(operation.or_else, lambda x, size, *, power: {"y": 7 * x[:size]})
+    np.testing.assert_array_equal(run(X, 2, power=2)["y"], 7 * X[:2])
+    np.testing.assert_array_equal(operation(None, X, 2, power=2)["y"], X[:2] ** 2)
+    traced = jax.jit(lambda x: run(x, 3, power=2)).trace(X)
+    for platform, factor in (("cpu", 7), ("tpu", 2)):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert f"dense<{factor}.000000e+00>" in text
+
+
 @pytest.mark.parametrize(
     ("entry", "message"),
     [

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from kernels import testing
 from kernels.conv_3x3.cases import example as features
 from kernels.decode_attention.cases import example as attention
+from kernels.decode_layers.cases import example as transformer
 from kernels.diffusion_step.cases import example as step
 from kernels.group_norm_silu.cases import example as channels
 from kernels.mask_scores.cases import example as positions
@@ -81,6 +82,25 @@ def attentions(draw):
         draw(SEEDS),
         options,
         atol=atol,
+        dtype=dtype,
+    )
+
+
+@st.composite
+def transformers(draw):
+    batch, heads, length, dtype = draw(upto(3)), draw(upto(4)), draw(upto(140)), draw(TYPES)
+    shape = {"batch": batch, "heads": heads, "width": heads * draw(upto(9)), "length": length}
+    if draw(st.booleans()):  # what fills registers, as the kernel wants it
+        shape |= {"width": 128, "heads": 2**heads, "length": 128 * draw(upto(3))}
+    columns = draw(st.lists(upto(shape["length"] - 1, 0), min_size=batch, max_size=batch))
+    first = jnp.asarray([draw(upto(column, 0)) for column in columns], jnp.int32)
+    shape |= {"layers": draw(upto(3)), "inner": 128 * draw(upto(4)), "bias": draw(st.booleans())}
+    options = {"heads": shape["heads"], "epsilon": 1e-3, "window": draw(upto(length, 0))}
+    return case(
+        lambda seed: (*transformer(seed, dtype=dtype, **shape), jnp.asarray(columns), first),
+        draw(SEEDS),
+        options,
+        atol=5e-4 if dtype == "float32" else 0.4,
         dtype=dtype,
     )
 
@@ -185,6 +205,7 @@ def heads(draw):
 DRAWN = {
     "conv_3x3": convolutions(),
     "decode_attention": attentions(),
+    "decode_layers": transformers(),
     "diffusion_step": steps(),
     "group_norm_silu": norms(),
     "keep_most_confident": confidences(),

@@ -13,7 +13,7 @@ from kernels.machine.cuda import Kernel, Program
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["fft"], "error: there are no estimates of 'fft'; there are some of decode_attention, m"),
+        (["fft"], "error: there are no estimates of 'fft'; there are some of decode_attention, d"),
         (["--chip", "v5e,v9"], "error: argument --chip: there is no chip 'v9'; there are v5e, v6e"),
         (["--chip", "v5e,h100"], "error: h100 has no cycles: ask for it alone, without --check"),
         (["--chip", "h100", "--check"], "error: h100 has no cycles: ask for it alone, without"),

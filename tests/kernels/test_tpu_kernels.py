@@ -22,6 +22,7 @@ pytestmark = pytest.mark.skipif(
 SUITES = {op: s for op, s in testing.suites().items() if "tpu" in s.implementations()}
 SMALL = {
     "decode_attention": "384 columns, ragged, window 140",
+    "decode_layers": "384 columns",
     "mask_scores": "one position",
     "nearest_code": "ties across blocks",
     "quantized_linear": "blocks of rows",
@@ -194,6 +195,11 @@ MISTAKES = [
         "",
     ),
     ("decode_attention", "384 columns", "tpu.LANES), 1) == lane", "tpu.LANES), 1) >= lane"),
+    ("decode_layers", "384 columns", "@pl.loop(0, layers)", "@pl.loop(0, layers - 1)"),
+    ("decode_layers", "384 columns", '    copies.whole("out", slot).wait()\n', ""),
+    ("decode_layers", "384 columns", "is_own = lanes == rem(", "is_own = lanes == 1 + rem("),
+    ("decode_layers", "384 columns", "self.targets[name][layer]", "self.targets[name][0]"),
+    ("decode_layers", "384 columns", "slot, following)", "slot, following - 1)"),
     ("sample_token", "300 tokens", "pl.multiple_of(v * tile, tile)", "0"),
     ("sample_logits", "top_k 3", "top_k - _count(", "top_k + 1 - _count("),
     ("sample_logits", "top_k 3", "(ids <= last)", "(ids < last)"),
