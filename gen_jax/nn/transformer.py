@@ -30,6 +30,13 @@ __all__ = ["MemoryKV", "PreparedParams", "TokenNetwork", "cast", "check_finite"]
 # Keys and values of a memory for each block, as the products of attention read them.
 MemoryKV = Sequence[tuple[Float[Array, "B Hkv Dh M"], Float[Array, "B Hkv M Dh"]]]
 
+_MATRICES = (  # of a block, in the order of `kernels.LayerWeights`
+    ("attention", "qkv"),
+    ("attention", "out"),
+    ("feed_forward", "up"),
+    ("feed_forward", "down"),
+)
+
 
 @no_type_check  # jax also makes trees of this class whose leaves are no arrays
 @flax.struct.dataclass
@@ -42,11 +49,14 @@ class PreparedParams:
         weights are int8, what `kernels.quantize` makes of its transpose.
       int8: the same of the matrices of the blocks, which are then not among the parameters; None
         where weights are of the type that is computed with.
+      vectors: the vectors of all blocks as `kernels.decode_layers` reads them; None where the
+        blocks are not of its form, or their weights are int8.
     """
 
     params: Any
     head: Float[Array, "D V"] | tuple[Int8[Array, "V D"], Float32[Array, " V"]]
     int8: Any = None
+    vectors: Float32[Array, "layers 8 W"] | None = None
 
 
 def cast(params: Any, config: TransformerConfig) -> dict:
@@ -154,7 +164,7 @@ class TokenNetwork:
         head = params.pop("head", None)
         if head is None:
             head = params["token"][: self.config.vocabulary].T
-        return PreparedParams(params, head)
+        return PreparedParams(params, head, vectors=self._vectors(params))
 
     def prepare_int8(self, params: Any) -> PreparedParams:
         """As `prepare`, with matrices in int8 that are read as such; not for cross-attention.
@@ -219,8 +229,60 @@ class TokenNetwork:
         Raises:
           ValueError: the network is not causal, or `memory_kv` and `config.memory` disagree.
         """
+        if prepared.vectors is not None and tokens.shape[1] == 1:
+            return self._extend_by_one(prepared, tokens, caches, column, first)
         options = {"memory_kv": memory_kv, "memory_mask": memory_mask}
         return self._apply(prepared, tokens, caches, column, first, method="extend", **options)
+
+    def _extend_by_one(self, prepared, tokens, caches, column, first):
+        """All blocks as one kernel, where it is the default of the platform."""
+        x, positions = self._apply(prepared, tokens, column, first, method="embed_new")
+
+        def otherwise(x, caches):
+            rest = x[:, None], positions, caches, column, first
+            x, caches = self._apply(prepared, *rest, method="extend_blocks")
+            return x[:, 0], caches
+
+        x, caches = kernels.decode_layers(
+            x[:, 0],
+            self._weights(prepared.params),
+            prepared.vectors,
+            caches,
+            column,
+            first,
+            heads=self.config.heads,
+            epsilon=self.config.norm_epsilon,
+            window=self.config.window,
+            otherwise=otherwise,
+        )
+        return self._apply(prepared, x[:, None], method="normalise"), caches
+
+    def _weights(self, params):
+        """The matrices of each block, as `kernels.decode_layers` takes them."""
+        blocks = [params[f"block_{layer}"] for layer in range(self.config.layers)]
+        return tuple(
+            kernels.LayerWeights(*(block[part][name]["kernel"] for part, name in _MATRICES))
+            for block in blocks
+        )
+
+    def _vectors(self, params):
+        """See `PreparedParams`."""
+        config = self.config
+        other = config.norm, config.activation, config.causal, config.memory
+        if (
+            other != ("layer", "gelu", True, False)
+            or config.position in ("rotary", "both")
+            or not config.heads == config.key_heads == config.width / config.head_size
+        ):
+            return None
+        vectors = []
+        for layer in range(config.layers):
+            block = params[f"block_{layer}"]
+            norms = [block["norm_attention"], block["norm_feed_forward"]]
+            found = [norm.get(name) for norm in norms for name in ("scale", "bias")]
+            found += [block[part][name].get("bias") for part, name in _MATRICES]
+            vectors.append(kernels.LayerVectors(*found))
+        return kernels.stack_vectors(vectors, self._weights(params))
 
     def logits(
         self, prepared: PreparedParams, hidden: Float[Array, "*batch D"]

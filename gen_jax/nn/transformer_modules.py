@@ -234,17 +234,29 @@ class Transformer(nn.Module):
             raise ValueError("only a causal network can be extended by new inputs")
         if (memory_kv is not None) != self.config.memory:
             raise ValueError("memory_kv and config.memory go together: give both or neither")
+        x, positions = self.embed_new(tokens, column, first)
+        x, caches = self.extend_blocks(x, positions, caches, column, first, memory_kv, memory_mask)
+        return self.normalise(x), caches
+
+    def embed_new(self, tokens, column, first):  # -> [B, N, D], positions [1 or B, N]
         columns = jnp.atleast_1d(jnp.asarray(column))[:, None]
         positions = columns + jnp.arange(tokens.shape[1])[None]  # [1, N] or [B, N]
         if first is not None:
             positions = jnp.maximum(positions - first[:, None], 0)
-        x = self._embed(tokens, positions)
+        return self._embed(tokens, positions), positions
+
+    def extend_blocks(
+        self, x, positions, caches, column, first, memory_kv=None, memory_mask=None
+    ):  # -> [B, N, D], the caches
         memory_kv = [None] * len(self.block) if memory_kv is None else memory_kv
         grown = []
         for block, cache, entry in zip(self.block, caches, memory_kv, strict=True):
             x, cache = block.extend(x, positions, cache, column, first, entry, memory_mask)
             grown.append(cache)
-        return self.norm(x), tuple(grown)
+        return x, tuple(grown)
+
+    def normalise(self, x):  # [B, L, D]
+        return self.norm(x)
 
     def project_memory(self, memory):  # [B, M, D] -> `CrossAttention.project` for every block
         return [block.cross.project(memory) for block in self.block]
