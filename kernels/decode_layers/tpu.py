@@ -51,10 +51,15 @@ def _refusal(x, weights, vectors, caches, column, first, *, heads, epsilon, wind
         if size % tpu.LANES:
             return f"needs a multiple of {tpu.LANES} as {what}, not {size}"
     needed = _bytes(_buffers(x, weights, vectors, caches, heads))
-    room = (pltpu.get_tpu_info().vmem_capacity_bytes if platform() == "tpu" else _VMEM) - _SPARE
+    room = _memory() - _SPARE
     if needed > room:
         return f"has room for {room >> 20} MB on the chip, and two layers need {needed >> 20}"
     return None
+
+
+def _memory():
+    """Bytes of VMEM of the TPU that is there, or of those that are not."""
+    return pltpu.get_tpu_info().vmem_capacity_bytes if platform() == "tpu" else _VMEM
 
 
 class _Chip(NamedTuple):
@@ -145,8 +150,9 @@ def _call(scalars, x, vectors, weights, keys, values, buffers, heads, epsilon):
             ],
         ),
         input_output_aliases={len(operands) - cached + i: 1 + i for i in range(cached)},
+        # All of it: what XLA keeps there from step to step, it would copy to HBM and back.
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary",), vmem_limit_bytes=_bytes(buffers) + _SPARE
+            dimension_semantics=("arbitrary",), vmem_limit_bytes=_memory()
         ),
         name="decode_layers",
     )(*operands)

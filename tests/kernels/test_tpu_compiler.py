@@ -210,6 +210,31 @@ def test_a_whole_loop_on_four_chips(workshop):
     assert not re.findall(r"all-(?:reduce|gather)", program.text)
 
 
+def whole_loop(sampler, batch):
+    """A function of parameters and keys, and the shapes of both."""
+
+    def generate(params, keys):
+        prompt = Condition(prompt=jnp.zeros((batch, sampler.prompt_length), jnp.int32))
+        params = sampler.prepare(params)
+        state = sampler.init(params, keys, prompt)
+        return jax.lax.fori_loop(0, sampler.steps, lambda i, s: sampler.step(params, s, i), state)
+
+    params = jax.eval_shape(sampler.model.network.init, jax.random.key(0))
+    return generate, params, jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
+
+
+def test_a_loop_keeps_no_cache_on_the_chip(workshop):
+    """Else XLA has room for some, and copies them to memory and back at every step."""
+    config = TransformerConfig(vocabulary=50257, dtype="bfloat16")
+    model = AutoregressiveModel(TokenNetwork(config))
+    sampler = AutoregressiveSampler(model, 16, 1009, SamplingOptions(top_k=50))
+    text = workshop.compile(*whole_loop(sampler, 1), chip=V5E, count=False).text
+    loop, _ = text.split("\nENTRY ")
+    assert "decode_layers" in loop
+    moved = re.findall(r"= \(?bf16\[([\d,]+)\]\S* .*copy(?:-start)?\(", loop)
+    assert not {"1,12,64,1024", "1,12,1024,64", "1,768,1024"} & set(moved)
+
+
 @pytest.mark.parametrize("batch", [1, 64])
 def test_weights_in_int8_are_int8_in_the_loop(batch, workshop):
     """What a step reads is what saves its time: no copy in another type is made before the loop."""
@@ -218,16 +243,7 @@ def test_weights_in_int8_are_int8_in_the_loop(batch, workshop):
     )
     model = AutoregressiveModel(TokenNetwork(config))
     sampler = AutoregressiveSampler(model, 1, 256, SamplingOptions(top_k=20, weights="int8"))
-
-    def generate(params, keys):
-        prompt = Condition(prompt=jnp.zeros((batch, 1), jnp.int32))
-        params = sampler.prepare(params)
-        state = sampler.init(params, keys, prompt)
-        return jax.lax.fori_loop(0, 256, lambda i, s: sampler.step(params, s, i), state)
-
-    params = jax.eval_shape(model.network.init, jax.random.key(0))
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
-    text = workshop.compile(generate, params, keys, chip=V5E, count=False).text
+    text = workshop.compile(*whole_loop(sampler, batch), chip=V5E, count=False).text
     (carried,) = re.findall(r"= \((.*)\) while\(", text)
     found = collections.Counter(re.findall(r"(\w+)\[(?:768|1024|512|256),(?:256|1024)\]", carried))
     # The matrices of a block and the head; the tables of tokens and of positions.
