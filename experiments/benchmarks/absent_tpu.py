@@ -80,7 +80,7 @@ class Step:
 
 def _of_sampler(sampler, model, batch, condition, scalar=None):
     """A step of a sampler, from parameters and a state of which only the shapes are made."""
-    params = jax.eval_shape(model.network.init, jax.random.key(0))
+    params = jax.eval_shape(model.init, jax.random.key(0))
     params = jax.eval_shape(sampler.prepare, params)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
     state = jax.eval_shape(lambda params, keys: sampler.init(params, keys, condition), params, keys)
@@ -112,6 +112,22 @@ def maskgit(batch: int) -> Step:
     return _of_sampler(MaskGIT(model, 256, 8), model, batch, Condition())
 
 
+def code(batch: int) -> Step:
+    """A code of an autoregressive prior of the same sizes, at the last of 256 places."""
+    config = TransformerConfig(
+        vocabulary=1024,
+        context=256,
+        layers=24,
+        heads=16,
+        width=768,
+        extra_inputs=1,
+        dtype="bfloat16",
+    )
+    model = AutoregressiveModel(TokenNetwork(config))
+    sampler = AutoregressiveSampler(model, 0, 256)
+    return _of_sampler(sampler, model, batch, Condition(), scalar=255)
+
+
 STEPS: dict[str, Callable[[], Step]] = {
     "gpt2_1": lambda: gpt2(1),
     "gpt2_64": lambda: gpt2(64),
@@ -119,6 +135,8 @@ STEPS: dict[str, Callable[[], Step]] = {
     "gpt2_64_int8": lambda: gpt2(64, "int8"),
     "maskgit_1": lambda: maskgit(1),
     "maskgit_64": lambda: maskgit(64),
+    "code_1": lambda: code(1),
+    "code_64": lambda: code(64),
 }
 
 
