@@ -17,6 +17,8 @@ from processes import (
     wait_until,
 )
 
+pytestmark = pytest.mark.once
+
 OPTIONS = (
     f"{LEAST_TEXT} --train.steps 2 --train.checkpoint-every 2 --sample.number 60 "
     "--sample.micro-batch 1 --evaluate.batch 1"

@@ -17,6 +17,8 @@ import processes
 import pytest
 from processes import assert_one_line, seconds_of_processes
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
