@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 
 from kernels import gpu
 from kernels.decode_attention.reference import write
+from kernels.decode_attention.seen import seen
 from kernels.dispatch import register
 from kernels.gpu import mosaic as plgpu
 from kernels.operands import alike, result, up_to
@@ -68,10 +69,8 @@ def decode_attention(q, k, v, cache, column, first, *, window, causal):
     batch, _, heads, width = q.shape
     kv_heads, length = cache.keys.shape[1], cache.keys.shape[-1]
     cache = write(cache, k, v, column)
-    own = jnp.clip(jnp.broadcast_to(jnp.asarray(column, jnp.int32), batch), 0, length - 1)
-    start = jnp.zeros_like(own) if first is None else jnp.clip(first.astype(jnp.int32), 0, own)
-    if window:
-        start = jnp.maximum(start, own + 1 - window)
+    own, start = seen(column, first, window, batch, length)
+    start = jnp.zeros_like(own) if start is None else start
     q = (q[:, 0] / width**0.5).astype(cache.keys.dtype).reshape(batch, kv_heads, -1, width)
     group = q.shape[2]
     splits = max(1, min(gpu.PROCESSORS // (batch * kv_heads), length // _block(length)))

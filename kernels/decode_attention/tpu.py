@@ -16,6 +16,7 @@ from jax.lax import div, rem  # unlike // and %, without a case for negative num
 
 from kernels import tpu
 from kernels.decode_attention.reference import MASKED, KVCache
+from kernels.decode_attention.seen import seen
 from kernels.dispatch import register
 from kernels.operands import alike, result
 
@@ -53,13 +54,8 @@ def decode_attention(q, k, v, cache, column, first, *, window, causal):
     batch, _, heads, width = q.shape
     kv_heads, length = cache.keys.shape[1], cache.keys.shape[-1]
     size = _block(cache)
-    own = jnp.clip(jnp.broadcast_to(jnp.asarray(column, jnp.int32), batch), 0, length - 1)
-    scalars = [own]
-    if first is not None:
-        scalars.append(jnp.clip(first.astype(jnp.int32), 0, own))
-    if window:
-        start = jnp.maximum(own + 1 - window, 0)
-        scalars[1:] = [jnp.maximum(start, scalars[1]) if scalars[1:] else start]
+    own, start = seen(column, first, window, batch, length)
+    scalars = [own] if start is None else [own, start]
     out, keys, values = _attend(
         scalars,
         (q / width**0.5).astype(cache.keys.dtype).reshape(batch, kv_heads, -1, width),

@@ -19,6 +19,7 @@ from jax.lax import div, rem  # unlike // and %, without a case for negative num
 
 from kernels import tpu
 from kernels.decode_attention.reference import MASKED, KVCache
+from kernels.decode_attention.seen import seen
 from kernels.decode_layers.reference import LayerVectors, normalise
 from kernels.dispatch import platform, register
 from kernels.operands import alike, result, up_to
@@ -111,13 +112,8 @@ def _bytes(buffers):
 def decode_layers(x, weights, vectors, caches, column, first, *, heads, epsilon, window):
     """See `kernels.decode_layers`."""
     (batch, width), shape = x.shape, caches[0].keys.shape
-    own = jnp.clip(jnp.broadcast_to(jnp.asarray(column, jnp.int32), batch), 0, shape[-1] - 1)
-    scalars = [own]
-    if first is not None:
-        scalars.append(jnp.clip(first.astype(jnp.int32), 0, own))
-    if window:
-        start = jnp.maximum(own + 1 - window, 0)
-        scalars[1:] = [jnp.maximum(start, scalars[1]) if scalars[1:] else start]
+    own, start = seen(column, first, window, batch, shape[-1])
+    scalars = [own] if start is None else [own, start]
     # Columns are innermost in both, which is how XLA keeps them: nothing is moved.
     flat = batch, width, shape[-1]
     keys = [cache.keys.reshape(flat) for cache in caches]
