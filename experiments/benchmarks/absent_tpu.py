@@ -96,34 +96,27 @@ def gpt2(batch: int, weights: Literal["own", "int8"] = "own") -> Step:
     return _of_sampler(sampler, model, batch, prompt, scalar=1023)
 
 
+# Of MaskGIT: 24 blocks of width 768, 256 places of 1,024 codes.
+_CODES = TransformerConfig(
+    vocabulary=1024,
+    context=256,
+    layers=24,
+    heads=16,
+    width=768,
+    extra_inputs=1,
+    dtype="bfloat16",
+)
+
+
 def maskgit(batch: int) -> Step:
-    """A round of MaskGIT: 24 blocks of width 768, 256 places of 1,024 codes."""
-    config = TransformerConfig(
-        vocabulary=1024,
-        context=256,
-        layers=24,
-        heads=16,
-        width=768,
-        causal=False,
-        extra_inputs=1,
-        dtype="bfloat16",
-    )
-    model = MaskedModel(TokenNetwork(config))
+    """A round of MaskGIT."""
+    model = MaskedModel(TokenNetwork(dataclasses.replace(_CODES, causal=False)))
     return _of_sampler(MaskGIT(model, 256, 8), model, batch, Condition())
 
 
 def code(batch: int) -> Step:
     """A code of an autoregressive prior of the same sizes, at the last of 256 places."""
-    config = TransformerConfig(
-        vocabulary=1024,
-        context=256,
-        layers=24,
-        heads=16,
-        width=768,
-        extra_inputs=1,
-        dtype="bfloat16",
-    )
-    model = AutoregressiveModel(TokenNetwork(config))
+    model = AutoregressiveModel(TokenNetwork(_CODES))
     sampler = AutoregressiveSampler(model, 0, 256)
     return _of_sampler(sampler, model, batch, Condition(), scalar=255)
 
