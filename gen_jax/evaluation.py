@@ -42,7 +42,7 @@ def map_rows(f: Callable[[Any, Any], Any], params: Any, rows: Any, batch: int) -
         """The results of these batches of rows, those past the end as the last row."""
         for first in of:
             chosen = np.minimum(np.arange(first, first + size), number - 1)
-            yield map_batch(chosen) if keeper is None else keeper.kept(map_batch, chosen, rows)
+            yield _made_or_kept(map_batch, chosen, rows)
 
     params = jax.device_get(params)
     if keeper is not None:
@@ -77,9 +77,14 @@ def map_batches(f: Callable[[Any, Any], Any], params: Any, rows: Any, batch: int
     results = []
     for first in _shown(range(0, number, batch)):
         chosen = np.arange(first, min(first + batch, number))
-        kept = keeper is not None
-        results.append(keeper.kept(map_batch, chosen, rows) if kept else map_batch(chosen))
+        results.append(_made_or_kept(map_batch, chosen, rows))
     return results
+
+
+def _made_or_kept(map_batch, chosen, rows):
+    """The results of a batch, which are kept within `in_parts`."""
+    keeper = _KEEPER.get()
+    return map_batch(chosen) if keeper is None else keeper.kept(map_batch, chosen, rows)
 
 
 def kept_figures(make: Callable[[], dict[str, Any]], of: Any) -> dict[str, Any]:

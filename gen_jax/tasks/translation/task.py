@@ -205,9 +205,8 @@ def _nats_per_pair(config, data, model, params, nats_per_token: float) -> float:
     if config.strategy != "masked":
         return nats_per_token * int(pairs.length.sum()) / len(pairs)
     f, rows = functools.partial(_masked_nats, model), _validation(config, data)
-    return sum(map(float, evaluation.map_batches(f, params, rows, config.evaluate.batch))) / len(
-        pairs
-    )
+    found = evaluation.map_batches(f, params, rows, config.evaluate.batch)
+    return sum(map(float, found)) / len(pairs)
 
 
 @functools.partial(jax.jit, static_argnums=0)

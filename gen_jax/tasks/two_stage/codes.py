@@ -106,14 +106,13 @@ class CodeFiles:
         path = self._folder / f"{self._name(split, identity)}.npy"
         record = path.with_suffix(".json")
         if path not in self._read:
-            if path.exists() and record.exists():
-                self._read[path] = self._map(path, split, record)
-            else:
+            is_there = path.exists() and record.exists()
+            if not is_there:
                 whole = self._images[split].images
                 if self._mirrored[split]:
                     whole = np.concatenate([whole, whole[:, :, ::-1]])
                 _write(path, record, encode(whole))
-                self._read[path] = self._map(path, split)
+            self._read[path] = self._map(path, split, record if is_there else None)
         return self._read[path]
 
     def _name(self, split, identity):
