@@ -1,6 +1,7 @@
 """Programs for TPUs that are not there, by their real compiler: kernels, loops, estimates."""
 
 import collections
+import dataclasses
 import functools
 import importlib.metadata
 import json
@@ -15,14 +16,23 @@ from jax.experimental.pallas import tpu as pltpu
 
 import kernels
 from experiments.benchmarks import absent_tpu
+from gen_jax import sampling
 from gen_jax.condition import Condition
 from gen_jax.models.autoregressive import (
     AutoregressiveModel,
     AutoregressiveSampler,
     SamplingOptions,
 )
-from gen_jax.nn.config import TransformerConfig
+from gen_jax.models.diffusion import DiffusionModel, DiffusionSampler
+from gen_jax.models.diffusion.config import DiffusionConfig
+from gen_jax.models.diffusion.solvers import DDIM
+from gen_jax.models.masked import MaskedModel, MaskGIT
+from gen_jax.models.two_stage import TwoStageSampler
+from gen_jax.models.vq import make_autoencoder
+from gen_jax.models.vq.config import AutoencoderOptions, CodebookOptions
+from gen_jax.nn.config import AutoencoderConfig, TransformerConfig, UNetConfig
 from gen_jax.nn.transformer import TokenNetwork
+from gen_jax.nn.unet import UNetNetwork
 from kernels import dispatch, estimate, testing
 from kernels.machine.chips import CHIPS
 from kernels.machine.compiling import Workshop, missing
@@ -209,6 +219,95 @@ def test_a_whole_loop_on_four_chips(workshop):
     assert set(calls) == {"decode_layers"}
     assert not re.findall(r"= bf16\[4,(?:4,64,256|4,256,64|256,256)\]\S* copy\(", program.text)
     assert not re.findall(r"all-(?:reduce|gather)", program.text)
+
+
+CODES = TransformerConfig(
+    vocabulary=1024,
+    context=256,
+    layers=2,
+    width=256,
+    heads=4,
+    extra_inputs=1,
+    dtype="bfloat16",
+)
+
+
+def autoencoder():
+    """Images of 32 x 32 pixels as 16 x 16 codes out of 1,024."""
+    sizes = AutoencoderConfig(
+        widths=(64,), blocks=1, patch=2, middle_attention=False, dtype="bfloat16"
+    )
+    parts = sizes, CodebookOptions(codes=1024, width=32), AutoencoderOptions()
+    return make_autoencoder(*parts, (32, 32, 3))
+
+
+def masked_loop():
+    model = MaskedModel(TokenNetwork(dataclasses.replace(CODES, causal=False)))
+    return MaskGIT(model, 256, 8), model.init
+
+
+def diffusion_loop():
+    network = UNetNetwork(UNetConfig(widths=(64,), blocks=1, dropout=0.0, dtype="bfloat16"))
+    model = DiffusionModel(network, DiffusionConfig(), (32, 32, 3))
+    return DiffusionSampler(model, DDIM(steps=50)), model.init
+
+
+def two_stage_loop():
+    model, coder = AutoregressiveModel(TokenNetwork(CODES)), autoencoder()
+    sampler = TwoStageSampler(AutoregressiveSampler(model, 0, 256), coder)
+    return sampler, lambda key: {"prior": model.init(key), "autoencoder": coder.init(key)}
+
+
+@pytest.mark.parametrize(
+    ("loop", "kernels_in_it", "loops"),
+    [
+        (masked_loop, {"mask_scores"}, 2),  # the counts of each round are found in another
+        (diffusion_loop, set(), 1),  # on TPUs XLA's own program is the default: nothing beats it
+        (two_stage_loop, {"decode_attention"}, 1),
+    ],
+)
+@pytest.mark.parametrize(
+    ("chip", "number"),
+    [(V5E, 1), pytest.param(V6E, 4, marks=pytest.mark.slow)],
+    ids=["v5e", "four of v6e"],
+)
+def test_what_samples_many_is_one_program(
+    loop, kernels_in_it, loops, chip, number, workshop, unchecked_types
+):
+    """As `generate_many` compiles it, for 16 samples a chip; of keys there are only the shapes."""
+    sampler, init = loop()
+    mesh = jax.sharding.Mesh(workshop.devices(chip, number), "data")
+    params = jax.eval_shape(lambda key: sampler.prepare(init(key)), jax.random.key(0))
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 16 * number))
+    program = sampling.compile_generate(sampler, params, keys, mesh=mesh)
+    text = program.as_text()
+    calls = re.findall(r"%([a-z_]+?)(?:\.\d+)? = .*tpu_custom_call", text)
+    assert set(calls) == kernels_in_it
+    assert len(re.findall(r"\bwhile\(", text)) == loops
+    assert not re.findall(r"all-(?:reduce|gather)|all-to-all|collective-permute", text)
+    memory = program.memory_analysis()
+    assert memory.temp_size_in_bytes < 64 << 20
+
+
+@pytest.mark.parametrize("chip", [V5E, pytest.param(V6E, marks=pytest.mark.slow)], ids=str)
+def test_images_are_encoded_by_the_kernel(chip, workshop):
+    """What an autoencoder makes of 64 images, and images of their codes."""
+    coder = autoencoder()
+    params = jax.eval_shape(lambda key: coder.prepare(coder.init(key)), jax.random.key(0))
+    images = jax.ShapeDtypeStruct((64, 32, 32, 3), jnp.float32)
+    codes = jax.ShapeDtypeStruct((64, 16, 16), jnp.int32)
+
+    def encode(params, images):
+        return coder.encode(params, images).code
+
+    def decode(params, codes):
+        return coder.decode_code(params, codes)
+
+    encoded = workshop.compile(encode, params, images, chip=chip, count=False).text
+    assert len(re.findall(r"%nearest_code\S* = .*tpu_custom_call", encoded)) == 1
+    assert not re.findall(r"\[16384,1024\]", encoded), "a distance to each entry is in memory"
+    decoded = workshop.compile(decode, params, codes, chip=chip, count=False).text
+    assert "tpu_custom_call" not in decoded
 
 
 def whole_loop(sampler, batch):
