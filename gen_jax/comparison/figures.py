@@ -31,11 +31,16 @@ def charts(results: dict[str, Any]) -> dict[str, tuple[str, Any]]:
     """Figures by name: what each shows, and an altair chart."""
     passed = [entry for entry in results["strategies"] if not entry["failed"]]
     headline = results["headline"]
-    return {
+    found = {
         "quality_nfe": (
             "Quality against sequential evaluations. Filled: trained; hollow: the same sampler "
             "with a perfect network, so that the line between them is what training left.",
             _quality_nfe(passed, headline),
+        ),
+        "loss_nfe": (
+            "What is lost of the truth against sequential evaluations, where the law of the "
+            "samples, or a bound of it, is known. Filled: trained; hollow: with a perfect network.",
+            _loss_nfe(passed),
         ),
         "quality_rate": (
             "Quality against samples per second. The line joins the strategies that no other beats "
@@ -53,25 +58,31 @@ def charts(results: dict[str, Any]) -> dict[str, tuple[str, Any]]:
             _latency(passed),
         ),
     }
+    return {name: figure for name, figure in found.items() if figure[1] is not None}
 
 
-def _points(passed, headline):
+def _points(passed, headline, columns=("quality", "perfect"), value=None):
+    """A row for each strategy and network, with the column of the trained and the perfect one."""
     points = []
     for entry in passed:
         cells = records.cells(entry, headline)
-        for kind in ("quality", "perfect"):
-            if cells[kind] is not None:
+        for network, column in zip(("trained", "perfect"), columns, strict=True):
+            if cells.get(column) is not None:
                 points.append(
                     {
                         "strategy": entry["title"],
                         "group": entry["group"],
-                        "network": {"quality": "trained", "perfect": "perfect"}[kind],
+                        "network": network,
                         "NFE": cells["nfe"],
-                        headline: cells[kind],
+                        value or _named(headline): cells[column],
                         "samples per second": cells["rate"],
                     }
                 )
     return points
+
+
+def _named(headline):
+    return headline.replace("_", " ")
 
 
 def _colour(alt):
@@ -80,16 +91,37 @@ def _colour(alt):
 
 
 def _quality_nfe(passed, headline):
+    alt, name = _altair(), _named(headline)
+    y = alt.Y(f"{name}:Q", axis=alt.Axis(format="%"), scale=alt.Scale(domain=[0, 1]))
+    return _against_nfe(_points(passed, headline), y, alt.Tooltip(f"{name}:Q", format=".1%"))
+
+
+def _loss_nfe(passed):
+    """Nats that are lost or, where no strategy has these, bits per unit; None where neither is."""
     alt = _altair()
-    base = alt.Chart(alt.Data(values=_points(passed, headline))).encode(
+    lost = _points(passed, "", ("kl", "kl_perfect"), "nats lost")
+    if lost:
+        # Near 0 linear: one by one loses a hundredth of a nat, at once tens.
+        y = alt.Y("nats lost:Q", scale=alt.Scale(type="symlog", constant=0.1))
+        return _against_nfe(lost, y, alt.Tooltip("nats lost:Q", format=".3f"))
+    bits = _points(passed, "", ("bits", "bits_perfect"), "bits per unit")
+    if not bits:
+        return None
+    y = alt.Y("bits per unit:Q", scale=alt.Scale(zero=False))
+    return _against_nfe(bits, y, alt.Tooltip("bits per unit:Q", format=".3f"))
+
+
+def _against_nfe(points, y, tooltip):
+    alt = _altair()
+    base = alt.Chart(alt.Data(values=points)).encode(
         x=alt.X("NFE:Q", scale=alt.Scale(type="log", nice=False, padding=12)),
-        y=alt.Y(f"{headline}:Q", axis=alt.Axis(format="%"), scale=alt.Scale(domain=[0, 1])),
+        y=y,
         color=_colour(alt),
-        tooltip=["strategy:N", "network:N", "NFE:Q", alt.Tooltip(f"{headline}:Q", format=".1%")],
+        tooltip=["strategy:N", "network:N", "NFE:Q", tooltip],
     )
     lines = base.mark_line(strokeDash=[2, 3], opacity=0.5).encode(detail="strategy:N")
     trained = base.transform_filter("datum.network == 'trained'").mark_circle(size=80, opacity=1)
-    if all(records.cells(entry, headline)["perfect"] is None for entry in passed):
+    if all(point["network"] == "trained" for point in points):
         return _sized(trained)
     perfect = base.transform_filter("datum.network == 'perfect'").mark_point(size=60)
     return _sized(lines + perfect + trained)
@@ -107,12 +139,12 @@ def pareto(points: list[tuple[float | int, float | int]]) -> list[int]:
 
 
 def _quality_rate(passed, headline):
-    alt = _altair()
+    alt, name = _altair(), _named(headline)
     rows = [row for row in _points(passed, headline) if row["network"] == "trained"]
     rows = [row for row in rows if row["samples per second"] is not None]
-    front = pareto([(row["samples per second"], row[headline]) for row in rows])
+    front = pareto([(row["samples per second"], row[name]) for row in rows])
     x = alt.X("samples per second:Q", scale=alt.Scale(type="log", nice=False, padding=12))
-    y = alt.Y(f"{headline}:Q", axis=alt.Axis(format="%"), scale=alt.Scale(domain=[0, 1]))
+    y = alt.Y(f"{name}:Q", axis=alt.Axis(format="%"), scale=alt.Scale(domain=[0, 1]))
     points = (
         alt.Chart(alt.Data(values=rows))
         .mark_circle(size=80, opacity=1)
@@ -123,7 +155,7 @@ def _quality_rate(passed, headline):
             tooltip=[
                 "strategy:N",
                 alt.Tooltip("samples per second:Q", format=",.0f"),
-                alt.Tooltip(f"{headline}:Q", format=".1%"),
+                alt.Tooltip(f"{name}:Q", format=".1%"),
             ],
         )
     )

@@ -199,6 +199,32 @@ def test_another_comparison_in_its_place_is_refused(place, tmp_path):
         compare(copy)
 
 
+def entry(name, nfe, **law):
+    strategy = {"name": name, "title": name, "group": "rounds", "failed": "", "nfe": nfe}
+    rate = {"batch": 1, "seconds": {"median": 0.01}, "samples_per_second": 100.0}
+    return strategy | {"quality": {"known_words": 0.5}, "rates": [rate], "law": law}
+
+
+@pytest.mark.parametrize(
+    ("laws", "unit", "points"),
+    [
+        (({"kl": 3.0, "kl_perfect": 1.0}, {}), "nats lost", [("trained", 3.0), ("perfect", 1.0)]),
+        (({"bits": 1.7}, {"bits": 3.0}), "bits per unit", [("trained", 1.7), ("trained", 3.0)]),
+        (({}, {}), None, None),
+    ],
+)
+def test_what_is_lost_is_drawn_where_it_is_known(laws, unit, points):
+    strategies = [entry(f"of {nfe}", nfe, **law) for nfe, law in enumerate(laws, 1)]
+    charts = figures.charts({"strategies": strategies, "headline": "known_words"})
+    words = charts["quality_nfe"][1].to_dict()["data"]["values"]
+    assert [row["known words"] for row in words] == [0.5, 0.5]
+    if unit is None:
+        assert "loss_nfe" not in charts
+        return
+    rows = charts["loss_nfe"][1].to_dict()["data"]["values"]
+    assert [(row["network"], row[unit]) for row in rows] == points
+
+
 def test_crossings_and_the_pareto_front():
     ours, others = [(1, 10), (8, 80), (64, 640)], [(1, 40), (8, 40), (64, 40)]
     ((batch, rate),) = figures.crossings(ours, others)
