@@ -102,7 +102,8 @@ def _loss_nfe(passed):
     lost = _points(passed, "", ("kl", "kl_perfect"), "nats lost")
     if lost:
         # Near 0 linear: one by one loses a hundredth of a nat, at once tens.
-        y = alt.Y("nats lost:Q", scale=alt.Scale(type="symlog", constant=0.1))
+        axis = alt.Axis(values=[0, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100], format="~g")
+        y = alt.Y("nats lost:Q", axis=axis, scale=alt.Scale(type="symlog", constant=0.1))
         return _against_nfe(lost, y, alt.Tooltip("nats lost:Q", format=".3f"))
     bits = _points(passed, "", ("bits", "bits_perfect"), "bits per unit")
     if not bits:
