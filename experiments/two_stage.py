@@ -63,8 +63,8 @@ MASKED = dataclasses.replace(
     AR,
     workdir="runs/two_stage_masked",
     prior="masked",
-    model=dataclasses.replace(AR.model, layers=2, position="both"),
-    train=dataclasses.replace(AR.train, steps=5000, optimizer="muon", learning_rate=8e-3),
+    model=dataclasses.replace(AR.model, position="both"),
+    train=dataclasses.replace(AR.train, steps=3200, optimizer="muon", learning_rate=8e-3),
 )
 
 ONE_SHOT = dataclasses.replace(AR, workdir="runs/two_stage_one_shot", prior="one_shot")
