@@ -243,7 +243,7 @@ def test_the_page_says_whether_budgets_are_equal(results):
     assert "NOT equal" in records.budgets(apart)
 
 
-def test_the_page_works_in_a_browser(place, browser):
+def test_the_page_works_in_a_browser(place, results, browser):
     browser.get((place / "index.html").as_uri())
     rows = browser.find_elements("css selector", "table.sortable tbody tr")
     assert len(rows) == 7
@@ -274,7 +274,8 @@ def test_the_page_works_in_a_browser(place, browser):
     _until(lambda: 0 < int(clock.get_attribute("value")) < 1000)
     browser.execute_script("document.querySelector('input[value=time]').click()")
     assert "ms" in browser.find_element("id", "shown").text
-    _until(lambda: len(browser.find_elements("css selector", "[data-drawn=yes]")) == 4)
+    drawn = len(figures.charts(results))
+    _until(lambda: len(browser.find_elements("css selector", "[data-drawn=yes]")) == drawn)
     width = browser.execute_script("return document.documentElement.scrollWidth")
     assert width <= browser.execute_script("return window.innerWidth"), "it scrolls sideways"
     assert browser.get_log("browser") == []
