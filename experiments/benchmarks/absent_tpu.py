@@ -97,7 +97,7 @@ def gpt2(batch: int, weights: Literal["own", "int8"] = "own") -> Step:
 
 
 # Of MaskGIT: 24 blocks of width 768, 256 places of 1,024 codes.
-_CODES = TransformerConfig(
+CODES = TransformerConfig(
     vocabulary=1024,
     context=256,
     layers=24,
@@ -110,13 +110,13 @@ _CODES = TransformerConfig(
 
 def maskgit(batch: int) -> Step:
     """A round of MaskGIT."""
-    model = MaskedModel(TokenNetwork(dataclasses.replace(_CODES, causal=False)))
+    model = MaskedModel(TokenNetwork(dataclasses.replace(CODES, causal=False)))
     return _of_sampler(MaskGIT(model, 256, 8), model, batch, Condition())
 
 
 def code(batch: int) -> Step:
     """A code of an autoregressive prior of the same sizes, at the last of 256 places."""
-    model = AutoregressiveModel(TokenNetwork(_CODES))
+    model = AutoregressiveModel(TokenNetwork(CODES))
     sampler = AutoregressiveSampler(model, 0, 256)
     return _of_sampler(sampler, model, batch, Condition(), scalar=255)
 

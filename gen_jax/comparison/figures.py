@@ -61,20 +61,24 @@ def charts(results: dict[str, Any]) -> dict[str, tuple[str, Any]]:
     return {name: figure for name, figure in found.items() if figure[1] is not None}
 
 
-def _points(passed, headline, columns=("quality", "perfect"), value=None):
-    """A row for each strategy and network, with the column of the trained and the perfect one."""
+def _points(passed, headline, columns, name):
+    """A row for each strategy and network.
+
+    The columns are those of the trained network and, where there is one, of the perfect one; the
+    rows have their values under `name`.
+    """
     points = []
     for entry in passed:
         cells = records.cells(entry, headline)
-        for network, column in zip(("trained", "perfect"), columns, strict=True):
-            if cells.get(column) is not None:
+        for network, column in zip(("trained", "perfect"), columns, strict=False):
+            if cells[column] is not None:
                 points.append(
                     {
                         "strategy": entry["title"],
                         "group": entry["group"],
                         "network": network,
                         "NFE": cells["nfe"],
-                        value or _named(headline): cells[column],
+                        name: cells[column],
                         "samples per second": cells["rate"],
                     }
                 )
@@ -93,7 +97,8 @@ def _colour(alt):
 def _quality_nfe(passed, headline):
     alt, name = _altair(), _named(headline)
     y = alt.Y(f"{name}:Q", axis=alt.Axis(format="%"), scale=alt.Scale(domain=[0, 1]))
-    return _against_nfe(_points(passed, headline), y, alt.Tooltip(f"{name}:Q", format=".1%"))
+    points = _points(passed, headline, ("quality", "perfect"), name)
+    return _against_nfe(points, y, alt.Tooltip(f"{name}:Q", format=".1%"))
 
 
 def _loss_nfe(passed):
@@ -105,7 +110,7 @@ def _loss_nfe(passed):
         axis = alt.Axis(values=[0, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100], format="~g")
         y = alt.Y("nats lost:Q", axis=axis, scale=alt.Scale(type="symlog", constant=0.1))
         return _against_nfe(lost, y, alt.Tooltip("nats lost:Q", format=".3f"))
-    bits = _points(passed, "", ("bits", "bits_perfect"), "bits per unit")
+    bits = _points(passed, "", ("bits",), "bits per unit")
     if not bits:
         return None
     y = alt.Y("bits per unit:Q", scale=alt.Scale(zero=False))
@@ -141,7 +146,7 @@ def pareto(points: list[tuple[float | int, float | int]]) -> list[int]:
 
 def _quality_rate(passed, headline):
     alt, name = _altair(), _named(headline)
-    rows = [row for row in _points(passed, headline) if row["network"] == "trained"]
+    rows = _points(passed, headline, ("quality",), name)
     rows = [row for row in rows if row["samples per second"] is not None]
     front = pareto([(row["samples per second"], row[name]) for row in rows])
     x = alt.X("samples per second:Q", scale=alt.Scale(type="log", nice=False, padding=12))
