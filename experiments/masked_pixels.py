@@ -2,7 +2,9 @@
 
 MaskGIT (Chang et al. 2022, 2202.04200), Mask-Predict (Ghazvininejad et al. 2019, 1904.09324),
 absorbing diffusion (D3PM: Austin et al. 2021, 2107.03006) and remasking (Wang et al. 2025,
-2503.00307) draw from one model: --sampler maskgit, mask_predict, absorbing, random_order or repair.
+2503.00307), groups in a random order or in Halton's (Besnier et al. 2025, 2503.17076) and erase and
+repair draw from one model: --sampler maskgit, mask_predict, absorbing, random_order, halton or
+repair.
 
     python -m experiments.masked_pixels
         Preset tiny: 16-pixel shapes of 7 colours, as 16 squares of 4 x 4 pixels out of 595, two CPU

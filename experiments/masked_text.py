@@ -2,8 +2,9 @@
 
 Absorbing diffusion (D3PM: Austin et al. 2021, 2107.03006), remasking (ReMDM: Wang et al. 2025,
 2503.00307), Mask-Predict (Ghazvininejad et al. 2019, 1904.09324), MaskGIT (Chang et al. 2022,
-2202.04200) and erase and repair draw from one model: --sampler absorbing, mask_predict, maskgit,
-random_order or repair.
+2202.04200), groups in a random order or in Halton's (Besnier et al. 2025, 2503.17076) and erase and
+repair draw from one model: --sampler absorbing, mask_predict, maskgit, random_order, halton or
+repair.
 
     python -m experiments.masked_text
         Preset tiny: the English that comes with Python, two CPU cores, no network.

@@ -8,10 +8,15 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from gen_jax import evaluation, keys, sampling
-from gen_jax.models.masked import MaskedModel, estimate_bound
+from gen_jax.models.masked import (
+    MaskedModel,
+    OrderedGroups,
+    estimate_bound,
+    log_prob_in_order,
+)
 from gen_jax.task import Run
 
-__all__ = ["bound_of", "rounds_of"]
+__all__ = ["bound_of", "nats_in_order", "rounds_of"]
 
 
 def bound_of(
@@ -34,6 +39,27 @@ def bound_of(
 def _bound(model, draws, params, rows):
     ours = keys.of_items(keys.root(0, "evaluate"), rows.pop("index"))
     return estimate_bound(model, params, rows, ours, draws)
+
+
+def nats_in_order(
+    sampler: OrderedGroups, params: Any, rows: dict[str, np.ndarray], batch: int
+) -> Float[np.ndarray, " N"]:
+    """-log p of each row, in nats: exactly what a sampler with an order of its own draws it with.
+
+    Args:
+      sampler: one with an order that is the same for all samples; its temperature is not read.
+      params: of its model.
+      rows: "tokens" int [N, L], and "label" for a conditional model.
+      batch: rows at a time.
+    """
+    return -evaluation.map_rows(functools.partial(_in_order, sampler), params, rows, batch)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _in_order(sampler, params, rows):
+    cond = {name: rows[name] for name in rows if name != "tokens"}
+    order, sizes = sampler.order, sampler.schedule.sizes(sampler.length, sampler.rounds)
+    return log_prob_in_order(sampler.model, params, rows["tokens"], np.array(order), sizes, cond)
 
 
 def rounds_of(

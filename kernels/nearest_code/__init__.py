@@ -35,8 +35,8 @@ def nearest_code(
       shortlist: 0 for the exact search, or the number of candidates, up to 8.
       implementation: "reference", which keeps all N x K distances; "blocks", which keeps those of
         one block at a time; "tpu" and "gpu", which keep none. None takes "tpu" on TPUs, and
-        "blocks" where there are many. With a shortlist there are
-        "reference" and "tpu" (the default on TPUs).
+        "blocks" where there are many. With a shortlist there are "reference" and "tpu" (the
+        default on TPUs).
 
     Returns:
       (index [N] int32, squared distance [N] float32). The distance is a difference of larger

@@ -1,6 +1,7 @@
 """The task of two stages: every prior, the codes that are kept, and whose autoencoder it is."""
 
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -15,12 +16,16 @@ from experiments.two_stage import EXPERIMENT
 from gen_jax import checkpoint, cli, interop, sampling
 from gen_jax.data import DataConfig
 from gen_jax.models.autoregressive.config import SamplingOptions
+from gen_jax.models.masked import HaltonOptions, MaskedModel, OrderedGroups
 from gen_jax.models.vq.config import CodebookOptions
 from gen_jax.nn.config import AutoencoderConfig, TransformerConfig, UNetConfig
+from gen_jax.nn.transformer import TokenNetwork
+from gen_jax.tasks import masked_rounds
 from gen_jax.tasks.images.config import LabelledSampleConfig
 from gen_jax.tasks.two_stage.config import EvaluateConfig, TwoStageConfig
 from gen_jax.tasks.two_stage.task import _exactly
 from miniature import TRAIN, arrays, summary
+from random_networks import random_params
 from refusals import refused_in
 
 pytestmark = [pytest.mark.usefixtures("one_device"), pytest.mark.once]
@@ -102,11 +107,18 @@ def test_each_stage_shows_what_it_has_learned(finished):
 
 
 @pytest.mark.parametrize(
-    ("prior", "nfe"),
-    [("ar", 22), ("masked", 9), ("one_shot", 2), ("next_scale", 4), ("diffusion", 21)],
+    ("prior", "nfe", "more"),
+    [
+        ("ar", 22, ""),
+        ("masked", 9, ""),
+        ("masked", 5, "--mask.halton 0.5 --sampler halton --sampler.rounds 4"),
+        ("one_shot", 2, ""),
+        ("next_scale", 4, ""),
+        ("diffusion", 21, ""),
+    ],
 )
-def test_every_prior_takes_the_autoencoder_of_a_run(tmp_path, capsys, coder, prior, nfe):
-    options = ("--workdir", tmp_path, "--autoencoder", coder, "--prior", prior)
+def test_every_prior_takes_the_autoencoder_of_a_run(tmp_path, capsys, coder, prior, nfe, more):
+    options = ("--workdir", tmp_path, "--autoencoder", coder, "--prior", prior, *more.split())
     options += ("--diffusion.reference", 16) if prior == "diffusion" else ()
     assert main(*options, "--conditional") == 0
     report = summary(tmp_path)
@@ -116,6 +128,23 @@ def test_every_prior_takes_the_autoencoder_of_a_run(tmp_path, capsys, coder, pri
     np.testing.assert_array_equal(arrays(tmp_path)["labels"], range(5))
     assert not (tmp_path / "autoencoder").exists()
     capsys.readouterr()
+
+
+def test_the_likelihood_of_an_order_is_exact():
+    """It sums to one over all sequences, whatever the groups, and is the same in any batch."""
+    sizes = TransformerConfig(
+        vocabulary=3, context=5, layers=1, width=8, heads=1, causal=False, extra_inputs=3
+    )
+    model = MaskedModel(TokenNetwork(sizes), grid=(2, 2), halton=0.5)
+    params = random_params(model.network)
+    tokens = np.array(list(itertools.product(range(3), repeat=4)), np.int32)
+    rows = {"tokens": tokens, "label": np.ones(len(tokens), np.int32)}
+    for rounds in (1, 2, 4):
+        sampler = OrderedGroups.halton(HaltonOptions(rounds), model, 4)
+        nats = masked_rounds.nats_in_order(sampler, params, rows, 100)
+        np.testing.assert_allclose(np.exp(-nats).sum(), 1, rtol=1e-5)
+        again = masked_rounds.nats_in_order(sampler, params, rows, 7)
+        np.testing.assert_allclose(nats, again, rtol=1e-5)
 
 
 def test_the_prior_refuses_another_autoencoder(tmp_path, capsys, coder):

@@ -3,7 +3,7 @@
 Papers: Mask-Predict (Ghazvininejad et al. 2019, 1904.09324), MaskGIT (Chang et al. 2022,
 2202.04200), absorbing diffusion (D3PM: Austin et al. 2021, 2107.03006), remasking (ReMDM: Wang et
 al. 2025, 2503.00307), any-order autoregression (Uria et al. 2014, 1310.1757; Hoogeboom et al. 2021,
-2110.02037).
+2110.02037), groups in Halton's order (Besnier et al. 2025, 2503.17076).
 
 A network that sees all positions reads a sequence of L tokens, of which n are replaced by a mask,
 and predicts those: p(x_i | x_known) for every masked i. Training hides n positions at random and
@@ -30,6 +30,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "config": [
             "AbsorbingDiffusionOptions",
+            "HaltonOptions",
             "IterativeOptions",
             "MaskConfig",
             "MaskGITOptions",
@@ -48,6 +49,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "hide",
             "log_prob_in_order",
         ],
+        "orders": ["halton_order"],
         "samplers": [
             "AbsorbingDiffusion",
             "MaskGIT",

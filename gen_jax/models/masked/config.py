@@ -7,6 +7,7 @@ from gen_jax.models.options import check_not_negative, check_temperature
 
 __all__ = [
     "AbsorbingDiffusionOptions",
+    "HaltonOptions",
     "IterativeOptions",
     "MaskConfig",
     "MaskGITOptions",
@@ -30,6 +31,15 @@ class MaskConfig:
     """How many of L tokens are hidden: uniform over 1 .. L (Mask-Predict; the loss is then the
     bound of absorbing diffusion), or L cos(pi u / 2), rounded up, u uniform (MaskGIT), or all (for
     one round alone)."""
+    halton: float = 0.0
+    """Share of the sequences of which the last tokens in Halton's order are hidden, for
+    --sampler halton, below 1; of the others random ones are, for all samplers."""
+
+    def __post_init__(self):
+        if not 0 <= self.halton < 1:
+            raise ValueError(f"mask.halton must be in [0, 1), got {self.halton}")
+        if self.halton and self.counts == "all":
+            raise ValueError("with all tokens hidden there is no order: set mask.halton to 0")
 
 
 @frozen
@@ -89,6 +99,23 @@ class RandomOrderOptions(IterativeOptions):
     make: ClassVar[str] = "gen_jax.models.masked.samplers:OrderedGroups.from_options"
 
     schedule: ScheduleName = "cosine"
+    """How many tokens are masked after each round."""
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the likeliest tokens."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_temperature("temperature", self.temperature)
+
+
+@frozen
+class HaltonOptions(IterativeOptions):
+    """Groups of positions in the order of Halton's sequence (Besnier et al. 2025)."""
+
+    name: ClassVar[str] = "halton"
+    make: ClassVar[str] = "gen_jax.models.masked.samplers:OrderedGroups.halton"
+
+    schedule: ScheduleName = "cubic"
     """How many tokens are masked after each round."""
     temperature: float = 1.0
     """Divides the logits; 0 takes the likeliest tokens."""

@@ -18,6 +18,7 @@ from gen_jax.keys import fold_in_each
 from gen_jax.models import contract
 from gen_jax.models.masked.conditions import check_source, infill
 from gen_jax.models.masked.denoisers import Denoiser, ExactDenoiser
+from gen_jax.models.masked.orders import halton_order
 from gen_jax.models.sequences import cross_entropy, uniform_by_position, valid_mask
 from gen_jax.nn.encoder_decoder import EncoderDecoder
 from gen_jax.nn.transformer import TokenNetwork
@@ -50,11 +51,16 @@ class MaskedModel:
       counts: how many tokens the loss hides; see `MaskConfig`.
       smoothing: share of the target's probability that the loss spreads over all tokens (label
         smoothing), in [0, 1).
+      grid: rows and columns, and what else the positions count along; empty for a line.
+      halton: share of the sequences of which the loss hides the last positions in the order
+        `orders.halton_order` of the grid, in [0, 1).
     """
 
     network: TokenNetwork | EncoderDecoder
     counts: Literal["uniform", "cosine", "all"] = "uniform"
     smoothing: float = 0.0
+    grid: tuple[int, ...] = ()
+    halton: float = 0.0
 
     def __post_init__(self):
         if self.network.config.causal or not self.network.config.extra_inputs:
@@ -64,6 +70,8 @@ class MaskedModel:
             )
         if not 0 <= self.smoothing < 1:
             raise ValueError(f"smoothing must be in [0, 1), got {self.smoothing}")
+        if not 0 <= self.halton < 1:
+            raise ValueError(f"halton must be in [0, 1), got {self.halton}")
 
     @property
     def vocabulary(self) -> int:
@@ -121,12 +129,22 @@ class MaskedModel:
         else:
             uniform = jax.vmap(jax.random.uniform)(parts[:, 0])
             count = _count(self.counts, uniform, valid.sum(-1))
-            tokens, hidden = hide(parts[:, 1], batch["tokens"], valid, count, self.mask)
+            order = self._order(parts[:, 1], batch["tokens"].shape[1])
+            tokens, hidden = _hide(order, batch["tokens"], valid, count, self.mask)
         if context is None:
             context = self.condition(params, batch, dropout)
         logits = self.logits(params, tokens, valid, context, dropout)
         values = cross_entropy(logits, batch["tokens"], self.smoothing)
         return (jnp.where(hidden, values, 0).sum(-1) / jnp.maximum(count, 1)).mean(), {}
+
+    def _order(self, keys, length):
+        """[B, L]: the larger is hidden first."""
+        order = uniform_by_position(keys, length)
+        if not self.halton:
+            return order
+        fixed = np.argsort(halton_order(self.grid or (length,))).astype(np.float32)[None]
+        coins = jax.vmap(jax.random.uniform)(fold_in_each(keys, length))[:, None]
+        return jnp.where(coins < self.halton, fixed, order)
 
     def bound_terms(
         self, params: Any, batch: dict[str, Any], keys: Key[Array, " B"]
@@ -246,7 +264,10 @@ def hide(
     Returns:
       The rows with their masks, and which positions are hidden.
     """
-    order = uniform_by_position(keys, tokens.shape[1])
+    return _hide(uniform_by_position(keys, tokens.shape[1]), tokens, valid, count, mask)
+
+
+def _hide(order, tokens, valid, count, mask):
     hidden = kernels.keep_most_confident(jnp.where(valid, order, -jnp.inf), count) & valid
     return jnp.where(hidden, mask, tokens), hidden
 

@@ -4,6 +4,7 @@ B batch, L length, T rounds, V vocabulary. Each takes a `Denoiser`, L and T, and
 `sampling.Sampler` whose state is a `MaskedState`.
 """
 
+import math
 from typing import Any, Literal
 
 import jax
@@ -13,9 +14,20 @@ from jaxtyping import Array, Bool, Int, Key
 
 import kernels
 from gen_jax.config import frozen
+from gen_jax.models.masked.config import HaltonOptions
 from gen_jax.models.masked.denoisers import Denoiser
 from gen_jax.models.masked.iterative import IterativeSampler, MaskedState
-from gen_jax.models.masked.schedules import Cosine, Curve, Fixed, Power, Schedule, masked_after
+from gen_jax.models.masked.losses import MaskedModel
+from gen_jax.models.masked.orders import halton_order
+from gen_jax.models.masked.schedules import (
+    SCHEDULES,
+    Cosine,
+    Curve,
+    Fixed,
+    Power,
+    Schedule,
+    masked_after,
+)
 from gen_jax.models.options import check_not_negative, check_temperature
 from gen_jax.models.sequences import uniform_by_position
 
@@ -103,7 +115,8 @@ class OrderedGroups(_Scheduled):
     Each group is drawn from its conditionals in parallel. In a random order with an exact denoiser
     the gap to the model's own law is known (see `schedules.Optimal`), and with as many rounds as
     positions it is zero (Uria et al. 2014, 1310.1757; Hoogeboom et al. 2021, 2110.02037). Groups of
-    one from the left are autoregression; dyadic midpoints are small-to-large.
+    one from the left are autoregression; dyadic midpoints are small-to-large. In Halton's order
+    (`halton`) positions of a group tell little about each other.
 
     Attributes:
       schedule: sizes of the groups.
@@ -138,6 +151,24 @@ class OrderedGroups(_Scheduled):
         order = tuple(position for group in groups for position in group)
         sizes = Fixed(tuple(len(group) for group in groups))
         return cls(model, len(order), len(groups), sizes, temperature, order)
+
+    @classmethod
+    def halton(cls, options: HaltonOptions, model: MaskedModel, length: int) -> "OrderedGroups":
+        """The sampler of Halton's order on the grid of the model, or along a line.
+
+        Args:
+          options: rounds, of which there are at most `length`, schedule and temperature.
+          model: fills masked positions.
+          length: L.
+
+        Raises:
+          ValueError: the grid of the model has another number of positions.
+        """
+        grid = model.grid or (length,)
+        if math.prod(grid) != length:
+            raise ValueError(f"a grid of {grid} has not the {length} positions of the sampler")
+        rounds, schedule = min(options.rounds, length), SCHEDULES[options.schedule]
+        return cls(model, length, rounds, schedule, options.temperature, halton_order(grid))
 
     def start(
         self,

@@ -63,6 +63,8 @@ class ParallelModel:
         _ = self.denoiser  # refuses networks that cannot be one
         if self.mask is not None and self.latent.kind != "none":
             raise ValueError("a masked model has no latent: set latent.kind to none")
+        if self.mask is not None and self.mask.halton:
+            raise ValueError("sequences differ in length and have no grid: set mask.halton to 0")
         if self.mask is not None and self.ending == "eos_masked":
             raise ValueError("a masked model reads what is behind EOS: set ending to length or eos")
 

@@ -25,7 +25,11 @@ def make(config: MaskedPixelsConfig, context: Context) -> Task:
     """The task of a configuration; `context.data` has the sequences by split."""
     splits = context.data
     shape, classes = pixels.shape_and_classes(config, context)
-    model = MaskedModel(TokenNetwork(config.network(classes)), config.mask.counts)
+    grid = (shape[0] // config.patch, shape[1] // config.patch, *shape[2:])
+    mask = config.mask
+    model = MaskedModel(
+        TokenNetwork(config.network(classes)), mask.counts, grid=grid, halton=mask.halton
+    )
     build = config_lib.resolve(config.sampler.make)
     validate = functools.partial(_validate, config, model, splits.get("test"))
     stage = Stage(

@@ -24,7 +24,8 @@ _SHOWN, _ROUNDS_SHOWN = 3, 10
 def make(config: MaskedTextConfig, context: Context) -> Task:
     """The task of a configuration; `context.data` is its `MaskedTextData`."""
     data, record = context.data, context.records.get("model")
-    model = MaskedModel(TokenNetwork(data.model), config.mask.counts)
+    mask = config.mask
+    model = MaskedModel(TokenNetwork(data.model), mask.counts, halton=mask.halton)
     if record is not None:
         data.check_record(record)
     stage = Stage(

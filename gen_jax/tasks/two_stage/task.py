@@ -18,7 +18,7 @@ from gen_jax.models.autoregressive import AutoregressiveModel, AutoregressiveSam
 from gen_jax.models.diffusion import DiffusionModel, DiffusionSampler
 from gen_jax.models.diffusion.process import to_signal
 from gen_jax.models.diffusion.vlb import discretised_log_likelihood
-from gen_jax.models.masked import MaskedModel, log_prob_in_order
+from gen_jax.models.masked import MaskedModel, OrderedGroups
 from gen_jax.models.next_scale import NextScaleModel, NextScaleSampler, network_sizes
 from gen_jax.models.two_stage import TwoStageSampler
 from gen_jax.models.vq import Autoencoder, make_autoencoder
@@ -41,8 +41,8 @@ def make(config: TwoStageConfig, context: Context) -> Task:
     space = _Space(config, context)
     record = context.records.get("prior")
     classes = image_files.number_of_classes(config, 0, record, context.data.values())
-    model, sampler = _prior(config, space.model, classes)
-    sampler = TwoStageSampler(sampler, space.model, latents=space.latents)
+    model, drawn = _prior(config, space.model, classes)
+    sampler = TwoStageSampler(drawn, space.model, latents=space.latents)
     prior = Stage(
         name="prior",
         trainable=ModelTrainable(model, config.train),
@@ -53,7 +53,7 @@ def make(config: TwoStageConfig, context: Context) -> Task:
             "autoencoder": space.digest,
         },
         must_match=("autoencoder",),
-        evaluate=functools.partial(_validate, config, space, model),
+        evaluate=functools.partial(_validate, config, space, drawn),
     )
     return Task(
         stages=(*space.stages, prior),
@@ -63,7 +63,7 @@ def make(config: TwoStageConfig, context: Context) -> Task:
         condition=functools.partial(image_files.condition, config.sample.label, classes),
         write=_write,
         show=lambda samples: image_files.sheet(pictures.to_uint8(samples)),
-        evaluate=functools.partial(_evaluate, config, space, model),
+        evaluate=functools.partial(_evaluate, config, space, drawn),
         commands={"export": _export},
         sizes={f"{split}_images": len(images) for split, images in context.data.items()},
         data=image_files.digest(context.data),
@@ -192,7 +192,8 @@ def _prior(config, autoencoder, classes):
         model = AutoregressiveModel(TokenNetwork(sizes))
         return model, AutoregressiveSampler(model, 0, length, config.decoding)
     counts = "all" if config.prior == "one_shot" else config.mask.counts
-    model = MaskedModel(TokenNetwork(sizes), counts)
+    grid, halton = autoencoder.code_shape, 0.0 if counts == "all" else config.mask.halton
+    model = MaskedModel(TokenNetwork(sizes), counts, grid=grid, halton=halton)
     build = config_lib.resolve(config.decoding.make)
     return model, build(config.decoding, model, length)
 
@@ -207,7 +208,7 @@ def _batch(config, space, step, shard, earlier):
     return image_files.batch_of(draw, config.train, reference, config.conditional)
 
 
-def _validate(config, space, model, params) -> dict[str, int | float]:
+def _validate(config, space, sampler, params) -> dict[str, int | float]:
     """The code length of test images, exactly or by its bound; nothing for latents.
 
     -log p(x) is at most that of the code and that of the image given its code, a normal around the
@@ -220,7 +221,7 @@ def _validate(config, space, model, params) -> dict[str, int | float]:
     rows = {"tokens": np.asarray(space.codes("test")[chosen])}
     if config.conditional:
         rows["label"] = space.images["test"].labels[chosen]
-    code = _code_nats(config, model, params, rows)
+    code = _code_nats(config, sampler, params, rows)
     errors = _errors(config, space, space.images["train"].images[:_FITTED])
     deviation = math.sqrt(max(errors["mse"].mean(dtype=np.float64), 1e-8))
     left = _errors(config, space, space.images["test"].images[chosen], deviation)
@@ -238,22 +239,16 @@ def _validate(config, space, model, params) -> dict[str, int | float]:
     }
 
 
-def _code_nats(config, model, params, rows):
-    """-log p of code sequences [N], or a bound of it for a masked prior."""
-    draws, batch = config.evaluate.draws, config.evaluate.batch
-    if config.prior == "masked":
-        return masked_rounds.bound_of(model, params, rows, draws, batch)
+def _code_nats(config, sampler, params, rows):
+    """-log p of code sequences [N]; a bound where the order depends on what was drawn."""
+    draws, batch, model = config.evaluate.draws, config.evaluate.batch, sampler.model
     if config.prior in ("ar", "next_scale"):
         return -evaluation.log_prob(model, params, rows, batch)
-    return -evaluation.map_rows(functools.partial(_log_prob_at_once, model), params, rows, batch)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _log_prob_at_once(model, params, rows):
-    tokens = rows["tokens"]
-    cond = {"label": rows["label"]} if "label" in rows else None
-    length = tokens.shape[1]
-    return log_prob_in_order(model, params, tokens, np.arange(length), (length,), cond)
+    if config.prior == "one_shot":
+        sampler = OrderedGroups.of_groups(model, (tuple(range(sampler.length)),))
+    if isinstance(sampler, OrderedGroups) and sampler.order:
+        return masked_rounds.nats_in_order(sampler, params, rows, batch)
+    return masked_rounds.bound_of(model, params, rows, draws, batch)
 
 
 def _errors(config, space, images, deviation=1.0):
@@ -272,11 +267,11 @@ def _reconstruct(model, params, rows):
     return {"mse": jnp.square(decoded - x).mean(axis=(1, 2, 3)), "nats": nats}
 
 
-def _evaluate(config, space, model, run: Run) -> dict[str, int | float]:
+def _evaluate(config, space, sampler, run: Run) -> dict[str, int | float]:
     """The likelihood of the test set, the quality of samples, and what one shot must lose."""
     images = run.kept_samples("images")["images"]
     params = space.both(run.params)
-    report = _validate(config, space, model, params["prior"])
+    report = _validate(config, space, sampler, params["prior"])
     report |= image_files.score(images, config.data, space.images["test"])
     if config.data.name == "shapes" and not space.latents:
         support = ShapesSet(config.data.size).images()

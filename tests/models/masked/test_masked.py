@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from gen_jax.data.exact_sets import NoisyMixture, even_parity
 from gen_jax.metrics.gaps import any_order_bound
 from gen_jax.models import sequences
 from gen_jax.models.masked import losses as masked
+from gen_jax.models.masked.config import MaskConfig
 from gen_jax.models.masked.losses import (
     ExactDenoiser,
     MaskedModel,
@@ -24,6 +26,7 @@ from gen_jax.models.masked.losses import (
     infill,
     log_prob_in_order,
 )
+from gen_jax.models.masked.orders import halton_order
 from gen_jax.models.sequences import cross_entropy
 from gen_jax.nn.config import TransformerConfig
 from gen_jax.nn.encoder_decoder import EncoderDecoder
@@ -228,6 +231,49 @@ def test_hidden_positions_are_random_and_valid():
     np.testing.assert_array_equal(alone, seen[:2])
 
 
+@pytest.mark.parametrize("grid", [(1,), (8,), (7,), (4, 4), (3, 5), (1, 6), (4, 6, 3)])
+def test_halton_orders_are_those_of_the_sequence(grid):
+    order = halton_order(grid)
+    assert sorted(order) == list(range(math.prod(grid)))
+    points = stats.qmc.Halton(len(grid), scramble=False).random(1 + 20 * len(order))[1:]
+    cells = np.floor(points * grid + 1e-9).astype(int)
+    reached = np.ravel_multi_index(cells.T, grid)
+    assert list(order) == list(dict.fromkeys(reached.tolist()))[: len(order)]
+    if grid == (8,):
+        assert order == (4, 2, 6, 1, 5, 3, 7, 0)
+
+
+def test_groups_of_a_halton_order_are_far_from_each_other():
+    """Four positions at a time of 8 x 8: the nearest two are further apart than random ones."""
+
+    def nearest(order):
+        place = np.stack(np.unravel_index(np.array(order).reshape(-1, 4), (8, 8)), axis=-1)
+        distance = np.abs(place[:, :, None] - place[:, None]).sum(-1)
+        return distance[:, ~np.eye(4, dtype=bool)].reshape(len(place), -1).min(1).mean()
+
+    random = [np.random.default_rng(seed).permutation(64) for seed in range(50)]
+    assert nearest(halton_order((8, 8))) > max(map(nearest, random))
+
+
+def test_a_share_of_the_sequences_hides_the_last_of_the_order():
+    model = dataclasses.replace(MODEL, grid=(2, 3), halton=0.75)
+    keys = sampling.sample_keys(0, 0, NUMBER)
+    tokens, count = np.zeros((NUMBER, 6), np.int32), np.arange(NUMBER) % 5 + 1
+    valid = np.ones_like(tokens, bool)
+    _, hidden = masked._hide(model._order(keys, 6), tokens, valid, count, 3)
+    assert (np.asarray(hidden).sum(1) == count).all()
+    rank = np.argsort(halton_order((2, 3)))
+    is_last = (np.asarray(hidden) == (rank >= 6 - count[:, None])).all(1)
+    # The sets of each size are equally likely where the order is random.
+    chance = np.mean([1 / math.comb(6, n) for n in range(1, 6)])
+    within(is_last, 0.75 + 0.25 * chance)
+    others = MaskedModel(MODEL.network)
+    _, random = masked._hide(others._order(keys, 6), tokens, valid, count, 3)
+    free = ~is_last
+    within(np.asarray(hidden)[free & (count == 1)].mean(0), 1 / 6)
+    assert (np.asarray(random)[free] == np.asarray(hidden)[free]).all()
+
+
 def test_what_is_beyond_the_length_does_not_count():
     tokens, length = BATCH["tokens"], np.arange(32, dtype=np.int32) % 4 + 1
     valid = np.arange(4) < length[:, None]
@@ -355,6 +401,11 @@ def test_a_masked_model_sees_all_and_reads_a_mask(change, pair):
     [
         (lambda: MaskedModel(MODEL.network, "most"), "counts must be one of 'uniform', 'cosine'"),
         (lambda: MaskedModel(MODEL.network, smoothing=1.0), r"smoothing must be in \[0, 1\)"),
+        (lambda: MaskedModel(MODEL.network, halton=1.0), r"halton must be in \[0, 1\), got 1\.0"),
+        (lambda: MaskConfig(halton=-0.1), r"mask\.halton must be in \[0, 1\), got -0\.1"),
+        (lambda: MaskConfig("all", 0.5), "with all tokens hidden there is no order"),
+        (lambda: halton_order(()), "one to three axes of at least one position"),
+        (lambda: halton_order((4, 0)), "one to three axes of at least one position"),
         (lambda: MaskedModel(SMALL), "network must be of type TokenNetwork or of type Encoder"),
         (lambda: ExactDenoiser(0), "vocabulary must be at least 1, got 0"),
     ],

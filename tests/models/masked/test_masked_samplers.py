@@ -20,6 +20,7 @@ from gen_jax.metrics.repair import repair_curve
 from gen_jax.models.masked import config as options
 from gen_jax.models.masked import samplers
 from gen_jax.models.masked.losses import ExactDenoiser, MaskedModel, infill
+from gen_jax.models.masked.orders import halton_order
 from gen_jax.models.masked.samplers import (
     AbsorbingDiffusion,
     MaskGIT,
@@ -89,6 +90,7 @@ SAMPLERS = {
     "maskgit": MaskGIT(MODEL, L, T),
     "maskgit_sure": MaskGIT(MODEL, L, T, Cosine(), 0.0, 0.0),
     "random_order": OrderedGroups(MODEL, L, T),
+    "halton": OrderedGroups(MODEL, L, T, order=halton_order((2, 4))),
     "absorbing": AbsorbingDiffusion(MODEL, L, T),
     "remasking": AbsorbingDiffusion(MODEL, L, T, Cosine(), remask=0.7),
     "repair": Repair(MODEL, L, T, count=2),
@@ -343,6 +345,7 @@ def test_counts_follow_the_schedule(name):
 @EVERY
 def test_the_laws_of_all_samplers(name):
     changes = {"model": ExactDenoiser(3), "length": 4, "rounds": 2}
+    changes |= {"order": halton_order((2, 2))} if name == "halton" else {}
     cond = infill(changes["model"], 4, [[], [1], [HOLE, 2], [HOLE, HOLE, 0], [0, 1, 2, 1], [2]])
     check_sampler(dataclasses.replace(SAMPLERS[name], **changes), vars_of(MIXTURE), cond)
 
@@ -531,6 +534,11 @@ def test_sources_are_read_up_to_their_length():
         (options.MaskGITOptions(4), SAMPLERS["maskgit"]),
         (options.MaskGITOptions(4, "cosine", 0.0, 0.0), SAMPLERS["maskgit_sure"]),
         (options.RandomOrderOptions(4), SAMPLERS["random_order"]),
+        (options.HaltonOptions(4, "cosine"), OrderedGroups(MODEL, L, 4, order=halton_order((L,)))),
+        (
+            options.HaltonOptions(12),
+            OrderedGroups(MODEL, L, 8, Power(3.0), 1.0, halton_order((L,))),
+        ),
         (options.AbsorbingDiffusionOptions(4, "cosine", remask=0.7), SAMPLERS["remasking"]),
         (options.RepairOptions(4, count=2), SAMPLERS["repair"]),
         (options.RepairOptions(12), Repair(MODEL, L, 12)),
@@ -541,6 +549,12 @@ def test_sources_are_read_up_to_their_length():
 def test_options_make_their_samplers(chosen, wanted):
     assert choices(options.IterativeOptions)[chosen.name] is type(chosen)
     assert resolve(chosen.make)(chosen, MODEL, L) == wanted
+
+
+def test_the_order_is_that_of_the_grid_of_the_model():
+    grid = dataclasses.replace(MODEL, grid=(2, 4))
+    assert OrderedGroups.halton(options.HaltonOptions(2), grid, L).order == halton_order((2, 4))
+    assert halton_order((2, 4)) != halton_order((L,))
 
 
 def test_conditions_are_those_of_the_model():
@@ -568,6 +582,12 @@ NAN = float("nan")
         (lambda: MaskGIT(MODEL.network, L, 2), "model must be a Denoiser, .* not TokenNetwork"),
         (lambda: OrderedGroups(MODEL, 3, 2, order=(0, 2)), "names each of 3 positions once"),
         (lambda: OrderedGroups.of_groups(MODEL, ((0, 1), (1, 2))), "each of 4 positions once"),
+        (
+            lambda: OrderedGroups.halton(
+                options.HaltonOptions(), MaskedModel(MODEL.network, grid=(2, 4)), 7
+            ),
+            r"a grid of \(2, 4\) has not the 7 positions of the sampler",
+        ),
         (lambda: AbsorbingDiffusion(MODEL, L, 2, Fixed((4, 4))), "must be of type Curve"),
         (lambda: AbsorbingDiffusion(MODEL, L, 2, remask=1.5), r"in \[0, 1\], got 1\.5"),
         (lambda: Repair(MODEL, L, -1), "must not be negative, got -1"),

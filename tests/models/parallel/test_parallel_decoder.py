@@ -599,6 +599,7 @@ EOS = dataclasses.replace(PAIR, ending="eos")
         (lambda: ParallelModel(CAUSAL.network, 4), "set causal to false"),
         (lambda: dataclasses.replace(CODED_PAIR, mask=MaskConfig()), "masked model has no latent"),
         (lambda: ParallelModel(PAIR.network, 7, "eos_masked", mask=MaskConfig()), "behind EOS"),
+        (lambda: dataclasses.replace(FLAT, mask=MaskConfig(halton=0.5)), "set mask.halton to 0"),
         (lambda: ParallelModel(PAIR.network, 7, smoothing=1.0), r"smoothing must be in \[0, 1\)"),
         (lambda: LatentConfig("codes"), "kind must be one of 'none', 'gaussian', 'categorical'"),
         (lambda: LatentConfig(size=0), "size and layers of the latent must be at least 1"),
