@@ -64,7 +64,9 @@ MASKED = dataclasses.replace(
     workdir="runs/two_stage_masked",
     prior="masked",
     model=dataclasses.replace(AR.model, position="both"),
-    train=dataclasses.replace(AR.train, steps=3200, optimizer="muon", learning_rate=8e-3),
+    train=dataclasses.replace(
+        AR.train, steps=1900, batch=128, optimizer="muon", learning_rate=8e-3
+    ),
 )
 
 ONE_SHOT = dataclasses.replace(AR, workdir="runs/two_stage_one_shot", prior="one_shot")
