@@ -65,7 +65,7 @@ MASKED = dataclasses.replace(
     prior="masked",
     model=dataclasses.replace(AR.model, position="both"),
     train=dataclasses.replace(
-        AR.train, steps=1900, batch=128, optimizer="muon", learning_rate=8e-3
+        AR.train, steps=1600, batch=128, optimizer="muon", learning_rate=8e-3
     ),
 )
 
