@@ -31,7 +31,7 @@ Prior = Literal["ar", "masked", "one_shot", "next_scale", "diffusion"]
 
 _SAMPLERS = {
     "ar": (SamplingOptions(), SamplingOptions),
-    "masked": (MaskGITOptions(rounds=8, choice_temperature=0.7), IterativeOptions),
+    "masked": (MaskGITOptions(rounds=8, choice_temperature=0.5), IterativeOptions),
     "one_shot": (MaskGITOptions(rounds=1), MaskGITOptions),
     "next_scale": (SamplingOptions(), SamplingOptions),
     "diffusion": (DDIM(steps=20, spacing="trailing", clip=False), Solver),
@@ -81,7 +81,7 @@ class TwoStageConfig(RunConfig):
     sample: LabelledSampleConfig = LabelledSampleConfig()
     sampler: Annotated[Choice, Usual, DecodingOptions, IterativeOptions, Solver] = UsualSampler()
     """How the prior is drawn from; it must fit the prior. The usual one draws codes as they are, or
-    takes MaskGIT in 8 rounds (choice_temperature 0.7) or one, or DDIM in 20 steps."""
+    takes MaskGIT in 8 rounds (choice_temperature 0.5) or one, or DDIM in 20 steps."""
     evaluate: EvaluateConfig = EvaluateConfig()
 
     task = "two_stage"
