@@ -213,6 +213,7 @@ REFUSED = [
     ("--model.vocabulary 9", "follow from the codes and the prior: leave them as they are"),
     ("--sampler maskgit", "--sampler maskgit is not for --prior ar"),
     ("--prior one_shot --sampler maskgit --sampler.rounds 2", "draws in one round"),
+    ("--prior one_shot --mask.halton 0.5", "mask.halton is for --prior masked"),
     ("--prior diffusion --sampler ddim --sampler.steps 5", "latents are not in [-1, 1]"),
     ("--prior diffusion --diffusion.variance learned", "no bound for a learned variance"),
     ("--prior masked --quantiser kl", "--prior masked is over codes, and a kl latent has"),

@@ -72,6 +72,8 @@ class MaskedModel:
             raise ValueError(f"smoothing must be in [0, 1), got {self.smoothing}")
         if not 0 <= self.halton < 1:
             raise ValueError(f"halton must be in [0, 1), got {self.halton}")
+        if self.halton and self.counts == "all":
+            raise ValueError("with all tokens hidden there is no order: set halton to 0")
 
     @property
     def vocabulary(self) -> int:

@@ -101,6 +101,8 @@ class TwoStageConfig(RunConfig):
         speculative = isinstance(self.sampler, SpeculativeOptions)
         if speculative or not isinstance(self.sampler, UsualSampler | fitting):
             raise ValueError(f"--sampler {self.sampler.name} is not for --prior {self.prior}")
+        if self.mask.halton and self.prior != "masked":
+            raise ValueError(f"mask.halton is for --prior masked, not for --prior {self.prior}")
         if self.prior == "one_shot" and getattr(self.sampler, "rounds", 1) != 1:
             raise ValueError("--prior one_shot draws in one round: set sampler.rounds to 1")
         if self.prior == "diffusion":

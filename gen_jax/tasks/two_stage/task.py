@@ -192,7 +192,7 @@ def _prior(config, autoencoder, classes):
         model = AutoregressiveModel(TokenNetwork(sizes))
         return model, AutoregressiveSampler(model, 0, length, config.decoding)
     counts = "all" if config.prior == "one_shot" else config.mask.counts
-    grid, halton = autoencoder.code_shape, 0.0 if counts == "all" else config.mask.halton
+    grid, halton = autoencoder.code_shape, config.mask.halton
     model = MaskedModel(TokenNetwork(sizes), counts, grid=grid, halton=halton)
     build = config_lib.resolve(config.decoding.make)
     return model, build(config.decoding, model, length)

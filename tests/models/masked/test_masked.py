@@ -402,6 +402,7 @@ def test_a_masked_model_sees_all_and_reads_a_mask(change, pair):
         (lambda: MaskedModel(MODEL.network, "most"), "counts must be one of 'uniform', 'cosine'"),
         (lambda: MaskedModel(MODEL.network, smoothing=1.0), r"smoothing must be in \[0, 1\)"),
         (lambda: MaskedModel(MODEL.network, halton=1.0), r"halton must be in \[0, 1\), got 1\.0"),
+        (lambda: MaskedModel(MODEL.network, "all", halton=0.5), "set halton to 0"),
         (lambda: MaskConfig(halton=-0.1), r"mask\.halton must be in \[0, 1\), got -0\.1"),
         (lambda: MaskConfig("all", 0.5), "with all tokens hidden there is no order"),
         (lambda: halton_order(()), "one to three axes of at least one position"),
