@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from kernels.dispatch import register
 
-__all__ = ["nearest_code", "scores", "squared_distance"]
+__all__ = ["nearest_code", "squared_distance"]
 
 
 @register("nearest_code", "reference")
@@ -17,15 +17,10 @@ def nearest_code(x, codebook):
     through an optimisation barrier.)
     """
     x, codebook = x.astype(jnp.float32), codebook.astype(jnp.float32)
-    all_scores = scores(x, codebook)
-    index, least = jnp.argmin(all_scores, axis=1).astype(jnp.int32), all_scores.min(axis=1)
-    return jnp.where(jnp.isnan(least), 0, index), squared_distance(x, least)
-
-
-def scores(x, codebook):
-    """[N, K]: half of the squared distance, less |x|^2 / 2, which is the same for all entries."""
     product = jnp.einsum("nd,kd->nk", x, codebook, precision=jax.lax.Precision.HIGHEST)
-    return 0.5 * jnp.square(codebook).sum(axis=1)[None] - product
+    scores = 0.5 * jnp.square(codebook).sum(axis=1)[None] - product
+    index, least = jnp.argmin(scores, axis=1).astype(jnp.int32), scores.min(axis=1)
+    return jnp.where(jnp.isnan(least), 0, index), squared_distance(x, least)
 
 
 def squared_distance(x, score):

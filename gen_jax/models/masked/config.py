@@ -92,12 +92,7 @@ class MaskGITOptions(IterativeOptions):
 
 
 @frozen
-class RandomOrderOptions(IterativeOptions):
-    """Groups of positions in a random order, another for each sample."""
-
-    name: ClassVar[str] = "random_order"
-    make: ClassVar[str] = "gen_jax.models.masked.samplers:OrderedGroups.from_options"
-
+class _GroupOptions(IterativeOptions):
     schedule: ScheduleName = "cosine"
     """How many tokens are masked after each round."""
     temperature: float = 1.0
@@ -109,7 +104,15 @@ class RandomOrderOptions(IterativeOptions):
 
 
 @frozen
-class HaltonOptions(IterativeOptions):
+class RandomOrderOptions(_GroupOptions):
+    """Groups of positions in a random order, another for each sample."""
+
+    name: ClassVar[str] = "random_order"
+    make: ClassVar[str] = "gen_jax.models.masked.samplers:OrderedGroups.from_options"
+
+
+@frozen
+class HaltonOptions(_GroupOptions):
     """Groups of positions in the order of Halton's sequence (Besnier et al. 2025)."""
 
     name: ClassVar[str] = "halton"
@@ -117,12 +120,6 @@ class HaltonOptions(IterativeOptions):
 
     schedule: ScheduleName = "cubic"
     """How many tokens are masked after each round."""
-    temperature: float = 1.0
-    """Divides the logits; 0 takes the likeliest tokens."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_temperature("temperature", self.temperature)
 
 
 @frozen

@@ -4,6 +4,7 @@ B batch, L length, T rounds, V vocabulary. Each takes a `Denoiser`, L and T, and
 `sampling.Sampler` whose state is a `MaskedState`.
 """
 
+import dataclasses
 import math
 from typing import Any, Literal
 
@@ -20,7 +21,6 @@ from gen_jax.models.masked.iterative import IterativeSampler, MaskedState
 from gen_jax.models.masked.losses import MaskedModel
 from gen_jax.models.masked.orders import halton_order
 from gen_jax.models.masked.schedules import (
-    SCHEDULES,
     Cosine,
     Curve,
     Fixed,
@@ -167,8 +167,8 @@ class OrderedGroups(_Scheduled):
         grid = model.grid or (length,)
         if math.prod(grid) != length:
             raise ValueError(f"a grid of {grid} has not the {length} positions of the sampler")
-        rounds, schedule = min(options.rounds, length), SCHEDULES[options.schedule]
-        return cls(model, length, rounds, schedule, options.temperature, halton_order(grid))
+        sampler = cls.from_options(options, model, length)
+        return dataclasses.replace(sampler, order=halton_order(grid))
 
     def start(
         self,

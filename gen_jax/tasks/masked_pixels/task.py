@@ -114,8 +114,7 @@ def _complete(config, shape, sequences, run: Run) -> dict:
     choice, sampler = config.complete, run.task.sampler
     chosen = sequences.images.indices(0, 0, min(choice.images, len(sequences)))
     wholes = sequences.tokens_of(sequences.images.images[chosen])
-    grid = (shape[0] // config.patch, shape[1] // config.patch, *shape[2:])
-    hidden = hidden_part(choice.hide, grid).reshape(-1)
+    hidden = hidden_part(choice.hide, run.task.model.grid).reshape(-1)
     tokens = np.repeat(wholes, choice.fills, axis=0)
     cond = Condition(given=tokens, is_given=np.broadcast_to(~hidden, tokens.shape))
     if config.conditional:
