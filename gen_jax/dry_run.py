@@ -11,7 +11,7 @@ from gen_jax import cli, memory, operations, parallel, runs, training
 from gen_jax import config as config_lib
 from gen_jax.config import RunConfig
 from gen_jax.task import Stage
-from gen_jax.training_step import init_state, make_step
+from gen_jax.training_step import abstract_state, make_step
 from gen_jax.workdir import Workdir
 
 __all__ = ["dry_run", "training_step"]
@@ -59,7 +59,7 @@ def training_step(
       earlier: the averaged parameters of the stages before, by name.
     """
     train = stage.training(config)
-    state = jax.eval_shape(lambda: init_state(train, stage.trainable))
+    state = abstract_state(train, stage.trainable)
     if not train.ema:
         state = state.replace(ema=None)
     batch = stage.batch(0, (0, 1), earlier)
@@ -69,7 +69,7 @@ def training_step(
 
 def _describe(config: RunConfig, stage: Stage, mesh, earlier) -> dict[str, Any]:
     train = stage.training(config)
-    held = jax.eval_shape(lambda: init_state(train, stage.trainable))
+    held = abstract_state(train, stage.trainable)
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(held))
     step, arguments = training_step(config, stage, mesh, earlier)
     batch = arguments[1]

@@ -21,7 +21,13 @@ from tqdm import tqdm
 
 from gen_jax import checkpoint, event_log, hosts, memory, parallel, signals
 from gen_jax.config import TrainConfig
-from gen_jax.training_step import Trainable, TrainState, init_state, make_step
+from gen_jax.training_step import (
+    Trainable,
+    TrainState,
+    abstract_state,
+    init_state,
+    make_step,
+)
 from gen_jax.workdir import MetricsLog, Workdir
 
 __all__ = [
@@ -30,6 +36,7 @@ __all__ = [
     "TrainState",
     "Trainable",
     "Trained",
+    "abstract_state",
     "check_start",
     "fit",
     "init_state",
@@ -129,7 +136,7 @@ def fit(
     check_start(config, trainable, mesh, initial is not None)
     if jax.process_index() == 0:
         workdir.create()
-    abstract = jax.eval_shape(lambda: init_state(config, trainable))
+    abstract = abstract_state(config, trainable)
     memory.check_arrays("the state of training", abstract, len(mesh.local_devices))
     if checkpoint.steps(workdir.checkpoints):
         state = _restore(workdir, abstract)

@@ -20,7 +20,7 @@ from gen_jax import keys, parallel
 from gen_jax.config import TrainConfig
 from gen_jax.trees import named_leaves
 
-__all__ = ["TrainState", "Trainable", "init_state", "make_step"]
+__all__ = ["TrainState", "Trainable", "abstract_state", "init_state", "make_step"]
 
 _OURS = ("examples_per_second", "skipped", "step", "stop")  # names that the loop gives to metrics
 
@@ -103,9 +103,23 @@ def init_state(config: TrainConfig, trainable: Trainable, initial: Any | None = 
       ValueError: the trainable cannot start from given values, or these are of another structure,
         shape or dtype than its own.
     """
+    if initial is not None:
+        expected = trainable.averaged(abstract_state(config, trainable).state)
+        _check_like("initial", expected, initial)
+    # One program, which runs once: on CPUs LLVM's optimisations take longer than they save.
+    on_cpu = jax.default_backend() == "cpu"
+    options = {"xla_backend_optimization_level": 1} if on_cpu else None
+    return jax.jit(functools.partial(_begin, config, trainable), compiler_options=options)(initial)
+
+
+def abstract_state(config: TrainConfig, trainable: Trainable) -> TrainState:
+    """Shapes and dtypes of `init_state`, as `jax.ShapeDtypeStruct`; nothing is computed."""
+    return jax.eval_shape(functools.partial(_begin, config, trainable), None)
+
+
+def _begin(config, trainable, initial):
     state = trainable.init(keys.root(config.seed, "init"))
     if initial is not None:
-        _check_like("initial", trainable.averaged(state), initial)
         state = trainable.replace_averaged(state, initial)
     state = jax.tree.map(jnp.asarray, state)
     ema = jax.tree.map(jnp.copy, trainable.averaged(state))

@@ -62,7 +62,8 @@ def test_no_key_is_used_twice_in_training(accumulate):
         "label": jax.ShapeDtypeStruct((16,), np.int32),
     }
     stop = jax.ShapeDtypeStruct((mesh.size,), np.int32)
-    state = shapes(lambda: training.init_state(config, trainable))
+    with jax.debug_key_reuse(True):
+        state = training.abstract_state(config, trainable)
     step = training.make_step(trainable, config, mesh)
     with jax.debug_key_reuse(True):
         assert step.lower(state, batch, stop).as_text()
