@@ -89,16 +89,19 @@ def _named(headline):
     return headline.replace("_", " ")
 
 
-def _colour(alt):
+def _colour(passed):
+    """The colour of a group, in every figure the same, whatever groups that figure has."""
+    alt, groups = _altair(), sorted({entry["group"] for entry in passed})
     legend = alt.Legend(symbolOpacity=1)  # some layers are paler than their groups
-    return alt.Color("group:N", title=None, scale=alt.Scale(scheme="tableau10"), legend=legend)
+    scale = alt.Scale(scheme="tableau10", domain=groups)
+    return alt.Color("group:N", title=None, scale=scale, legend=legend)
 
 
 def _quality_nfe(passed, headline):
     alt, name = _altair(), _named(headline)
     y = alt.Y(f"{name}:Q", axis=alt.Axis(format="%"), scale=alt.Scale(domain=[0, 1]))
     points = _points(passed, headline, ("quality", "perfect"), name)
-    return _against_nfe(points, y, alt.Tooltip(f"{name}:Q", format=".1%"))
+    return _against_nfe(passed, points, y, alt.Tooltip(f"{name}:Q", format=".1%"))
 
 
 def _loss_nfe(passed):
@@ -109,20 +112,20 @@ def _loss_nfe(passed):
         # Near 0 linear: one by one loses a hundredth of a nat, at once tens.
         axis = alt.Axis(values=[0, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100], format="~g")
         y = alt.Y("nats lost:Q", axis=axis, scale=alt.Scale(type="symlog", constant=0.1))
-        return _against_nfe(lost, y, alt.Tooltip("nats lost:Q", format=".3f"))
+        return _against_nfe(passed, lost, y, alt.Tooltip("nats lost:Q", format=".3f"))
     bits = _points(passed, "", ("bits",), "bits per unit")
     if not bits:
         return None
     y = alt.Y("bits per unit:Q", scale=alt.Scale(zero=False))
-    return _against_nfe(bits, y, alt.Tooltip("bits per unit:Q", format=".3f"))
+    return _against_nfe(passed, bits, y, alt.Tooltip("bits per unit:Q", format=".3f"))
 
 
-def _against_nfe(points, y, tooltip):
+def _against_nfe(passed, points, y, tooltip):
     alt = _altair()
     base = alt.Chart(alt.Data(values=points)).encode(
         x=alt.X("NFE:Q", scale=alt.Scale(type="log", nice=False, padding=12)),
         y=y,
-        color=_colour(alt),
+        color=_colour(passed),
         tooltip=["strategy:N", "network:N", "NFE:Q", tooltip],
     )
     lines = base.mark_line(strokeDash=[2, 3], opacity=0.5).encode(detail="strategy:N")
@@ -157,7 +160,7 @@ def _quality_rate(passed, headline):
         .encode(
             x=x,
             y=y,
-            color=_colour(alt),
+            color=_colour(passed),
             tooltip=[
                 "strategy:N",
                 alt.Tooltip("samples per second:Q", format=",.0f"),
@@ -213,7 +216,7 @@ def _rate_batch(passed):
         .encode(
             x=x,
             y=y,
-            color=_colour(alt),
+            color=_colour(passed),
             detail="strategy:N",
             tooltip=["strategy:N", "batch:Q", alt.Tooltip("samples per second:Q", format=",.0f")],
         )

@@ -82,8 +82,9 @@ def make(strategy: Strategy, loaded: Mapping[str, Loaded]) -> Contestant:
         sampler, params = resolve(strategy.make)(loaded)
     if sampler is None:
         raise GateError(f"the run {strategy.runs[0]} has no sampler")
-    keys = sampling.sample_keys(0, 0, 1)
-    jax.eval_shape(lambda: sampling.generate(sampler, params, keys, first.condition(1)))
+    cond = first.condition(1)
+    cond.check(type(sampler).__name__, sampler.conditions, 1)
+    sampler.check(params, cond)
     prepared = jax.jit(sampler.prepare)(params)
     return Contestant(strategy, first, sampler, params, prepared)
 

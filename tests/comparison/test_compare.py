@@ -225,6 +225,23 @@ def test_what_is_lost_is_drawn_where_it_is_known(laws, unit, points):
     assert [(row["network"], row[unit]) for row in rows] == points
 
 
+def test_a_group_has_the_same_colour_in_every_figure():
+    groups = {"of a law": "rounds", "of none": "at once", "of none again": "codes"}
+    laws = {"of a law": {"kl": 3.0, "kl_perfect": 1.0}}
+    strategies = [entry(name, 2, **laws.get(name, {})) for name in groups]
+    for strategy in strategies:
+        strategy["group"] = groups[strategy["title"]]
+    charts = figures.charts({"strategies": strategies, "headline": "known_words"})
+    charts.pop("latency")  # of parts, not of groups
+    assert len(charts) == 4
+    for _, chart in charts.values():
+        described = chart.to_dict()
+        layers = [one["encoding"] for one in described.get("layer", [described])]
+        domains = [one["color"]["scale"]["domain"] for one in layers if "color" in one]
+        assert domains
+        assert all(domain == sorted(groups.values()) for domain in domains)
+
+
 def test_crossings_and_the_pareto_front():
     ours, others = [(1, 10), (8, 80), (64, 640)], [(1, 40), (8, 40), (64, 40)]
     ((batch, rate),) = figures.crossings(ours, others)
