@@ -38,17 +38,14 @@ def dry_run(
     cli.print_summary("configuration", options)
     if task.sizes:
         cli.print_summary("data", task.sizes)
-    earlier = {}
     for stage in task.stages:
         given = stage.initial is not None
         training.check_start(stage.training(config), stage.trainable, mesh, given)
-        cli.print_summary(f"training of {stage.name}", _describe(config, stage, mesh, earlier))
-        zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), stage.abstract_params())
-        earlier[stage.name] = zeros
+        cli.print_summary(f"training of {stage.name}", _describe(config, stage, mesh))
 
 
 def training_step(
-    config: RunConfig, stage: Stage, mesh: Mesh, earlier: Any
+    config: RunConfig, stage: Stage, mesh: Mesh
 ) -> tuple[Callable[..., Any], tuple[Any, dict[str, np.ndarray], np.ndarray]]:
     """The step of training of a stage, and its arguments: state (shapes alone), batch and flags.
 
@@ -56,22 +53,21 @@ def training_step(
       config: of the run.
       stage: of its task.
       mesh: of `parallel.data_mesh`.
-      earlier: the averaged parameters of the stages before, by name.
     """
     train = stage.training(config)
     state = abstract_state(train, stage.trainable)
     if not train.ema:
         state = state.replace(ema=None)
-    batch = stage.batch(0, (0, 1), earlier)
+    batch = stage.batch_like() if stage.batch_like else stage.batch(0, (0, 1), {})
     step = make_step(stage.trainable, train, mesh)
     return step, (state, batch, np.zeros(mesh.size, np.int32))
 
 
-def _describe(config: RunConfig, stage: Stage, mesh, earlier) -> dict[str, Any]:
+def _describe(config: RunConfig, stage: Stage, mesh) -> dict[str, Any]:
     train = stage.training(config)
     held = abstract_state(train, stage.trainable)
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(held))
-    step, arguments = training_step(config, stage, mesh, earlier)
+    step, arguments = training_step(config, stage, mesh)
     batch = arguments[1]
     peak = operations.peak_memory(step.lower(*arguments).compile())
     parameters = sum(leaf.size for leaf in jax.tree.leaves(stage.abstract_params()))

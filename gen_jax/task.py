@@ -53,6 +53,9 @@ class Stage:
       trainable: what is trained.
       batch: batch(step, shard, earlier) is part shard[0] of shard[1] of the batch of a step, in
         NumPy arrays; `earlier` has the averaged parameters of the stages before this one, by name.
+      batch_like: batch_like() is of the names, shapes and dtypes of the whole first batch, for what
+        is counted before anything is trained or written; None where `batch` needs no earlier stage,
+        and writes nothing.
       record: JSON values that are kept in each checkpoint, from which the task can be made again
         without its data.
       must_match: names of entries of the record by which parameters are read, such as the
@@ -70,6 +73,7 @@ class Stage:
     name: str
     trainable: Trainable
     batch: Callable[[int, tuple[int, int], Mapping[str, Any]], dict[str, np.ndarray]]
+    batch_like: Callable[[], dict[str, np.ndarray]] | None = None
     record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     must_match: tuple[str, ...] = ()
     evaluate: Callable[[Any], dict[str, Any]] | None = None

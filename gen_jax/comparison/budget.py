@@ -5,7 +5,6 @@ import jax
 from gen_jax import operations, parallel, runs
 from gen_jax.config import RunConfig
 from gen_jax.dry_run import training_step
-from gen_jax.task import Run
 from gen_jax.workdir import Workdir
 
 __all__ = ["of_run"]
@@ -25,12 +24,11 @@ def of_run(config: RunConfig) -> dict[str, int]:
     """
     workdir, phases = Workdir(config.workdir), ("train",)
     task = runs.make_task(config, workdir, phases, config.load(workdir.path, phases))
-    params, _ = runs.restore(Run(config.task, config, workdir, phases, task))
     mesh = parallel.data_mesh()
     total = {"parameters": 0, "training_operations": 0, "training_examples": 0}
     for stage in task.stages:
         train = stage.training(config)
-        step, arguments = training_step(config, stage, mesh, params)
+        step, arguments = training_step(config, stage, mesh)
         operations_of_step = mesh.size * operations.count(step, *arguments)
         total["parameters"] += sum(leaf.size for leaf in jax.tree.leaves(stage.abstract_params()))
         total["training_operations"] += train.steps * operations_of_step

@@ -13,17 +13,19 @@ from PIL import Image
 
 import gen_jax
 from experiments.two_stage import EXPERIMENT
-from gen_jax import checkpoint, cli, interop, sampling
+from gen_jax import checkpoint, cli, interop, runs, sampling
 from gen_jax.data import DataConfig
 from gen_jax.models.autoregressive.config import SamplingOptions
 from gen_jax.models.masked import HaltonOptions, MaskedModel, OrderedGroups
 from gen_jax.models.vq.config import CodebookOptions
 from gen_jax.nn.config import AutoencoderConfig, TransformerConfig, UNetConfig
 from gen_jax.nn.transformer import TokenNetwork
+from gen_jax.task import Run
 from gen_jax.tasks import masked_rounds
 from gen_jax.tasks.images.config import LabelledSampleConfig
 from gen_jax.tasks.two_stage.config import EvaluateConfig, TwoStageConfig
 from gen_jax.tasks.two_stage.task import _exactly
+from gen_jax.workdir import Workdir
 from miniature import TRAIN, arrays, summary
 from random_networks import random_params
 from refusals import refused_in
@@ -92,6 +94,26 @@ def test_the_command_all_leaves_everything(finished):
     again = sampling.generate(loaded.sampler, loaded.params, keys, loaded.condition(5))
     np.testing.assert_allclose(again, images, atol=1e-4)
     assert list(EXPERIMENT.presets) == ["ar", "masked", "one_shot", "next_scale", "diffusion"]
+
+
+@pytest.mark.parametrize("prior", ["ar", "diffusion"])
+def test_a_dry_run_knows_the_batches_and_leaves_nothing(prior, finished, tmp_path, capsys):
+    """The codes are those of an autoencoder that is not trained yet."""
+    of_latents = ("--prior", prior, "--diffusion.reference", 4, "--conditional")
+    options = of_latents if prior == "diffusion" else ()
+    assert main("--dry-run", "--workdir", tmp_path / "run", *options) == 0
+    assert not (tmp_path / "run").exists()
+    printed = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    workdir = Workdir(tmp_path / "run" if options else finished)
+    if options:
+        assert main("train", "--workdir", workdir.path, *options) == 0
+    config = cli.stored_run(workdir.path, TwoStageConfig)
+    task = runs.make_task(config, workdir, ("train",), config.load(workdir.path, ("train",)))
+    params, _ = runs.restore(Run("two_stage", config, workdir, ("train",), task))
+    batch = task.stages[1].batch(0, (0, 1), params)
+    assert "label" in batch if options else set(batch) == {"tokens"}
+    for name, leaf in batch.items():
+        assert f"batch {name.replace('_', ' ')} {leaf.dtype} {list(leaf.shape)}" in printed
 
 
 def test_each_stage_shows_what_it_has_learned(finished):

@@ -56,6 +56,9 @@ class CodeFiles:
       model: the autoencoder.
       latents: whether its latents are kept, not its codes; see `encoded`.
       mirrored: whether the training images mirrored left to right follow.
+
+    Attributes:
+      row, dtype: the shape and dtype of what one image gives.
     """
 
     def __init__(
@@ -68,7 +71,7 @@ class CodeFiles:
     ):
         self._folder, self._images = folder, images
         whole = model.latent_shape if latents else (math.prod(model.code_shape),)
-        self._row, self._dtype = whole, np.dtype(np.float32 if latents else np.int32)
+        self.row, self.dtype = whole, np.dtype(np.float32 if latents else np.int32)
         self._mirrored = {split: mirrored and split == "train" for split in images}
         self._read: dict[pathlib.Path, np.ndarray] = {}
 
@@ -123,7 +126,7 @@ class CodeFiles:
         """A file of codes, compared with the digest in its record where one is given."""
         number = len(self._images[split]) * (1 + self._mirrored[split])
         try:
-            codes = array_files.map_npy(path, (number, *self._row), self._dtype)
+            codes = array_files.map_npy(path, (number, *self.row), self.dtype)
             whole = record is None or read_json(record)["digest"] == checkpoint.digest(codes)
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise _damaged(path) from error

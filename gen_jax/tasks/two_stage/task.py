@@ -47,6 +47,7 @@ def make(config: TwoStageConfig, context: Context) -> Task:
         name="prior",
         trainable=ModelTrainable(model, config.train),
         batch=functools.partial(_batch, config, space),
+        batch_like=functools.partial(_batch_of, config, space, space.blank),
         record={
             "image_shape": list(space.model.shape),
             "classes": classes,
@@ -134,8 +135,19 @@ class _Space:
             coins = np.random.default_rng([seed, step]).integers(0, 2, size)
             places = chosen + len(images) * coins
         mine = shard_slice(size, shard)
-        name = "latent" if self.latents else "tokens"
-        return {name: np.asarray(codes[places[mine]]), "label": images.labels[chosen[mine]]}
+        return {self._name: np.asarray(codes[places[mine]]), "label": images.labels[chosen[mine]]}
+
+    def blank(self, seed: int, size: int) -> dict[str, np.ndarray]:
+        """Arrays of the names, shapes and dtypes of `draw`, all zeros."""
+        del seed
+        blank = np.zeros((size, *self._files.row), self._files.dtype)
+        labels = self.images["train"].labels
+        return {self._name: blank, "label": np.zeros(size, labels.dtype)}
+
+    @property
+    def _name(self):
+        """Of codes or latents in a batch."""
+        return "latent" if self.latents else "tokens"
 
     def codes(self, split: str) -> np.ndarray:
         """The codes or scaled latents of a split, from a file of the work directory."""
@@ -202,7 +214,12 @@ def _batch(config, space, step, shard, earlier):
     """Codes or scaled latents of images, and labels for a conditional prior."""
     if space.params is None:
         space.params = jax.device_get(earlier["autoencoder"])
-    draw, reference = functools.partial(space.draw, step, shard), 0
+    return _batch_of(config, space, functools.partial(space.draw, step, shard))
+
+
+def _batch_of(config, space, draw):
+    """A batch of what `draw` gives."""
+    reference = 0
     if space.latents:
         reference = image_files.reference_size(config.diffusion, len(space.images["train"]))
     return image_files.batch_of(draw, config.train, reference, config.conditional)
