@@ -25,6 +25,7 @@ from gen_jax.sampling import Sampler
 __all__ = ["Contestant", "examine", "make", "time_once"]
 
 _ALONE, _SHOWN, _FRAMES = 4, 16, 48  # samples drawn one by one; in the stepwise loop; pictures
+_SCORED = 32  # samples to score are drawn at least so many at a time, however long that takes
 _TIMES = 7  # runs of network and loop, in turns
 _GAIN, _LONG = 1.15, 2.0  # a larger batch must have been so much faster; seconds it may take
 
@@ -118,7 +119,7 @@ def examine(
     gates.check_cache(few)
     stepwise, shown, counted = _stepwise(contestant, judge, few)
     swept = _sweep(contestant, batches, seed)
-    batch = swept[-1]
+    batch = max(swept[-1], min(_SCORED, number))
     parts = [contestant.draw(seed, start, batch) for start in range(0, number, batch)]
     samples = np.concatenate(parts)[:number]
     judge.check(loaded, samples)
@@ -133,7 +134,7 @@ def examine(
         "compile_seconds": contestant.compile_seconds[1],
         "operations_per_sample": one.operations,
         **counted,
-        "peak_memory_bytes": operations.peak_memory(contestant.program(batch)),
+        "peak_memory_bytes": operations.peak_memory(contestant.program(swept[-1])),
         "samples": number,
         "quality": judge.score(loaded, samples),
         "network_share": _network_share(contestant, seed),
