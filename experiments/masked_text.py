@@ -31,17 +31,32 @@ import sys
 
 from experiments import gpt_text
 from gen_jax import cli
+from gen_jax.config import TrainConfig
 from gen_jax.models.masked.config import AbsorbingDiffusionOptions
 from gen_jax.tasks.masked_text.config import MaskedTextConfig, MaskedTextSampleConfig
 
+# As many windows as gpt_text reads, in fewer and larger steps of Muon.
+_TINY_TRAIN = dataclasses.replace(
+    gpt_text.TINY.train,
+    steps=300,
+    batch=64,
+    optimizer="muon",
+    learning_rate=2e-2,
+    warmup=20,
+    checkpoint_every=100,
+    evaluate_every=100,
+)
 
-def _masked(name: str, base: gpt_text.TextRunConfig) -> MaskedTextConfig:
-    """The same data, network and training as an autoregressive configuration has."""
+
+def _masked(
+    name: str, base: gpt_text.TextRunConfig, train: TrainConfig | None = None
+) -> MaskedTextConfig:
+    """The same data, network and, where none is given, training as an autoregressive run has."""
     return MaskedTextConfig(
         workdir=f"runs/masked_text_{name}",
         data=base.data,
         model=dataclasses.replace(base.model, causal=False, extra_inputs=1),
-        train=base.train,
+        train=train or base.train,
         sample=MaskedTextSampleConfig(number=16),
         sampler=AbsorbingDiffusionOptions(rounds=64),
     )
@@ -51,7 +66,7 @@ EXPERIMENT = cli.Experiment(
     name="masked_text",
     about="Text in rounds over all tokens; by default on the English that comes with Python.",
     presets={
-        "tiny": _masked("tiny", gpt_text.TINY),
+        "tiny": _masked("tiny", gpt_text.TINY, _TINY_TRAIN),
         "shakespeare_char": _masked("shakespeare_char", gpt_text.SHAKESPEARE_CHAR),
         "shakespeare_char_gpu": _masked("shakespeare_char_gpu", gpt_text.SHAKESPEARE_CHAR_GPU),
     },
