@@ -373,7 +373,7 @@ def cifar10(folder: str) -> Comparison:
         quantiser=vq_cifar.CPU.quantiser,
         coder_train=coder_train,
         model=replace(two_stage.AR.model, layers=3, width=112, mlp_dim=448),
-        train=replace(two_stage.AR.train, steps=900, batch=32, **few),
+        train=replace(two_stage.AR.train, steps=1400, batch=32, **few),
     )
     network = replace(ddpm_cifar.CPU.model, widths=(32, 48, 80))
     return Comparison(
