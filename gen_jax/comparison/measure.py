@@ -119,9 +119,7 @@ def examine(
     gates.check_cache(few)
     stepwise, shown, counted = _stepwise(contestant, judge, few)
     swept = _sweep(contestant, batches, seed)
-    batch = max(swept[-1], min(_SCORED, number))
-    parts = [contestant.draw(seed, start, batch) for start in range(0, number, batch)]
-    samples = np.concatenate(parts)[:number]
+    samples, batch = _scored(contestant, number, swept[-1], seed)
     judge.check(loaded, samples)
     _check_equal(contestant, samples, stepwise, batch, seed)
     law = judge.law(loaded, sampler, contestant.params)
@@ -209,6 +207,13 @@ def _sweep(contestant, batches, seed):
             break
         rate = max(rate, now)
     return tuple(swept)
+
+
+def _scored(contestant, number, timed, seed):
+    """The samples to score, and how many of them were drawn at a time."""
+    batch = max(timed, min(_SCORED, number))
+    parts = [contestant.draw(seed, start, batch) for start in range(0, number, batch)]
+    return np.concatenate(parts)[:number], batch
 
 
 def _check_equal(contestant, samples, stepwise, batch, seed):

@@ -242,6 +242,23 @@ def test_a_group_has_the_same_colour_in_every_figure():
         assert all(domain == sorted(groups.values()) for domain in domains)
 
 
+@pytest.mark.parametrize(
+    ("number", "timed", "parts"),
+    [(40, 1, [(0, 32), (32, 32)]), (12, 1, [(0, 12)]), (40, 64, [(0, 64)])],
+)
+def test_samples_to_score_are_drawn_together_though_slow_ones_are_timed_alone(number, timed, parts):
+    drawn = []
+
+    class Contestant:
+        def draw(self, seed, start, batch):
+            drawn.append((start, batch))
+            return np.arange(start, start + batch)
+
+    samples, batch = measure._scored(Contestant(), number, timed, 0)
+    assert (drawn, batch) == (parts, parts[0][1])
+    np.testing.assert_array_equal(samples, np.arange(number))
+
+
 def test_crossings_and_the_pareto_front():
     ours, others = [(1, 10), (8, 80), (64, 640)], [(1, 40), (8, 40), (64, 40)]
     ((batch, rate),) = figures.crossings(ours, others)
