@@ -33,6 +33,20 @@ from gen_jax.nn.config import TransformerConfig
 from gen_jax.tasks.images.config import LabelledSampleConfig
 from gen_jax.tasks.pixels.config import EvaluateConfig, PixelsConfig
 
+_ADAM = TrainConfig(
+    steps=3000,
+    batch=8,
+    learning_rate=3e-3,
+    warmup=100,
+    decay="cosine",
+    final_rate=0.02,
+    beta2=0.98,
+    ema=0.98,
+    ema_warmup=True,
+    log_every=50,
+    checkpoint_every=1000,
+)
+
 TINY = PixelsConfig(
     workdir="runs/gpt_pixels_tiny",
     data=DataConfig(name="shapes", size=16, palette=True),
@@ -47,18 +61,13 @@ TINY = PixelsConfig(
         tied=False,
         extra_inputs=1,
     ),
-    train=TrainConfig(
+    train=dataclasses.replace(
+        _ADAM,
         steps=500,
         batch=32,
         optimizer="muon",
         learning_rate=2e-2,
         warmup=30,
-        decay="cosine",
-        final_rate=0.02,
-        beta2=0.98,
-        ema=0.98,
-        ema_warmup=True,
-        log_every=50,
         checkpoint_every=250,
     ),
     sample=LabelledSampleConfig(number=256, micro_batch=128),
@@ -70,15 +79,7 @@ PATCHES = PixelsConfig(
     data=TINY.data,
     patch=4,
     model=dataclasses.replace(TINY.model, vocabulary=0, context=16, layers=2, width=128, heads=4),
-    train=dataclasses.replace(
-        TINY.train,
-        steps=3500,
-        batch=64,
-        optimizer="adam",
-        learning_rate=2e-3,
-        warmup=100,
-        checkpoint_every=1000,
-    ),
+    train=dataclasses.replace(_ADAM, steps=3500, batch=64, learning_rate=2e-3),
     sample=TINY.sample,
 )
 
@@ -87,7 +88,7 @@ FOLDER = PixelsConfig(
     workdir="runs/gpt_pixels_folder",
     data=DataConfig(name="folder", dir="images", size=16, flip=True),
     model=dataclasses.replace(TINY.model, vocabulary=0, context=768),
-    train=dataclasses.replace(PATCHES.train, steps=3000, batch=8, learning_rate=3e-3),
+    train=_ADAM,
     sample=LabelledSampleConfig(number=64, micro_batch=64),
     evaluate=EvaluateConfig(images=64, batch=16),
 )

@@ -31,7 +31,6 @@ import sys
 
 from experiments import gpt_text
 from gen_jax import cli
-from gen_jax.config import TrainConfig
 from gen_jax.models.masked.config import AbsorbingDiffusionOptions
 from gen_jax.tasks.masked_text.config import MaskedTextConfig, MaskedTextSampleConfig
 
@@ -48,15 +47,13 @@ _TINY_TRAIN = dataclasses.replace(
 )
 
 
-def _masked(
-    name: str, base: gpt_text.TextRunConfig, train: TrainConfig | None = None
-) -> MaskedTextConfig:
-    """The same data, network and, where none is given, training as an autoregressive run has."""
+def _masked(name: str, base: gpt_text.TextRunConfig) -> MaskedTextConfig:
+    """The same data, network and training as an autoregressive configuration has."""
     return MaskedTextConfig(
         workdir=f"runs/masked_text_{name}",
         data=base.data,
         model=dataclasses.replace(base.model, causal=False, extra_inputs=1),
-        train=train or base.train,
+        train=base.train,
         sample=MaskedTextSampleConfig(number=16),
         sampler=AbsorbingDiffusionOptions(rounds=64),
     )
@@ -66,7 +63,7 @@ EXPERIMENT = cli.Experiment(
     name="masked_text",
     about="Text in rounds over all tokens; by default on the English that comes with Python.",
     presets={
-        "tiny": _masked("tiny", gpt_text.TINY, _TINY_TRAIN),
+        "tiny": dataclasses.replace(_masked("tiny", gpt_text.TINY), train=_TINY_TRAIN),
         "shakespeare_char": _masked("shakespeare_char", gpt_text.SHAKESPEARE_CHAR),
         "shakespeare_char_gpu": _masked("shakespeare_char_gpu", gpt_text.SHAKESPEARE_CHAR_GPU),
     },

@@ -21,13 +21,7 @@ from tqdm import tqdm
 
 from gen_jax import checkpoint, event_log, hosts, memory, parallel, signals
 from gen_jax.config import TrainConfig
-from gen_jax.training_step import (
-    Trainable,
-    TrainState,
-    abstract_state,
-    init_state,
-    make_step,
-)
+from gen_jax.training_step import Trainable, TrainState, abstract_state, init_state, make_step
 from gen_jax.workdir import MetricsLog, Workdir
 
 __all__ = [
