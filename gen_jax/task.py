@@ -89,8 +89,12 @@ class Stage:
 
     def abstract_params(self) -> Any:
         """Shapes and dtypes of the averaged parameters."""
-        trainable = self.trainable
-        return jax.eval_shape(lambda: trainable.averaged(trainable.init(jax.random.key(0))))
+        return _abstract_averaged(self.trainable)
+
+
+@functools.lru_cache(maxsize=64)
+def _abstract_averaged(trainable):
+    return jax.eval_shape(lambda: trainable.averaged(trainable.init(jax.random.key(0))))
 
 
 @dataclasses.dataclass(frozen=True)

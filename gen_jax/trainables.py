@@ -250,6 +250,9 @@ class Alternating:
         if self.accumulate < 1:
             raise ValueError(f"accumulate must be at least 1, got {self.accumulate}")
 
+    def __hash__(self):
+        return hash((tuple(self.players), self.init_params, self.turns, self.accumulate))
+
     def init(self, key: Key[Array, ""]) -> dict[str, Any]:
         """Fresh parameters and optimisers; the first turn of the round comes next.
 

@@ -27,7 +27,7 @@ _OURS = ("examples_per_second", "skipped", "step", "stop")  # names that the loo
 
 @runtime_checkable
 class Trainable(Protocol):
-    """What `fit` trains: a state, and how one batch changes it.
+    """What `fit` trains: a state, and how one batch changes it; hashable, as models are.
 
     It may also have `replace_averaged(state, tree) -> state`, the state at the start with another
     tree in the place of `averaged`, for training from given values (see `fit`), an attribute
@@ -106,15 +106,20 @@ def init_state(config: TrainConfig, trainable: Trainable, initial: Any | None = 
     if initial is not None:
         expected = trainable.averaged(abstract_state(config, trainable).state)
         _check_like("initial", expected, initial)
-    # One program, which runs once: on CPUs LLVM's optimisations take longer than they save.
-    on_cpu = jax.default_backend() == "cpu"
-    options = {"xla_backend_optimization_level": 1} if on_cpu else None
-    return jax.jit(functools.partial(_begin, config, trainable), compiler_options=options)(initial)
+    return _beginning(config, trainable)(initial)
 
 
 def abstract_state(config: TrainConfig, trainable: Trainable) -> TrainState:
     """Shapes and dtypes of `init_state`, as `jax.ShapeDtypeStruct`; nothing is computed."""
-    return jax.eval_shape(functools.partial(_begin, config, trainable), None)
+    return _beginning(config, trainable).eval_shape(None)
+
+
+@functools.lru_cache(maxsize=16)  # so that it is traced once for shapes and values
+def _beginning(config, trainable):
+    # One program, which runs once: on CPUs LLVM's optimisations take longer than they save.
+    on_cpu = jax.default_backend() == "cpu"
+    options = {"xla_backend_optimization_level": 1} if on_cpu else None
+    return jax.jit(functools.partial(_begin, config, trainable), compiler_options=options)
 
 
 def _begin(config, trainable, initial):

@@ -24,6 +24,7 @@ _FLAGS = ["--xla_cpu_parallel_codegen_split_count=1"]
 if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):
     _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join([*_FLAGS, os.environ.get("XLA_FLAGS", "")])  # the last counts
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")  # nobody profiles these programs
 gc.set_threshold(100_000, 20, 50)  # a heap of traced programs is large, and little of it garbage
 
 import jaxtyping  # noqa: E402

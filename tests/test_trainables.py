@@ -481,3 +481,19 @@ def test_parameters_and_metrics_that_are_not_those_of_the_players_are_refused(tm
         )
         with pytest.raises(ValueError, match=message):
             run(tmp_path, everyone, weights)
+
+
+def test_equal_trainables_are_traced_once():
+    """Tracing the start of large networks takes seconds, and a command asks for it several times."""
+    seen = []
+
+    def begin(key):
+        seen.append(key)
+        return {"x": {"value": jnp.ones(3)}}
+
+    player = Player(lambda params, batch, keys: (jnp.sum(params["x"]["value"]), {}), optax.sgd(0.1))
+    first, second = (Alternating({"x": player}, begin, ("x",)) for _ in range(2))
+    shapes = training.abstract_state(CONFIG, first)
+    state = training.init_state(CONFIG, second)
+    assert len(seen) == 1
+    assert jax.tree.map(jax.typeof, state) == jax.tree.map(jax.typeof, shapes)

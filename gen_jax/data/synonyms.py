@@ -86,7 +86,7 @@ class Synonyms:
             token
             for number in range(self.words)
             for style in range(self.styles)
-            for token in self._translation(number, style)
+            for token in self._translations[style][number]
         }
         sources = (f"s{number}" for number in range(self.words))
         return (
@@ -217,26 +217,38 @@ class Synonyms:
         order = generator(self.seed, _STREAMS["dictionary"]).permutation(self.words)
         return tuple(kinds[place] for place in order)
 
-    def _translation(self, number: int, style: int) -> tuple[str, ...]:
-        match self._kinds[number]:
-            case "styled":
-                return (f"{'fi'[style]}{number}",)
-            case "double":
-                return f"t{number}", f"u{number}"
-        return (f"t{number}",)
+    @cached_property
+    def _translations(self) -> tuple[tuple[tuple[str, ...], ...], ...]:
+        """By style and source word."""
+
+        def of(number, kind, style):
+            return {
+                "styled": (f"{style}{number}",),
+                "double": (f"t{number}", f"u{number}"),
+                "plain": (f"t{number}",),
+            }[kind]
+
+        return tuple(
+            tuple(of(number, kind, style) for number, kind in enumerate(self._kinds))
+            for style in "fi"
+        )
 
     def _target(self, numbers: list[int], style: int, order: int) -> str:
         numbers = numbers[::-1] if order else numbers
-        return " ".join(token for n in numbers for token in self._translation(n, style))
+        translations = self._translations[style]
+        return " ".join(token for n in numbers for token in translations[n])
 
     def _numbers(self, source: str) -> list[int]:
-        known = {f"s{number}": number for number in range(self.words)}
-        words = source.split()
+        known, words = self._known, source.split()
         if not words or len(set(words)) != len(words) or not set(words) <= known.keys():
             raise ValueError(
                 f"{source!r} is no source: give distinct words of s0..s{self.words - 1}"
             )
         return [known[word] for word in words]
+
+    @cached_property
+    def _known(self) -> dict[str, int]:
+        return {f"s{number}": number for number in range(self.words)}
 
     def _tokens(self, source: str) -> np.ndarray:
         return np.array([target.split() for target, _ in self.modes(source)]).T  # [L, modes]

@@ -192,7 +192,7 @@ class Pairs:
                 f"not {len(targets)} and {len(sources)}; and long as 'leave out' or 'truncate', "
                 f"not {long!r}"
             )
-        sides = [[_tokens(tokenizer, text) for text in texts] for texts in (sources, targets)]
+        sides = [_tokens(tokenizer, sources), _tokens(tokenizer, targets)]
         fits = [max(len(a), len(b)) < max_length for a, b in zip(*sides, strict=True)]
         if long == "leave out":
             sides = [[ids for ids, fit in zip(side, fits, strict=True) if fit] for side in sides]
@@ -327,15 +327,21 @@ def parse_template(tokenizer: Tokenizer, text: str) -> tuple[list[int | None], b
     ids: list[int | None] = []
     for part in re.split(r"\s*(_+)", text.rstrip()):
         holes = bool(part) and not part.strip("_")
-        ids += [None] * len(part) if holes else _tokens(tokenizer, part).tolist() if part else []
+        if holes:
+            ids += [None] * len(part)
+        elif part:
+            ids += _tokens(tokenizer, [part])[0].tolist()
     return ids + [tokenizer.eos] * (not is_open), is_open
 
 
-def _tokens(tokenizer: Tokenizer, text: str) -> np.ndarray:
-    ids = tokenizer.encode(text)
-    if np.isin(ids, (PAD, tokenizer.eos)).any():
-        raise ValueError(f"{text!r} spells the padding or the EOS token; take it out of the pairs")
-    return ids
+def _tokens(tokenizer: Tokenizer, texts: list[str]) -> list[np.ndarray]:
+    encoded, special = [tokenizer.encode(text) for text in texts], {PAD, tokenizer.eos}
+    for text, ids in zip(texts, encoded, strict=True):
+        if not special.isdisjoint(ids.tolist()):
+            raise ValueError(
+                f"{text!r} spells the padding or the EOS token; take it out of the pairs"
+            )
+    return encoded
 
 
 def _padded(

@@ -42,7 +42,7 @@ class Words(StoredTokenizer):
     def vocabulary(self) -> int:
         return len(self.words)
 
-    @property
+    @cached_property
     def eos(self) -> int | None:
         return next((self._ids[name] for name in EOS_NAMES if name in self._ids), None)
 
