@@ -484,7 +484,7 @@ def test_parameters_and_metrics_that_are_not_those_of_the_players_are_refused(tm
 
 
 def test_equal_trainables_are_traced_once():
-    """Tracing the start of large networks takes seconds, and a command asks for it several times."""
+    """Tracing the start of large networks takes seconds, and commands ask for it several times."""
     seen = []
 
     def begin(key):
