@@ -336,7 +336,18 @@ SHAPES = Comparison(
 )
 
 # Runs on text: 0.8 million parameters, as many steps on as many characters.
-_TEXT_TRAIN = replace(gpt_text.TINY.train, evaluate_every=0, log_every=100, keep=1)
+_TEXT_TRAIN = replace(
+    gpt_text.TINY.train,
+    steps=1200,
+    batch=16,
+    optimizer="adam",
+    learning_rate=3e-3,
+    warmup=50,
+    log_every=100,
+    checkpoint_every=400,
+    evaluate_every=0,
+    keep=1,
+)
 _MASKED_TEXT = masked_text.EXPERIMENT.presets["tiny"]
 TEXT = Comparison(
     data="text",
