@@ -119,8 +119,8 @@ def fit(
         terminal, and elsewhere a line on standard error every half a minute.
 
     Raises:
-      ValueError: the batch does not divide over devices and slices; the trainable cannot start
-        from `initial`; its update is not as `Trainable` says.
+      ValueError: the trainable is not hashable; the batch does not divide over devices and slices;
+        the trainable cannot start from `initial`; its update is not as `Trainable` says.
       Interrupted: a signal came; the state is saved.
       NotFinite: more than `config.max_skipped` updates in a row were not finite; names step and
         seed. The last checkpoint is from before the first of them, or from a step whose own
@@ -163,9 +163,16 @@ def check_start(config: TrainConfig, trainable: Trainable, mesh: Mesh, given: bo
       given: whether training starts from given values.
 
     Raises:
-      ValueError: the batch does not divide over devices and slices, the trainable cannot start
-        from given values, or a package is missing.
+      ValueError: the trainable is not hashable, the batch does not divide over devices and slices,
+        the trainable cannot start from given values, or a package is missing.
     """
+    try:
+        hash(trainable)
+    except TypeError as error:
+        raise ValueError(
+            f"{type(trainable).__name__} is not hashable ({error}): make it a frozen dataclass "
+            "whose fields are"
+        ) from None
     slices = getattr(trainable, "accumulate", 1)
     if slices != config.accumulate:
         raise ValueError(

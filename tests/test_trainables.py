@@ -497,3 +497,14 @@ def test_equal_trainables_are_traced_once():
     state = training.init_state(CONFIG, second)
     assert len(seen) == 1
     assert jax.tree.map(jax.typeof, state) == jax.tree.map(jax.typeof, shapes)
+
+
+def test_a_trainable_that_is_not_hashable_is_refused_before_anything_is_written(tmp_path):
+    class Changing(Alternating):
+        __hash__ = None
+
+    made = game(("x", "y"))
+    changing = Changing(made.players, made.init_params, made.turns)
+    with pytest.raises(ValueError, match=r"Changing is not hashable .*: make it a frozen dataclas"):
+        run(tmp_path / "run", changing, weights)
+    assert not (tmp_path / "run").exists()
