@@ -160,8 +160,8 @@ class TrainConfig:
     accumulate: int = 1
     """Slices that a batch is cut into, one after the other, to save memory."""
     optimizer: Literal["adam", "muon"] = "adam"
-    """Adam; or Muon (Jordan et al. 2024) for parameters that are matrices, its steps as large as
-    Adam's (2502.16982, section 2.2), and NAdam for all others."""
+    """Adam; or Muon (Jordan et al. 2024) for matrices and the kernels of convolutions, its steps as
+    large as Adam's (2502.16982, section 2.2), and NAdam for all other parameters."""
     learning_rate: float = 2e-4
     """Peak rate of the optimiser."""
     warmup: int = 5000
@@ -175,8 +175,8 @@ class TrainConfig:
     beta2: float = 0.999
     """Decay of Adam's second moment."""
     weight_decay: float = 0.0
-    """Decoupled decay (AdamW), of parameters of two or more axes only (with Muon of matrices only);
-    0 for none."""
+    """Decoupled decay (AdamW), of parameters of two or more axes only (with Muon of what it
+    trains); 0 for none."""
     clip_norm: float = 1.0
     """Largest global norm of the gradient; 0 for no clipping."""
     ema: float = 0.9999

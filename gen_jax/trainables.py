@@ -12,12 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-import optax.contrib
 from jaxtyping import Array, Float, Key
 
 from gen_jax import parallel
 from gen_jax.config import TrainConfig, frozen
 from gen_jax.models.contract import Model
+from gen_jax.muon import muon
 from gen_jax.training_step import Trainable
 
 __all__ = [
@@ -30,7 +30,6 @@ __all__ = [
     "mean_gradients",
 ]
 
-_ADAMS_RMS = 0.2  # of a step of Adam over its rate (Liu et al. 2025, 2502.16982, section 2.2)
 _ALL_SAME = types.MappingProxyType({})  # rules of a state that no device changes by itself
 
 
@@ -48,9 +47,8 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
         rate = optax.linear_schedule(0, rate, config.warmup)
     steps = optax.adam(rate, b1=config.beta1, b2=config.beta2)
     if config.optimizer == "muon":
-        betas = {"adam_b1": config.beta1, "adam_b2": config.beta2}
-        decay = {"weight_decay": config.weight_decay}
-        steps = optax.contrib.muon(rate, consistent_rms=_ADAMS_RMS, **betas, **decay)
+        betas = {"beta1": config.beta1, "beta2": config.beta2}
+        steps = muon(rate, **betas, weight_decay=config.weight_decay)
     elif config.weight_decay:
         matrices = functools.partial(jax.tree.map, lambda leaf: leaf.ndim >= 2)
         steps = optax.adamw(

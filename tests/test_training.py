@@ -304,13 +304,13 @@ def test_muon_steps_are_orthogonal_and_as_large_as_those_of_adam():
         CONFIG, optimizer="muon", warmup=0, clip_norm=0.0, weight_decay=0.5
     )
     rng = np.random.default_rng(0)
-    params = {"w": jnp.zeros((6, 4)), "b": jnp.ones(3), "kernel": jnp.ones((3, 3, 2, 2))}
+    params = {"w": jnp.zeros((6, 4)), "b": jnp.ones(3), "stack": jnp.ones((3, 2, 2))}
     gradients = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape)), params)
     optimizer = trainables.make_optimizer(config)
     updates, _ = optimizer.update(gradients, optimizer.init(params), params)
     nadam = optax.nadam(0.05, config.beta1, config.beta2)
     others, _ = nadam.update(gradients, nadam.init(params), params)
-    for name in ("b", "kernel"):
+    for name in ("b", "stack"):
         np.testing.assert_allclose(updates[name], others[name], rtol=1e-4)
     singular = np.linalg.svd(updates["w"], compute_uv=False)
     expected = 0.05 * 0.2 * 6**0.5  # 0.05 the rate; all alike would be a root mean square of 0.2
