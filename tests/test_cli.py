@@ -1,3 +1,4 @@
+import json
 import os
 import resource
 import subprocess
@@ -45,42 +46,57 @@ def _seconds_of_children():
     return used.ru_utime + used.ru_stime
 
 
-@pytest.fixture
-def without_jax(tmp_path):
+@pytest.fixture(scope="module")
+def without_jax(tmp_path_factory):
     """An environment in which importing jax ends the process with code 99."""
-    (tmp_path / "fake" / "jax").mkdir(parents=True)
-    (tmp_path / "fake" / "jax" / "__init__.py").write_text("import os\nos._exit(99)\n")
-    path = os.pathsep.join([str(tmp_path / "fake"), str(ROOT)])
+    fake = tmp_path_factory.mktemp("fake")
+    (fake / "jax").mkdir()
+    (fake / "jax" / "__init__.py").write_text("import os\nos._exit(99)\n")
+    path = os.pathsep.join([str(fake), str(ROOT)])
     return os.environ | {"PYTHONPATH": path, "COLUMNS": "80"}
 
 
+@pytest.fixture(scope="module")
+def server(without_jax):
+    """What runs command lines in forks of one process."""
+    names = [experiment.name for experiment in EXPERIMENTS]
+    with subprocess.Popen(
+        [sys.executable, "tests/command_server.py", *names],
+        cwd=ROOT,
+        env=without_jax,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        yield process
+        process.stdin.close()
+    assert process.returncode == 0
+
+
 @pytest.fixture
-def refused(tmp_path, without_jax):
+def refused(tmp_path, server):
     """Runs a command line that must end with code 2, before jax; what it says, in one line."""
-    (tmp_path / "here").mkdir()
 
     def run(*arguments, code=2, experiment="ddpm_cifar"):
-        began = _seconds_of_children()
-        done = subprocess.run(
-            [sys.executable, "-m", f"experiments.{experiment}", *arguments],
-            cwd=tmp_path / "here",
-            env=without_jax,
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-        assert done.returncode == code, done.stderr
-        if code == 2:
-            assert _seconds_of_children() - began < 1.5  # half a second where nothing else runs
-        assert done.stdout == ""
-        if code == 99:
-            return ""
-        (line,) = done.stderr.splitlines()
-        assert line.startswith("error: ")
-        assert not set(line) & set("│╭╰─")
-        return line
+        request = {"experiment": experiment, "arguments": arguments, "folder": str(tmp_path)}
+        server.stdin.write(json.dumps(request) + "\n")
+        server.stdin.flush()
+        done = json.loads(server.stdout.readline())
+        return _line_of(done["code"], done["out"], done["err"], code)
 
     return run
+
+
+def _line_of(code, out, err, expected):
+    """What a refusal says; nothing where the command line was good and jax was reached."""
+    assert code == expected, err
+    assert out == ""
+    if expected == 99:
+        return ""
+    (line,) = err.splitlines()
+    assert line.startswith("error: ")
+    assert not set(line) & set("│╭╰─")
+    return line
 
 
 UNKNOWN = [
@@ -210,6 +226,24 @@ OF_TOKENS = [
 )
 def test_a_bad_command_line_is_refused_before_jax(refused, line, message):
     assert message in refused(*line.split())
+
+
+@pytest.mark.parametrize(
+    ("line", "message"), [UNKNOWN[0], ILL_TYPED[0], OUT_OF_RANGE[0], CONTRADICTIONS[0], MISSING[0]]
+)
+def test_it_takes_less_than_a_second_and_a_half(without_jax, tmp_path, line, message):
+    """As a command of its own, imports included; of the processor."""
+    began = _seconds_of_children()
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.ddpm_cifar", *line.split()],
+        cwd=tmp_path,
+        env=without_jax,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert _seconds_of_children() - began < 1.5  # half a second where nothing else runs
+    assert message in _line_of(done.returncode, done.stdout, done.stderr, 2)
 
 
 @pytest.mark.parametrize(("experiment", "line", "message"), OF_TOKENS)
