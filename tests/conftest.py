@@ -45,7 +45,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--few",
         action="store_true",
-        help="of the cases of each test the first and the last alone, and no tests marked `once`",
+        help="of the cases of each test the first and the last alone",
     )
 
 
@@ -92,8 +92,7 @@ def pytest_collection_modifyitems(config, items):
         cases = {}
         for item in items:
             cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
-        ends = (one for of_test in cases.values() for one in (of_test[0], of_test[-1]))
-        kept = {item for item in ends if not item.get_closest_marker("once")}
+        kept = {one for of_test in cases.values() for one in (of_test[0], of_test[-1])}
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = [item for item in items if item in kept]
     for item in items:

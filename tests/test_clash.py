@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.long
+
 ROOT = pathlib.Path(importlib.util.find_spec("gen_jax").origin).parent.parent
 
 CHECK = """

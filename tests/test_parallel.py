@@ -85,7 +85,7 @@ def port():
         return free.getsockname()[1]
 
 
-@pytest.mark.once
+@pytest.mark.long
 def test_two_processes_of_two_devices_are_one_of_four(tmp_path, port):
     """They train, sample and evaluate."""
     one = run(tmp_path / "one", 1, port)

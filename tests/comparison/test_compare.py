@@ -15,7 +15,7 @@ from gen_jax.comparison import figures, measure, records, run
 from gen_jax.comparison.config import CompareConfig
 from gen_jax.comparison.strategy import with_plugin
 
-pytestmark = pytest.mark.once
+pytestmark = pytest.mark.long
 
 PLUGIN = Path(__file__).with_name("miniature_plugin.py")
 NAMES = "ar,one_shot,random_order_2,code_ar"

@@ -7,6 +7,8 @@ import pytest
 
 from experiments.benchmarks import autoencoders as benchmark
 
+pytestmark = pytest.mark.long
+
 TINY = benchmark.Config(
     widths=(4, 8), size=8, batches=(2,), vectors=600, codes=1100, width=4, repeats=1, threads=1
 )

@@ -12,6 +12,8 @@ from experiments.benchmarks import diffusers as sampling_benchmark
 from experiments.benchmarks import diffusers_training as benchmark
 from experiments.benchmarks.diffusers_training import NETWORKS, Config
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[2]
 TINY = Config(
     networks=("tiny",), batches=(2,), steps=1, repeats=2, compiled=False, threads=1, tolerance=1e-3

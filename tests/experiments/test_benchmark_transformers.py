@@ -7,6 +7,8 @@ import pytest
 from experiments.benchmarks import transformers as benchmark_transformers
 from experiments.benchmarks.transformers import Config
 
+pytestmark = pytest.mark.long
+
 TINY = Config(
     batches=(1, 3),
     prompt=4,

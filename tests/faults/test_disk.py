@@ -5,7 +5,7 @@ import subprocess
 import pytest
 from processes import assert_one_line, assert_same_leaves, read_leaves, saved_steps
 
-pytestmark = pytest.mark.once
+pytestmark = pytest.mark.long
 
 NAMESPACE = ["unshare", "--map-root-user", "--mount"]
 

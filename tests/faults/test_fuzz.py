@@ -6,7 +6,7 @@ A case that fails is run again alone by its seed and number, which the message b
 import fuzzing
 import pytest
 
-pytestmark = pytest.mark.once
+pytestmark = pytest.mark.long
 
 SEED = 0
 

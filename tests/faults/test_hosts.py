@@ -14,6 +14,8 @@ from processes import (
     wait_until,
 )
 
+pytestmark = pytest.mark.long
+
 TRAINING = ("--train.steps", 9999, "--train.checkpoint-every", 10, "--pause", 0.01)
 
 

@@ -17,7 +17,7 @@ from processes import (
     wait_until,
 )
 
-pytestmark = pytest.mark.once
+pytestmark = pytest.mark.long
 
 OPTIONS = (
     f"{LEAST_TEXT} --train.steps 2 --train.checkpoint-every 2 --sample.number 60 "

@@ -5,7 +5,7 @@ import time
 import pytest
 from processes import assert_same_leaves, read_leaves, records, saved_steps, wait_until
 
-pytestmark = pytest.mark.once
+pytestmark = pytest.mark.long
 
 KILLS = 10
 AT_START = 3  # of them fall anywhere in the first moments of a process

@@ -7,7 +7,7 @@ import time
 import pytest
 from processes import LEAST_STAGES, LEAST_TEXT, ForkedExperiment, assert_same_results
 
-pytestmark = pytest.mark.once
+pytestmark = pytest.mark.long
 
 RUNS = {
     "gpt_text": (

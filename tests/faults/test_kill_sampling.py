@@ -7,7 +7,7 @@ import numpy as np
 import processes
 import pytest
 
-pytestmark = pytest.mark.once
+pytestmark = pytest.mark.long
 
 OPTIONS = processes.MINUTE.replace("--sample.number 3", "--sample.number 200")
 

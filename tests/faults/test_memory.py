@@ -17,6 +17,8 @@ from gen_jax.config import TrainConfig
 from gen_jax.trainables import ModelTrainable
 from gen_jax.workdir import Workdir
 
+pytestmark = pytest.mark.long
+
 
 @dataclasses.dataclass(frozen=True)
 class Walk:

@@ -11,6 +11,8 @@ from gen_jax.config import TrainConfig
 from gen_jax.trainables import ModelTrainable
 from gen_jax.workdir import Workdir
 
+pytestmark = pytest.mark.long
+
 CONFIG = TrainConfig(
     steps=12,
     batch=8,

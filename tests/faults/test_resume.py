@@ -16,7 +16,7 @@ from experiments.ddpm_cifar import TINY
 from gen_jax import cli
 from gen_jax.workdir import Workdir, WorkdirError
 
-pytestmark = pytest.mark.once
+pytestmark = pytest.mark.long
 
 
 @pytest.fixture

@@ -14,6 +14,8 @@ from processes import (
     wait_until,
 )
 
+pytestmark = pytest.mark.long
+
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
 OPTIONS = ("--train.steps", 150, "--train.checkpoint-every", 50)
 

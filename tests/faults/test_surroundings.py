@@ -17,7 +17,7 @@ import processes
 import pytest
 from processes import assert_one_line, seconds_of_processes
 
-pytestmark = pytest.mark.once
+pytestmark = pytest.mark.long
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ from gen_jax.nn.unet import UNetNetwork
 from latent_pipeline import SCHEDULER, write_json, write_pipeline
 from random_networks import random_params
 
-pytestmark = [pytest.mark.usefixtures("one_device"), pytest.mark.once]
+pytestmark = [pytest.mark.usefixtures("one_device"), pytest.mark.long]
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PROCESS = DiffusionConfig(

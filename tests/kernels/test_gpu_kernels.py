@@ -16,9 +16,12 @@ from jax.sharding import PartitionSpec as P
 import kernels
 from kernels import dispatch, gpu, testing
 
-pytestmark = pytest.mark.skipif(
-    jax.default_backend() == "gpu", reason="it is about GPUs that are not there"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        jax.default_backend() == "gpu", reason="it is about GPUs that are not there"
+    ),
+    pytest.mark.long,
+]
 interpreted = pytest.mark.skipif(
     not testing.gpus_are_interpreted(), reason="needs jax 0.12, which interprets them"
 )

@@ -16,9 +16,10 @@ from jax.experimental.pallas import tpu as pltpu
 import kernels
 from kernels import dispatch, testing
 
-pytestmark = pytest.mark.skipif(
-    jax.default_backend() == "tpu", reason="it is about the interpret mode"
-)
+pytestmark = [
+    pytest.mark.skipif(jax.default_backend() == "tpu", reason="it is about the interpret mode"),
+    pytest.mark.long,
+]
 SUITES = {op: s for op, s in testing.suites().items() if "tpu" in s.implementations()}
 SMALL = {
     "decode_attention": "384 columns, ragged, window 140",

@@ -19,7 +19,7 @@ from gen_jax.tasks.autoencoder.task import code_pictures
 from miniature import TRAIN, summary
 from refusals import refused_in
 
-pytestmark = [pytest.mark.usefixtures("one_device"), pytest.mark.once]
+pytestmark = [pytest.mark.usefixtures("one_device"), pytest.mark.long]
 
 MINUTE = AutoencoderRunConfig(
     workdir="",

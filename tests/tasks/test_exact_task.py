@@ -15,7 +15,7 @@ from gen_jax.parts import Parts
 from gen_jax.tasks.exact import facts, measure, report, task
 from refusals import refused_in
 
-pytestmark = [pytest.mark.usefixtures("one_device"), pytest.mark.once]
+pytestmark = [pytest.mark.usefixtures("one_device"), pytest.mark.long]
 
 MINUTE = dataclasses.replace(
     TINY,

@@ -16,7 +16,7 @@ from gen_jax.nn.config import UNetConfig
 from gen_jax.nn.unet import UNetNetwork
 from refusals import refused_in
 
-pytestmark = [pytest.mark.usefixtures("one_device"), pytest.mark.once]
+pytestmark = [pytest.mark.usefixtures("one_device"), pytest.mark.long]
 
 MODEL = UNetConfig(widths=(8, 8), blocks=1, attention=(), groups=4, dropout=0.0)
 OPTIONS = ["--sampler.steps", "4", "--sample.number", "3", "--sample.micro-batch", "3"]

@@ -11,6 +11,8 @@ from gen_jax.models.diffusion import DiffusionConfig
 from gen_jax.tasks import image_files
 from gen_jax.workdir import WorkdirError
 
+pytestmark = pytest.mark.long
+
 # The least that the experiment can be asked for on eight devices.
 MINUTE = (
     "--model.widths 8 --model.groups 4 --model.attention --model.patch 8 --train.steps 4 "

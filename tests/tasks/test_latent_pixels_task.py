@@ -24,7 +24,7 @@ MINUTE = LatentPixelsConfig(
     evaluate=EvaluateConfig(images=16, draws=2, batch=8),
 )
 MINIATURE = cli.Experiment(name="latent", about="A test.", presets={"minute": MINUTE})
-pytestmark = [pytest.mark.usefixtures("one_device"), pytest.mark.once]
+pytestmark = [pytest.mark.usefixtures("one_device"), pytest.mark.long]
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "categorical"])

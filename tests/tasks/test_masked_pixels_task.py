@@ -22,7 +22,7 @@ from miniature import TRAIN, summary
 from miniature import arrays as samples
 from refusals import refused_in
 
-pytestmark = [pytest.mark.usefixtures("one_device"), pytest.mark.once]
+pytestmark = [pytest.mark.usefixtures("one_device"), pytest.mark.long]
 
 # The least that the experiment can be asked for.
 MINUTE = MaskedPixelsConfig(

@@ -25,7 +25,7 @@ from miniature import TRAIN, summary
 from random_networks import random_params
 from refusals import refused_in
 
-pytestmark = [pytest.mark.usefixtures("one_device"), pytest.mark.once]
+pytestmark = [pytest.mark.usefixtures("one_device"), pytest.mark.long]
 
 # The least that the experiment can be asked for.
 MINUTE = TextRunConfig(

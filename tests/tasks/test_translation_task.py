@@ -22,7 +22,7 @@ from gen_jax.tasks.translation.config import (
 from miniature import TRAIN, summary
 from refusals import refused_in
 
-pytestmark = [pytest.mark.usefixtures("one_device"), pytest.mark.once]
+pytestmark = [pytest.mark.usefixtures("one_device"), pytest.mark.long]
 
 # The least that the experiment can be asked for on eight devices.
 MINUTE = TranslationRunConfig(

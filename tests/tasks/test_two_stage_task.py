@@ -29,7 +29,7 @@ from miniature import TRAIN, arrays, summary
 from random_networks import random_params
 from refusals import refused_in
 
-pytestmark = [pytest.mark.usefixtures("one_device"), pytest.mark.once]
+pytestmark = [pytest.mark.usefixtures("one_device"), pytest.mark.long]
 
 _TRAIN = dataclasses.replace(TRAIN, preview_every=0, evaluate_every=0)
 MINUTE = TwoStageConfig(
