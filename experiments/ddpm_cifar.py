@@ -31,13 +31,14 @@ TINY = ImagesConfig(
     data=DataConfig(name="shapes", size=16),
     model=UNetConfig(widths=(32, 64), blocks=1, attention=(), groups=8, dropout=0.0, patch=2),
     diffusion=DiffusionConfig(
-        schedule="cosine", prediction="v", variance="fixed_small", time_shift=2.0, reference=640
+        schedule="cosine", prediction="v", variance="fixed_small", time_shift=1.2, reference=640
     ),
     train=TrainConfig(
-        steps=3600,
-        batch=32,
-        learning_rate=4e-3,
-        warmup=100,
+        steps=1200,
+        batch=64,
+        optimizer="muon",
+        learning_rate=1e-2,
+        warmup=50,
         decay="cosine",
         beta2=0.99,
         ema=0.995,
