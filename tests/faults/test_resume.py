@@ -77,7 +77,7 @@ def test_a_changed_configuration_is_refused_with_every_key(preset, stored):
         changed.stderr,
         stored.path,
         "model.widths: [32, 64] -> [16, 32]",
-        "train.batch: 32 -> 16",
+        "train.batch: 64 -> 16",
         "train.seed: 0 -> 1",
         "diffusion.schedule: 'cosine' -> 'linear'",
         "data.size: 16 -> 32",
