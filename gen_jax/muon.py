@@ -19,11 +19,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-__all__ = ["is_matrix", "muon", "orthogonalise"]
+__all__ = ["muon", "orthogonalise"]
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan et al.: the steepest at zero
 _ITERATIONS = 5
 _MOMENTUM = 0.95
+_NEGLIGIBLE = 1e-15  # the norm of a matrix that counts as zero: its square is a float32 still
 _ADAMS_RMS = 0.2  # of a step of Adam over its rate (Liu et al. 2025, 2502.16982, section 2.2)
 
 
@@ -35,6 +36,9 @@ def muon(
     weight_decay: float = 0.0,
 ) -> optax.GradientTransformation:
     """Muon for matrices and the kernels of convolutions, and NAdam for all other parameters.
+
+    The kernel [height, width, C, Cout] of a convolution is a matrix of all that an output reads by
+    outputs.
 
     A step of Muon has the root mean square of one of Adam (Liu et al. 2025, arXiv:2502.16982,
     section 2.2), so that one rate serves both.
@@ -55,22 +59,16 @@ def muon(
     transforms = {"muon": orthogonal, "nadam": optax.nadam(rate, b1=beta1, b2=beta2)}
 
     def labels(params):
-        return jax.tree.map(lambda leaf: "muon" if is_matrix(leaf) else "nadam", params)
+        return jax.tree.map(lambda leaf: "muon" if leaf.ndim in (2, 4) else "nadam", params)
 
     return optax.partition(transforms, labels)
-
-
-def is_matrix(leaf: Array) -> bool:
-    """Whether Muon trains a parameter: a matrix, or the kernel [height, width, C, Cout] of a
-    convolution, which is one of all that an output reads by outputs."""
-    return leaf.ndim in (2, 4)
 
 
 def orthogonalise(tree: Any) -> Any:
     """Each leaf, as a matrix [.., last axis], with its singular values made about one.
 
-    Five iterations bring those between 0.003 and 1 of the Frobenius norm to between 0.7 and 1.2;
-    smaller ones are enlarged 485 times. A matrix of zeros stays one.
+    Five iterations bring those between 0.0015 and 1 of the Frobenius norm to between 0.68 and 1.21;
+    smaller ones are enlarged up to 485 times. A matrix whose norm is below 1e-15 becomes zero.
 
     Args:
       tree: a tree of float32 arrays of two axes or more; all axes but the last are taken together.
@@ -98,7 +96,7 @@ def _factors(
     """What a matrix of each Gram matrix is multiplied by, its division by its norm included."""
     a, b, c = _COEFFICIENTS
     squares = jnp.trace(grams, axis1=1, axis2=2)[:, None, None]
-    inverse = jnp.where(squares > 0, jax.lax.rsqrt(squares), 0)
+    inverse = jnp.where(squares > _NEGLIGIBLE**2, jax.lax.rsqrt(squares), 0)
     grams, total = grams * inverse**2, inverse
     unit = jnp.eye(grams.shape[-1], dtype=grams.dtype)[None]
     for i in range(_ITERATIONS):

@@ -53,6 +53,8 @@ def test_singular_values_are_about_one():
 def test_what_has_no_gradient_stays():
     tree = {"zeros": jnp.zeros((6, 4)), "kernel": jnp.zeros((3, 3, 2, 4))}
     assert all(not leaf.any() for leaf in orthogonalise(tree).values())
+    for scale in (1e-20, 1e-22, 1e-30, 1e-44):
+        assert not orthogonalise([jnp.full((6, 4), scale)])[0].any()
     rank_one = orthogonalise([jnp.outer(jnp.arange(6.0), jnp.ones(4))])[0]
     np.testing.assert_allclose(np.linalg.svd(rank_one, compute_uv=False)[1:], 0, atol=1e-3)
 
