@@ -192,7 +192,7 @@ CONTRADICTIONS = [
         "--sampler dpm_solver_pp --sampler.steps 1000 --sampler.spacing leading",
         "1000 sampling steps do not fit",
     ),
-    ("--train.accumulate 3", "accumulate (3) must divide the batch (32)"),
+    ("--train.accumulate 3", "accumulate (3) must divide the batch (64)"),
     ("--data.palette", "leave data.palette off"),
     ("--data.name folder", "data.name=folder needs --data.dir"),
     ("--distributed.processes 2", "several processes need a coordinator"),
