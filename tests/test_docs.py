@@ -41,6 +41,7 @@ def folder(tmp_path_factory, one_device):
     return path
 
 
+@pytest.mark.long
 def test_the_examples_of_the_api_run_as_they_stand(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(folder)

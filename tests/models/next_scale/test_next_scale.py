@@ -55,6 +55,7 @@ def exact_pyramid(levels, flip):
     return model, params
 
 
+@pytest.mark.long
 def test_a_pyramid_drawn_scale_by_scale_has_no_gap():
     """The cascade of sides 1, 2, 4, 8 takes four evaluations; all at once would lose 30.917."""
     pyramid = BinaryPyramid(4, 0.1)
@@ -78,6 +79,7 @@ def test_samples_of_the_small_pyramid_have_its_distribution():
     assert stats.chisquare(counts, 4000 * dist.dense().ravel()).pvalue > 1e-3
 
 
+@pytest.mark.long
 def test_a_trained_network_learns_the_pyramid_to_its_entropy():
     pyramid = BinaryPyramid(4, 0.1)
     model = model_of(2, (1, 2, 4, 8))
