@@ -11,6 +11,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Int, Integer, Key
 
+from kernels import threefry
+
 __all__ = ["fold_in_each", "grid", "of_items", "root", "stream"]
 
 _LIMIT = 2**32  # of seeds and of the numbers of items, which a key takes as 32 bits
@@ -45,15 +47,15 @@ def stream(seed: int, purpose: str, start: int, count: int) -> Key[Array, " coun
 
 def fold_in_each(keys: Key[Array, " B"], data: int | Int[Array, ""]) -> Key[Array, " B"]:
     """Keys with the same integer folded into each."""
-    return jax.vmap(jax.random.fold_in, (0, None))(keys, data)
+    return threefry.fold_in_each(keys, data)
 
 
 def of_items(key: Key[Array, ""], items: Integer[Array | np.ndarray, " B"]) -> Key[Array, " B"]:
     """Keys of items of a purpose whose root is `key`; as `stream`, for numbers that are traced."""
-    return jax.vmap(lambda i: jax.random.fold_in(key, i))(items)
+    return threefry.fold_in_each(key, items)
 
 
 def grid(keys: Key[Array, " B"], *counts: int) -> Key[Array, "..."]:
     """Keys [*counts, B] for every use that each of B samples makes of randomness in a loop."""
-    uses = np.arange(np.prod(counts))
-    return jax.vmap(fold_in_each, (None, 0))(keys, uses).reshape(*counts, *keys.shape)
+    uses = np.arange(np.prod(counts), dtype=np.int32).reshape(*counts, *(1,) * keys.ndim)
+    return threefry.fold_in_each(keys, uses)

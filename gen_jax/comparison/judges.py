@@ -34,6 +34,7 @@ from gen_jax.tasks.pixels import task as pixels
 from gen_jax.tasks.pixels.config import PixelRunConfig
 from gen_jax.tasks.two_stage.codes import distribution, encoded
 from gen_jax.workdir import Workdir
+from kernels.threefry import uniform_each
 
 __all__ = ["CifarJudge", "Judge", "ShapesJudge", "TextJudge", "drawn_so_far"]
 
@@ -347,7 +348,7 @@ def _nats_in_rounds(sampler, params, rows):
     prepared = model.prepare(params)
     context, valid = model.encode(prepared, {}), jnp.ones(tokens.shape, bool)
     ours = keys.of_items(keys.root(0, "evaluate"), rows["index"])
-    uniform = jax.vmap(lambda key: jax.random.uniform(key, tokens.shape[1:]))(ours)
+    uniform = uniform_each(ours, tokens.shape[1:])
     left = np.asarray(sampler.schedule.sizes(sampler.length, sampler.rounds))
     ends = np.cumsum(left) / sampler.length
     share = uniform

@@ -6,6 +6,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
+from kernels.threefry import uniform_each
+
 __all__ = ["cross_entropy", "fill_after_eos", "mean_of_first", "uniform_by_position", "valid_mask"]
 
 
@@ -53,4 +55,4 @@ def fill_after_eos(tokens: Int[Array | np.ndarray, "B L"], eos: int) -> Int[Arra
 
 def uniform_by_position(keys: Key[Array, " B"], length: int) -> Float[Array, "B {length}"]:
     """Uniform draws; those of the first positions do not depend on how many there are."""
-    return jax.vmap(lambda key: jax.random.uniform(key, (length,)))(keys)
+    return uniform_each(keys, (length,))

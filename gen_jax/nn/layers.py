@@ -5,12 +5,12 @@ from collections.abc import Callable
 from typing import Literal
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Key, Num
 
 import kernels
+from kernels.threefry import fold_in_each, uniform_each
 
 __all__ = [
     "Conv3x3",
@@ -128,9 +128,5 @@ class Dropout(nn.Module):
         if keys is None or self.rate == 0:
             return x
         layer = zlib.crc32("/".join(self.path).encode())
-
-        def mask(key):
-            key = jax.random.fold_in(key, layer)
-            return jax.random.bernoulli(key, 1 - self.rate, x.shape[1:])
-
-        return jnp.where(jax.vmap(mask)(keys), x / (1 - self.rate), 0).astype(x.dtype)
+        kept = uniform_each(fold_in_each(keys, layer), x.shape[1:]) < 1 - self.rate
+        return jnp.where(kept, x / (1 - self.rate), 0).astype(x.dtype)

@@ -16,7 +16,7 @@ from kernels.diffusion_step import reference
 from kernels.diffusion_step.reference import StepCoefficients
 from kernels.dispatch import register
 from kernels.operands import alike, result
-from kernels.sample_token.threefry import normal_of
+from kernels.threefry import normal_of
 
 __all__ = ["diffusion_step"]
 

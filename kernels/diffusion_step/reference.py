@@ -2,11 +2,11 @@
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
 from kernels.dispatch import register
+from kernels.threefry import normal_each
 from kernels.typing import AnyArray, Scalar
 
 __all__ = ["StepCoefficients", "diffusion_step"]
@@ -37,6 +37,5 @@ def diffusion_step(x, output, coefficients, *, keys, history, clip):
     if history is not None:
         following += c.next_history * history
     if keys is not None:
-        noise = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:], x.dtype))(keys)
-        following += c.next_noise * noise
+        following += c.next_noise * normal_each(keys, x.shape[1:])
     return following, x0

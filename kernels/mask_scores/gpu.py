@@ -14,7 +14,7 @@ from kernels import gpu
 from kernels.dispatch import register
 from kernels.mask_scores.reference import merged
 from kernels.operands import alike, result
-from kernels.sample_token.threefry import gumbel_of
+from kernels.threefry import gumbel_of
 
 __all__ = ["mask_scores"]
 

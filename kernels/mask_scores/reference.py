@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float32, Int32
 
 from kernels.dispatch import register
 from kernels.sample_token.reference import first_of_the_largest
-from kernels.sample_token.threefry import gumbel
+from kernels.threefry import gumbel
 from kernels.typing import AnyArray
 
 __all__ = ["keep_most_confident", "mask_scores", "merged"]

@@ -16,7 +16,7 @@ from kernels.dispatch import register
 from kernels.mask_scores.reference import merged
 from kernels.operands import alike, result, up_to
 from kernels.sample_token.passes import first_of_the_largest, scan
-from kernels.sample_token.threefry import gumbel_of
+from kernels.threefry import gumbel_of
 
 __all__ = ["mask_scores"]
 

@@ -19,7 +19,7 @@ from kernels.dispatch import register
 from kernels.gpu import mosaic as plgpu
 from kernels.operands import alike, result, up_to
 from kernels.sample_token.reference import vocabulary_product
-from kernels.sample_token.threefry import gumbel_of
+from kernels.threefry import gumbel_of
 
 __all__ = ["sample_logits", "sample_token"]
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from kernels.dispatch import EVERYWHERE, register
 from kernels.sample_token.reference import vocabulary_product
-from kernels.sample_token.threefry import gumbel
+from kernels.threefry import gumbel
 
 __all__ = ["sample_logits", "sample_token"]
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from kernels.dispatch import register
-from kernels.sample_token.threefry import gumbel
+from kernels.threefry import gumbel
 from kernels.typing import AnyArray, IntScalar, Scalar
 
 __all__ = [

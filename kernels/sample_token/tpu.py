@@ -17,7 +17,7 @@ from kernels import tpu
 from kernels.dispatch import register
 from kernels.operands import alike, result, up_to
 from kernels.sample_token.passes import first_of_the_largest, scan
-from kernels.sample_token.threefry import gumbel_of
+from kernels.threefry import gumbel_of
 
 __all__ = ["sample_logits", "sample_token"]
 

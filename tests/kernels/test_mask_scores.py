@@ -14,7 +14,7 @@ import kernels
 from kernels import dispatch
 from kernels.mask_scores.cases import example
 from kernels.mask_scores.cases import kept_by_sorting as by_sorting
-from kernels.sample_token.threefry import gumbel
+from kernels.threefry import gumbel
 
 DRAWS = 20_000
 B, L, V = 24, 10, 33

@@ -9,10 +9,18 @@ import numpy as np
 import pytest
 
 import kernels
+from kernels import threefry
 from kernels.mask_scores.cases import example
-from kernels.sample_token import threefry
 from kernels.sample_token.cases import rows
-from kernels.sample_token.threefry import gumbel, normal_of, threefry2x32
+from kernels.threefry import (
+    fold_in_each,
+    gumbel,
+    normal_each,
+    normal_of,
+    split_each,
+    threefry2x32,
+    uniform_each,
+)
 
 
 @jax.jit
@@ -32,6 +40,72 @@ def test_noise_is_that_of_jax_to_the_bit(vocabulary):
     whole, part = both(jnp.arange(vocabulary), jnp.asarray(some))
     np.testing.assert_array_equal(whole, expected)
     np.testing.assert_array_equal(part, np.take_along_axis(np.asarray(expected), some, axis=1))
+
+
+def _of_each(keys, per_key):
+    """What `per_key` makes of each of the keys."""
+    drawn = np.asarray(jax.jit(jax.vmap(per_key))(keys.ravel()))
+    return drawn.reshape(keys.shape + drawn.shape[1:])
+
+
+@pytest.mark.parametrize("other", ["", "rbg", "not partitionable"])
+@pytest.mark.parametrize("batch", [(), (5,), (2, 3)])
+def test_draws_of_each_key_are_those_of_jax_to_the_bit(batch, other):
+    with jax.threefry_partitionable(other != "not partitionable"):
+        root = jax.random.key(9, impl=other if other == "rbg" else None)
+        keys = jax.random.split(root, batch) if batch else root
+        for shape in (), (7,), (3, 1, 4), (0,):
+            for ours, theirs in (
+                (uniform_each, jax.random.uniform),
+                (normal_each, jax.random.normal),
+            ):
+                drawn = ours(keys, shape)
+                expected = _of_each(keys, lambda key, draw=theirs, shape=shape: draw(key, shape))
+                assert drawn.dtype == np.float32
+                np.testing.assert_array_equal(drawn, expected)
+        for count in 1, 3:
+            expected = _of_each(
+                keys, lambda key, count=count: jax.random.key_data(jax.random.split(key, count))
+            )
+            parts = split_each(keys, count)
+            assert len(parts) == count
+            assert all(part.dtype == keys.dtype for part in parts)
+            for i, part in enumerate(parts):
+                np.testing.assert_array_equal(
+                    jax.random.key_data(part), expected[(slice(None),) * len(batch) + (i,)]
+                )
+
+
+@pytest.mark.parametrize("other", ["", "rbg", "not partitionable"])
+def test_folding_in_is_that_of_jax_to_the_bit(other):
+    with jax.threefry_partitionable(other != "not partitionable"):
+        root = jax.random.key(9, impl=other if other == "rbg" else None)
+        keys = jax.random.split(root, 4)
+
+        def check(given, data, expected):
+            folded = fold_in_each(given, data)
+            assert folded.dtype == keys.dtype
+            data_of = jax.random.key_data
+            np.testing.assert_array_equal(data_of(folded), data_of(jnp.stack(expected)))
+
+        fold_in = jax.random.fold_in
+        for number in 0, 7, 2**32 - 1:
+            check(keys, number, [fold_in(key, number) for key in keys])
+        items = np.array([0, 3, 2**31, 2**32 - 1], np.uint32)
+        check(root, items, [fold_in(root, item) for item in items])
+        pairs = [fold_in(key, item) for key, item in zip(keys, items, strict=True)]
+        check(keys, items, pairs)
+        several = fold_in_each(keys, items[:, None])
+        assert several.shape == (4, 4)
+        assert several[2, 1] == fold_in(keys[1], items[2])
+        for wrong in -1, 2**32:
+            with pytest.raises(OverflowError):
+                fold_in_each(keys, wrong)
+
+
+def test_keys_have_no_more_numbers_than_counters():
+    with pytest.raises(ValueError, match="no counters of 32 bits for the 4294967297 numbers"):
+        jax.eval_shape(lambda key: uniform_each(key, (2**32 + 1,)), jax.random.key(0))
 
 
 def test_normal_noise_is_that_of_jax():

@@ -24,6 +24,7 @@ from gen_jax.models.autoregressive.losses import AutoregressiveModel
 from gen_jax.models.contract import check_params
 from gen_jax.nn.transformer import TokenNetwork, check_finite
 from kernels import KVCache
+from kernels.threefry import uniform_each
 
 __all__ = ["SpeculativeSampler", "SpeculativeState", "plain"]
 
@@ -187,10 +188,9 @@ class SpeculativeSampler:
         inputs, first = prompts.first_inputs(self.model, cond, batch)
         target, draft = params["target"], params["draft"]
         keys = key_streams.grid(keys, self.tokens, self.drafted + 2)
-        uniform = jax.vmap(jax.vmap(lambda key: jax.random.uniform(key, self.drafted)))
         return SpeculativeState(
             keys=keys[:, 1:],
-            uniforms=uniform(keys[:, 0]),
+            uniforms=uniform_each(keys[:, 0], (self.drafted,)),
             tokens=jnp.pad(inputs, ((0, 0), (0, self.tokens + self.drafted + 1))),
             known=jnp.full(batch, self._width, jnp.int32),
             done=jnp.zeros(batch, bool),

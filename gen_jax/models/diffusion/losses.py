@@ -14,14 +14,13 @@ from gen_jax.models.diffusion.config import DiffusionConfig
 from gen_jax.models.diffusion.process import (
     diffuse,
     noise_between,
-    normal_each,
-    split_each,
     stable_x0,
     target,
     to_signal,
 )
 from gen_jax.models.diffusion.schedule import Schedule
 from gen_jax.models.diffusion.vlb import vlb_prior, vlb_term
+from kernels.threefry import normal_each, split_each, uniform_each
 
 __all__ = ["DiffusionModel", "Network"]
 
@@ -170,7 +169,7 @@ class DiffusionModel:
         total, shift = self.process.timesteps, self.process.time_shift
         if shift == 1:
             return jax.vmap(lambda key: jax.random.randint(key, (), 0, total))(keys)
-        u = jax.vmap(jax.random.uniform)(keys)
+        u = uniform_each(keys)
         t = jnp.floor(total * shift * u / (1 + (shift - 1) * u))
         return jnp.minimum(t.astype(jnp.int32), total - 1)
 
@@ -235,7 +234,7 @@ class DiffusionModel:
 
         def rate_term(i, carry):
             where_keys, noise_keys = split_each(fold_in_each(keys, i), 2)
-            offset = 0.5 if draws is None else jax.vmap(jax.random.uniform)(where_keys)
+            offset = 0.5 if draws is None else uniform_each(where_keys)
             t = jnp.floor((i + offset) * (total - 1) / count) + jnp.ones(x0.shape[:1])
             t = jnp.minimum(t.astype(jnp.int32), total - 1)
             return carry + term(t, noise_keys) * (total - 1) / count
@@ -261,5 +260,4 @@ def _label(batch):
 
 
 def _hide_labels(label, rate, keys):
-    hidden = jax.vmap(lambda key: jax.random.bernoulli(key, rate))(keys)
-    return jnp.where(hidden, -1, label)
+    return jnp.where(uniform_each(keys) < rate, -1, label)

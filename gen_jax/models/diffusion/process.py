@@ -6,7 +6,7 @@ Random numbers come from one key per image, so that neither the batch nor the de
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from gen_jax.models.diffusion.schedule import Schedule, x0_weights
 
@@ -14,9 +14,7 @@ __all__ = [
     "at",
     "diffuse",
     "noise_between",
-    "normal_each",
     "predicted_x0",
-    "split_each",
     "stable_x0",
     "target",
     "to_signal",
@@ -135,13 +133,3 @@ def to_signal(
     if not jnp.issubdtype(images.dtype, jnp.integer):
         raise ValueError(f"images must be integers from 0 to 255 (uint8), not {images.dtype}")
     return images.astype(jnp.float32) / 127.5 - 1
-
-
-def split_each(keys: Key[Array, " B"], count: int) -> tuple[Key[Array, " B"], ...]:
-    """`count` arrays of [B] keys."""
-    return jax.vmap(lambda key: tuple(jax.random.split(key, count)))(keys)
-
-
-def normal_each(keys: Key[Array, " B"], shape: tuple[int, ...]) -> Float[Array, "B ..."]:
-    """One standard normal float32 array of this shape per key."""
-    return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)

@@ -15,9 +15,9 @@ from gen_jax.config import frozen
 from gen_jax.keys import fold_in_each
 from gen_jax.models.contract import check_label, check_params
 from gen_jax.models.diffusion.losses import DiffusionModel
-from gen_jax.models.diffusion.process import normal_each, split_each
 from gen_jax.models.diffusion.schedule import step_variances
 from gen_jax.models.diffusion.solvers import Solver
+from kernels.threefry import normal_each, split_each
 
 __all__ = ["DiffusionSampler", "DiffusionState"]
 

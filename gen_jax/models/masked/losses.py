@@ -22,6 +22,7 @@ from gen_jax.models.masked.orders import halton_order
 from gen_jax.models.sequences import cross_entropy, uniform_by_position, valid_mask
 from gen_jax.nn.encoder_decoder import EncoderDecoder
 from gen_jax.nn.transformer import TokenNetwork
+from kernels.threefry import split_each, uniform_each
 
 __all__ = [
     "Denoiser",
@@ -122,16 +123,16 @@ class MaskedModel:
         Returns:
           Nats per token, and no further metrics.
         """
-        parts = jax.vmap(lambda key: jax.random.split(key, 3))(keys)
-        dropout = parts[:, 2] if self.network.config.dropout else None
+        count_keys, order_keys, dropout_keys = split_each(keys, 3)
+        dropout = dropout_keys if self.network.config.dropout else None
         valid = valid_mask(batch["tokens"], batch.get("length"))
         if self.counts == "all":
             count, hidden = valid.sum(-1), valid
             tokens = jnp.where(hidden, self.mask, batch["tokens"])
         else:
-            uniform = jax.vmap(jax.random.uniform)(parts[:, 0])
+            uniform = uniform_each(count_keys)
             count = _count(self.counts, uniform, valid.sum(-1))
-            order = self._order(parts[:, 1], batch["tokens"].shape[1])
+            order = self._order(order_keys, batch["tokens"].shape[1])
             tokens, hidden = _hide(order, batch["tokens"], valid, count, self.mask)
         if context is None:
             context = self.condition(params, batch, dropout)
@@ -145,7 +146,7 @@ class MaskedModel:
         if not self.halton:
             return order
         fixed = np.argsort(halton_order(self.grid or (length,))).astype(np.float32)[None]
-        coins = jax.vmap(jax.random.uniform)(fold_in_each(keys, length))[:, None]
+        coins = uniform_each(fold_in_each(keys, length), (1,))
         return jnp.where(coins < self.halton, fixed, order)
 
     def bound_terms(
@@ -333,10 +334,10 @@ def estimate_bound(
     length = valid.sum(-1)
 
     def add(i, total):
-        parts = jax.vmap(jax.random.split)(fold_in_each(keys, i))
-        share = (i + jax.vmap(jax.random.uniform)(parts[:, 0])) / draws
+        share_keys, order_keys = split_each(fold_in_each(keys, i), 2)
+        share = (i + uniform_each(share_keys)) / draws
         count = _count("uniform", share, length)
-        seen, hidden = hide(parts[:, 1], tokens, valid, count, model.mask)
+        seen, hidden = hide(order_keys, tokens, valid, count, model.mask)
         values = cross_entropy(model(prepared, seen, valid, context), tokens)
         mean = jnp.where(hidden, values, 0).sum(-1) / jnp.maximum(count, 1)
         return total + length * mean / draws

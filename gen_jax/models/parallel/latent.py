@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from gen_jax.models.parallel.config import LatentConfig
+from kernels.threefry import normal_each
 
 __all__ = ["gaussian_kl", "init_latent", "sample_gaussian"]
 
@@ -43,7 +44,7 @@ def sample_gaussian(
 ) -> Float[Array, "B size"]:
     """A draw for each row; `temperature` scales the standard deviation."""
     mean, log_var = jnp.split(distribution, 2, axis=-1)
-    noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(keys)
+    noise = normal_each(keys, mean.shape[1:])
     return mean + temperature * jnp.exp(0.5 * log_var) * noise
 
 

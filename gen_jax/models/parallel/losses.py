@@ -21,6 +21,7 @@ from gen_jax.models.parallel.latent import gaussian_kl, init_latent, sample_gaus
 from gen_jax.models.sequences import cross_entropy, valid_mask
 from gen_jax.nn.encoder_decoder import EncoderDecoder
 from gen_jax.nn.transformer import TokenNetwork
+from kernels.threefry import split_each
 
 __all__ = ["Ending", "ParallelModel", "source_lengths"]
 
@@ -111,12 +112,12 @@ class ParallelModel:
           The mean over tokens in nats; and the means "kl" of the latent and "length_loss" in nats
           per sequence, where there are such.
         """
-        parts = jax.vmap(lambda key: jax.random.split(key, 2))(keys)
-        dropout = parts[:, 0] if self.network.config.dropout else None
+        dropout_keys, keys = split_each(keys, 2)
+        dropout = dropout_keys if self.network.config.dropout else None
         context = self.denoiser.condition(params["network"], batch, dropout)
         if self.mask is not None:
-            return self._masked_loss(params, batch, parts[:, 1], context)
-        return self._one_shot_loss(params, batch, dropout, parts[:, 1], context)
+            return self._masked_loss(params, batch, keys, context)
+        return self._one_shot_loss(params, batch, dropout, keys, context)
 
     def _one_shot_loss(self, params, batch, dropout, keys, context):
         tokens = batch["tokens"]

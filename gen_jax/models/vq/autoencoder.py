@@ -11,12 +11,13 @@ from jaxtyping import Array, Float, Float32, Int32, Key
 
 from gen_jax.condition import is_concrete
 from gen_jax.config import frozen, resolve
-from gen_jax.models.diffusion.process import split_each, to_signal
+from gen_jax.models.diffusion.process import to_signal
 from gen_jax.models.vq.config import AutoencoderOptions, QuantiserOptions
 from gen_jax.models.vq.contract import Quantised, Quantiser
 from gen_jax.models.vq.perceptual import LaplacianPyramid, Perceptual, perceptual_distance
 from gen_jax.nn.autoencoder import AutoencoderNetwork
 from gen_jax.nn.config import AutoencoderConfig
+from kernels.threefry import split_each
 
 __all__ = ["Autoencoder", "CodingNetwork", "Losses", "make_autoencoder"]
 

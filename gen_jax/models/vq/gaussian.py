@@ -6,9 +6,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from gen_jax.config import frozen
-from gen_jax.models.diffusion.process import normal_each
 from gen_jax.models.vq.config import GaussianOptions
 from gen_jax.models.vq.contract import Quantised
+from kernels.threefry import normal_each
 
 __all__ = ["Gaussian", "kl_divergence"]
 

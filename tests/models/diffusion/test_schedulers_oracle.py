@@ -21,8 +21,8 @@ from gen_jax.models.diffusion import (
     TimeGrid,
     samplers,
 )
-from gen_jax.models.diffusion.process import normal_each
 from gen_jax.sampling import sample_keys
+from kernels.threefry import normal_each
 
 # diffusers hands torch tensors to numpy in a way that newer ones warn of.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")
