@@ -57,5 +57,6 @@ def of_items(key: Key[Array, ""], items: Integer[Array | np.ndarray, " B"]) -> K
 
 def grid(keys: Key[Array, " B"], *counts: int) -> Key[Array, "..."]:
     """Keys [*counts, B] for every use that each of B samples makes of randomness in a loop."""
-    uses = np.arange(np.prod(counts), dtype=np.int32).reshape(*counts, *(1,) * keys.ndim)
-    return threefry.fold_in_each(keys, uses)
+    uses = np.arange(np.prod(counts), dtype=np.int32)[:, None]
+    # The shape comes last: JAX's check of key reuse fails where keys made here are partly used.
+    return threefry.fold_in_each(keys, uses).reshape(*counts, *keys.shape)

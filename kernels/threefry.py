@@ -4,8 +4,9 @@ JAX hides the generator behind a primitive that is a loop of its own on some pla
 out it fuses with what uses the numbers, and every backend of a kernel can do the same. On CPUs that
 loop takes three times as long for many keys, and up to eight times as long to compile.
 
-The functions whose names end in "each" take keys of any shape; of other generators than threefry,
-and with `jax_threefry_partitionable` switched off, they leave the bits to `jax.random`.
+The functions whose names end in "each" take keys of any shape. They leave the bits to `jax.random`
+for other generators than threefry, where `jax_threefry_partitionable` is off, and where
+`jax_debug_key_reuse` is on, which sees what `jax.random` does with a key.
 """
 
 import functools
@@ -105,7 +106,8 @@ def normal_each(keys: Key[Array, "*keys"], shape: tuple[int, ...]) -> Float32[Ar
 def _is_written_out(keys):
     """Whether the numbers of these keys are those of the functions here."""
     is_threefry = str(jax.random.key_impl(keys)) == "threefry2x32"
-    return is_threefry and jax.config.jax_threefry_partitionable
+    config = jax.config
+    return is_threefry and config.jax_threefry_partitionable and not config.jax_debug_key_reuse
 
 
 def _of_each(draw, keys):

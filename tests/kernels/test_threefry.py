@@ -103,6 +103,19 @@ def test_folding_in_is_that_of_jax_to_the_bit(other):
                 fold_in_each(keys, wrong)
 
 
+@pytest.mark.parametrize("draw", [uniform_each, normal_each, split_each])
+def test_a_key_that_is_used_twice_is_found(draw):
+    keys = jax.random.split(jax.random.key(1), 3)
+    given = 2 if draw is split_each else (2,)
+    twice = jax.jit(lambda keys: (draw(keys, given), uniform_each(keys)))
+    twice(keys)
+    with (
+        jax.debug_key_reuse(True),
+        pytest.raises(jax.errors.KeyReuseError),
+    ):
+        twice(keys)
+
+
 def test_keys_have_no_more_numbers_than_counters():
     with pytest.raises(ValueError, match="no counters of 32 bits for the 4294967297 numbers"):
         jax.eval_shape(lambda key: uniform_each(key, (2**32 + 1,)), jax.random.key(0))
