@@ -22,6 +22,7 @@ from kernels.typing import AnyArray
 __all__ = [
     "fold_in_each",
     "gumbel",
+    "gumbel_each",
     "gumbel_of",
     "normal_each",
     "normal_of",
@@ -101,6 +102,14 @@ def normal_each(keys: Key[Array, "*keys"], shape: tuple[int, ...]) -> Float32[Ar
     uniform = _uniform_of(_words(keys, len(shape)), _counters(keys, shape)[1])
     uniform = jnp.maximum(uniform * 2 + _LOWEST, _LOWEST)
     return np.float32(2**0.5) * jax.lax.erf_inv(uniform)
+
+
+@functools.partial(jax.jit, static_argnames="shape")
+def gumbel_each(keys: Key[Array, "*keys"], shape: tuple[int, ...]) -> Float32[Array, "..."]:
+    """`jax.random.gumbel` of this shape for each key, float32."""
+    if not _is_written_out(keys):
+        return _of_each(lambda key: jax.random.gumbel(key, shape, jnp.float32), keys)
+    return gumbel_of(_words(keys, len(shape)), _counters(keys, shape)[1])
 
 
 def _is_written_out(keys):

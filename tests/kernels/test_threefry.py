@@ -15,6 +15,7 @@ from kernels.sample_token.cases import rows
 from kernels.threefry import (
     fold_in_each,
     gumbel,
+    gumbel_each,
     normal_each,
     normal_of,
     split_each,
@@ -58,6 +59,7 @@ def test_draws_of_each_key_are_those_of_jax_to_the_bit(batch, other):
             for ours, theirs in (
                 (uniform_each, jax.random.uniform),
                 (normal_each, jax.random.normal),
+                (gumbel_each, jax.random.gumbel),
             ):
                 drawn = ours(keys, shape)
                 expected = _of_each(keys, lambda key, draw=theirs, shape=shape: draw(key, shape))
@@ -103,7 +105,7 @@ def test_folding_in_is_that_of_jax_to_the_bit(other):
                 fold_in_each(keys, wrong)
 
 
-@pytest.mark.parametrize("draw", [uniform_each, normal_each, split_each])
+@pytest.mark.parametrize("draw", [uniform_each, normal_each, gumbel_each, split_each])
 def test_a_key_that_is_used_twice_is_found(draw):
     keys = jax.random.split(jax.random.key(1), 3)
     given = 2 if draw is split_each else (2,)

@@ -20,7 +20,7 @@ from gen_jax.models.options import check_not_negative
 from gen_jax.models.parallel.latent import sample_gaussian
 from gen_jax.models.parallel.losses import ParallelModel, source_lengths
 from gen_jax.models.sequences import fill_after_eos
-from kernels.threefry import gumbel
+from kernels.threefry import gumbel_each
 
 __all__ = ["ParallelSampler", "one_shot"]
 
@@ -149,7 +149,7 @@ class ParallelSampler:
         if self.model.latent.kind == "gaussian":
             z = sample_gaussian(prior, keys, self.latent_temperature)
             return jnp.einsum("bz,zld->bld", z, table)
-        noise = gumbel(keys, jnp.arange(prior.shape[1]))
+        noise = gumbel_each(keys, prior.shape[1:])
         return table[(prior + self.latent_temperature * noise).argmax(-1)]
 
     def step(self, params: Any, state: MaskedState, i: Int[Array, ""] | int) -> MaskedState:
