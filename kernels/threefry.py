@@ -2,7 +2,7 @@
 
 JAX hides the generator behind a primitive that is a loop of its own on some platforms. Written
 out it fuses with what uses the numbers, and every backend of a kernel can do the same. On CPUs that
-loop takes three times as long for many keys, and up to eight times as long to compile.
+loop takes several times as long for many keys, and seconds more to compile.
 
 The functions whose names end in "each" take keys of any shape. They leave the bits to `jax.random`
 for other generators than threefry, where `jax_threefry_partitionable` is off, and where
@@ -78,9 +78,8 @@ def _fold_in_each(keys, data):
 @functools.partial(jax.jit, static_argnames="count")
 def split_each(keys: Key[Array, "*keys"], count: int) -> tuple[Key[Array, "*keys"], ...]:
     """`jax.random.split` of each key, as `count` arrays of the shape of the keys."""
-    if _is_written_out(keys):
-        words = jnp.stack(threefry2x32(_words(keys, 1), *_counters(keys, (count,))), -1)
-        parts = jax.random.wrap_key_data(words, impl="threefry2x32")
+    if _is_written_out(keys):  # key i of a split is that with i folded in
+        parts = _fold_in_each(keys[..., None], _places(keys, (count,)))
     else:
         parts = _of_each(lambda key: jax.random.split(key, count), keys)
     return tuple(parts[..., i] for i in range(count))
@@ -91,7 +90,7 @@ def uniform_each(keys: Key[Array, "*keys"], shape: tuple[int, ...] = ()) -> Floa
     """`jax.random.uniform` of this shape for each key, float32 in [0, 1)."""
     if not _is_written_out(keys):
         return _of_each(lambda key: jax.random.uniform(key, shape, jnp.float32), keys)
-    return _uniform_of(_words(keys, len(shape)), _counters(keys, shape)[1])
+    return _uniform_of(_words(keys, len(shape)), _places(keys, shape))
 
 
 @functools.partial(jax.jit, static_argnames="shape")
@@ -99,9 +98,8 @@ def normal_each(keys: Key[Array, "*keys"], shape: tuple[int, ...]) -> Float32[Ar
     """`jax.random.normal` of this shape for each key, float32."""
     if not _is_written_out(keys):
         return _of_each(lambda key: jax.random.normal(key, shape, jnp.float32), keys)
-    uniform = _uniform_of(_words(keys, len(shape)), _counters(keys, shape)[1])
-    uniform = jnp.maximum(uniform * 2 + _LOWEST, _LOWEST)
-    return np.float32(2**0.5) * jax.lax.erf_inv(uniform)
+    symmetric = _symmetric_of(_words(keys, len(shape)), _places(keys, shape))
+    return np.float32(2**0.5) * jax.lax.erf_inv(symmetric)
 
 
 @functools.partial(jax.jit, static_argnames="shape")
@@ -109,7 +107,7 @@ def gumbel_each(keys: Key[Array, "*keys"], shape: tuple[int, ...]) -> Float32[Ar
     """`jax.random.gumbel` of this shape for each key, float32."""
     if not _is_written_out(keys):
         return _of_each(lambda key: jax.random.gumbel(key, shape, jnp.float32), keys)
-    return gumbel_of(_words(keys, len(shape)), _counters(keys, shape)[1])
+    return gumbel_of(_words(keys, len(shape)), _places(keys, shape))
 
 
 def _is_written_out(keys):
@@ -131,12 +129,11 @@ def _words(keys, further):
     return data[..., 0].reshape(shape), data[..., 1].reshape(shape)
 
 
-def _counters(keys, shape):
-    """The words of the places of an array for each key: 0, 1, 2, ... in its shape."""
+def _places(keys, shape):
+    """The counters of an array for each key: 0, 1, 2, ... in its shape."""
     if math.prod(shape) > 2**32:
         raise ValueError(f"no counters of 32 bits for the {math.prod(shape)} numbers of a key")
-    low = jax.lax.iota(jnp.uint32, math.prod(shape)).reshape((1,) * keys.ndim + shape)
-    return jnp.zeros_like(low), low
+    return jax.lax.iota(jnp.uint32, math.prod(shape)).reshape((1,) * keys.ndim + shape)
 
 
 def gumbel(
@@ -173,8 +170,7 @@ def normal_of(
     polynomial that XLA has (Giles 2010), written out with a logarithm, which kernels have, where
     XLA has log1p: of the 2^23 numbers that there are, none is further than 3 ulp from XLA's.
     """
-    uniform = jnp.maximum(_uniform_of(key, ids) * 2 + _LOWEST, _LOWEST)
-    return np.float32(2**0.5) * _inverse_erf(uniform)
+    return np.float32(2**0.5) * _inverse_erf(_symmetric_of(key, ids))
 
 
 _LOWEST = np.nextafter(np.float32(-1), np.float32(0))
@@ -202,6 +198,11 @@ def _inverse_erf(x):
     for central, tail in zip(_CENTRE, _TAIL, strict=True):
         value = value * w + jnp.where(is_central, jnp.float32(central), jnp.float32(tail))
     return value * x
+
+
+def _symmetric_of(key, ids):
+    """Numbers in (-1, 1)."""
+    return jnp.maximum(_uniform_of(key, ids) * 2 + _LOWEST, _LOWEST)
 
 
 def _uniform_of(key, ids):
